@@ -1,0 +1,31 @@
+"""What all scripts share: one sentence instead of a traceback when the input is wrong, plain log lines."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from dinoscope.errors import DinoscopeError
+
+__all__ = ["HelpFormatter", "run_script"]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of the description and shows every default."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs `main` and exits: 0 when it returns, 1 with one sentence on stderr for a user's error.
+
+    Set DINOSCOPE_TRACEBACK=1 to see the traceback of a user's error as well. Any other exception is a defect of ours
+    and keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main()
+    except DinoscopeError as error:
+        if os.environ.get("DINOSCOPE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

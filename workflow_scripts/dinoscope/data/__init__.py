@@ -1,0 +1,1 @@
+"""Training samples: tiles, crops, masks, batches."""

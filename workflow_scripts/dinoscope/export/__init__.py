@@ -1,0 +1,1 @@
+"""From training checkpoints to files that other tools load."""

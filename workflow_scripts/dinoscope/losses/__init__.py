@@ -1,0 +1,1 @@
+"""Losses of DINOv3 and their targets."""

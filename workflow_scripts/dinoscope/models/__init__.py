@@ -1,0 +1,1 @@
+"""The DINOv3 backbone, its heads and its weights."""
