@@ -1,6 +1,7 @@
 """What all scripts share: one sentence instead of a traceback when the input is wrong, plain log lines."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -8,7 +9,9 @@ from collections.abc import Callable
 
 from dinoscope.errors import DinoscopeError
 
-__all__ = ["HelpFormatter", "run_script"]
+__all__ = ["ERROR_FILE_VARIABLE", "HelpFormatter", "run_script"]
+
+ERROR_FILE_VARIABLE = "DINOSCOPE_ERROR_FILE"  # launch.py reads there what its processes died of
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -28,4 +31,7 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("DINOSCOPE_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        if error_file := os.environ.get(ERROR_FILE_VARIABLE):
+            with contextlib.suppress(FileExistsError), open(error_file, "x", encoding="utf-8") as file:
+                file.write(str(error))
         sys.exit(1)

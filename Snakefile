@@ -1,0 +1,33 @@
+"""From whole-slide images to a DINOv3 backbone adapted to them, its features and PCA maps.
+
+snakemake --cores all                  everything in config/config.yaml
+snakemake --cores all -n               what would run, and why
+snakemake --cores all inspect          a look at all slides before anything expensive starts
+snakemake --cores all pretrain         one training run; likewise tiles, manifest, gram, features, pca, report
+snakemake --cores all results/tiles/features/SLIDE.parquet
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config/config.yaml"
+
+
+report: "report/workflow.rst"
+
+
+include: "rules/common.smk"
+include: "rules/slides.smk"
+include: "rules/train.smk"
+include: "rules/features.smk"
+include: "rules/report.smk"
+include: "rules/targets.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        rules.report.output,
+        rules.pca.input,

@@ -1,0 +1,141 @@
+"""The checked plan, constants and input functions that all rules share."""
+
+import os
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
+sys.path.insert(0, str(SCRIPTS))
+# Jobs find the Python that Snakemake runs on, also when its environment is not activated.
+os.environ.update(
+    PATH=os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
+)
+
+from dinoscope.plan import make_plan, one_sentence
+from dinoscope.train.seal import check_seal
+
+PLAN = one_sentence(make_plan)(
+    config, Path(workflow.basedir), check_files=workflow.is_main_process
+)
+
+if workflow.is_main_process:
+    for note in one_sentence(PLAN.manifest_notes)():
+        print(f"note: {note}", file=sys.stderr)
+
+
+pathvars:
+    results=PLAN.config["results"],
+    logs="logs",
+    benchmarks="logs/benchmarks",
+
+
+wildcard_constraints:
+    slide="[^/]+",
+    set="|".join(PLAN.config["tiling"]["sets"]),
+    run="|".join(PLAN.runs),
+    model="|".join(PLAN.models),
+
+
+def config_file():
+    """The config that counts: the last one of the command line, else config/config.yaml."""
+    return Path([*workflow.configfiles, *workflow.overwrite_configfiles][-1])
+
+
+def not_a_trigger(value):
+    """A param that reruns nothing when it changes: Snakemake records no param that depends on resources."""
+    return lambda wildcards, resources: value
+
+
+@one_sentence
+def slide_path(wildcards):
+    """What is opened to read the slide."""
+    return str(PLAN.slide(wildcards.slide).path)
+
+
+@one_sentence
+def slide_members(wildcards):
+    """The other files of the slide (MIRAX, VMS, DICOM)."""
+    return PLAN.slide_members(wildcards.slide)
+
+
+@one_sentence
+def slide_mpp(wildcards):
+    """Argument for the slide's micrometres a pixel, where table or config give it."""
+    mpp = PLAN.slide_mpp(wildcards.slide)
+    return [] if mpp is None else ["--slide-mpp", str(mpp)]
+
+
+def tiling_arguments(wildcards, output):
+    """One group of arguments for each tile set of a slide."""
+    return PLAN.tiling_arguments(wildcards.slide, output.tiles)
+
+
+@one_sentence
+def train_tiles(wildcards):
+    """Tile files of the slides that training sees."""
+    return expand(
+        "<results>/tiles/{set}/{slide}.parquet",
+        set=wildcards.set,
+        slide=PLAN.slides_to_train_on(),
+    )
+
+
+@one_sentence
+def run_recipe(wildcards):
+    """The run's recipe, refused while planning when a started run had other settings; nothing is deleted then."""
+    run = PLAN.runs[wildcards.run]
+    check_seal(PLAN.results / "runs" / run.name, run.recipe)
+    return str(run.recipe)
+
+
+def run_parents(wildcards):
+    """The recipes that the run's recipe extends."""
+    return [str(recipe) for recipe in PLAN.runs[wildcards.run].recipes[:-1]]
+
+
+def run_manifest(wildcards):
+    """The tiles that the run is trained on."""
+    return f"<results>/manifests/{PLAN.runs[wildcards.run].tile_set}.parquet"
+
+
+def continued_run(wildcards):
+    """What the run carries on with, if anything."""
+    continued = PLAN.runs[wildcards.run].continues
+    return [] if continued is None else f"<results>/runs/{continued}/final.json"
+
+
+def gram_teacher_file(wildcards):
+    """The gram teacher, where the config names a file."""
+    return [
+        str(file)
+        for file in [PLAN.runs[wildcards.run].gram_teacher_file]
+        if file is not None
+    ]
+
+
+def launch_options(wildcards, output, resources):
+    """Arguments of the launcher; no trigger, like all that depends on resources."""
+    logs = Path(output.final).parent / "logs"
+    return [
+        "--processes",
+        str(PLAN.config["launch"]["processes"]),
+        "--log-dir",
+        str(logs),
+    ]
+
+
+def run_options(wildcards, input):
+    """Arguments for what the run continues, and its gram teacher."""
+    teacher = PLAN.runs[wildcards.run].gram_teacher
+    continued = ["--continues", input.continued] if input.continued else []
+    return continued + ([] if teacher is None else ["--gram-teacher", teacher])
+
+
+def basis_features(wildcards):
+    """Features that the model's colours are fitted on."""
+    slides = PLAN.basis_slides(wildcards.model)
+    return expand(
+        "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
+    )

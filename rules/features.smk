@@ -1,0 +1,85 @@
+"""From models and tiles to features and PCA maps."""
+
+
+rule extract_features:
+    input:
+        slide=slide_path,
+        members=slide_members,
+        tiles=f"<results>/tiles/{PLAN.config['features']['set']}/{{slide}}.parquet",
+        weights="<results>/models/{model}/teacher.pth",
+        card="<results>/models/{model}/model.json",
+    output:
+        features="<results>/features/{model}/{slide}.h5",
+    log:
+        "<logs>/extract_features/{model}/{slide}.log",
+    benchmark:
+        "<benchmarks>/extract_features/{model}/{slide}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        script=SCRIPTS / "extract_features.py",
+        pooling=PLAN.config["features"]["pooling"],
+        dtype=PLAN.config["features"]["dtype"],
+        batch_size=not_a_trigger(PLAN.config["features"]["batch_size"]),
+        workers=not_a_trigger(PLAN.config["features"]["workers"]),
+    shell:
+        "python {params.script:q} --weights {input.weights:q} --model-name {wildcards.model:q} --slide {input.slide:q}"
+        " --tiles {input.tiles:q} --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype}"
+        " --batch-size {params.batch_size} --workers {params.workers} > {log:q} 2>&1"
+
+
+# One colour space a model: fitted once and kept, so that a slide that comes later has comparable colours.
+rule pca_fit:
+    input:
+        features=basis_features,
+    output:
+        basis="<results>/pca/{model}/basis.json",
+        arrays="<results>/pca/{model}/basis.npz",
+    log:
+        "<logs>/pca_fit/{model}.log",
+    conda:
+        "../envs/plots.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    params:
+        script=SCRIPTS / "pca.py",
+        folder=subpath(output.basis, parent=True),
+        seed=PLAN.config["pca"]["seed"],
+    shell:
+        "python {params.script:q} fit --features {input.features:q} --basis {params.folder:q} --seed {params.seed}"
+        " > {log:q} 2>&1"
+
+
+rule pca_map:
+    input:
+        features=rules.extract_features.output.features,
+        basis=rules.pca_fit.output.basis,
+        arrays=rules.pca_fit.output.arrays,
+        thumbnail=rules.inspect_slide.output.thumbnail,
+    output:
+        picture=report(
+            "<results>/pca/{model}/{slide}.png",
+            caption="../report/pca_map.rst",
+            category="PCA maps",
+            subcategory="{slide}",
+            labels={"slide": "{slide}", "model": "{model}"},
+        ),
+    log:
+        "<logs>/pca_map/{model}/{slide}.log",
+    conda:
+        "../envs/plots.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        script=SCRIPTS / "pca.py",
+        folder=subpath(input.basis, parent=True),
+    shell:
+        "python {params.script:q} map --features {input.features:q} --basis {params.folder:q}"
+        " --thumbnail {input.thumbnail:q} --slide-name {wildcards.slide:q} --output {output.picture:q} > {log:q} 2>&1"

@@ -1,0 +1,56 @@
+"""Pictures of training, and the page that a person opens first."""
+
+
+rule plot_metrics:
+    input:
+        final=rules.train.output.final,
+    output:
+        picture=report(
+            "<results>/plots/{run}.png",
+            caption="../report/training.rst",
+            category="Training",
+            labels={"run": "{run}"},
+        ),
+    log:
+        "<logs>/plot_metrics/{run}.log",
+    localrule: True
+    conda:
+        "../envs/plots.yaml"
+    params:
+        script=SCRIPTS / "plot_metrics.py",
+        run_dir=subpath(input.final, parent=True),
+    shell:
+        "python {params.script:q} --metrics {params.run_dir:q}/training_metrics.json --output {output.picture:q}"
+        " > {log:q} 2>&1"
+
+
+rule report:
+    input:
+        table=rules.slides_report.output.table,
+        infos=rules.slides_report.input.infos,
+        splits=rules.split_slides.output.splits,
+        overviews=expand("<results>/tiles/{slide}.jpg", slide=PLAN.slides),
+        finals=expand("<results>/runs/{run}/final.json", run=PLAN.trained_runs),
+        cards=expand("<results>/models/{model}/model.json", model=PLAN.models),
+        curves=expand("<results>/plots/{run}.png", run=PLAN.trained_runs),
+        maps=expand(
+            "<results>/pca/{model}/{slide}.png",
+            model=PLAN.models,
+            slide=PLAN.feature_slides,
+        ),
+    output:
+        page="<results>/report.html",
+    log:
+        "<logs>/report.log",
+    localrule: True
+    conda:
+        "../envs/plots.yaml"
+    params:
+        script=SCRIPTS / "build_report.py",
+        results=subpath(output.page, parent=True),
+        config=config_file(),
+        models=PLAN.models,
+        runs=PLAN.trained_runs,
+    shell:
+        "python {params.script:q} --results {params.results:q} --models {params.models:q} --runs {params.runs:q}"
+        " --workflow-config {params.config:q} --output {output.page:q} > {log:q} 2>&1"

@@ -1,0 +1,127 @@
+"""From slides to the tile manifest."""
+
+if PLAN.demo_slides():
+
+    rule demo_slides:
+        output:
+            slides=PLAN.demo_slides(),
+        log:
+            "<logs>/demo_slides.log",
+        conda:
+            "../envs/slides.yaml"
+        params:
+            script=SCRIPTS / "make_demo_slides.py",
+            folder=PLAN.results / "demo",
+            seed=PLAN.config["demo"]["seed"],
+        shell:
+            "python {params.script:q} --output-dir {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
+
+
+rule inspect_slide:
+    input:
+        slide=slide_path,
+        members=slide_members,
+    output:
+        info="<results>/slides/{slide}.json",
+        thumbnail="<results>/slides/{slide}.jpg",
+    log:
+        "<logs>/inspect_slide/{slide}.log",
+    conda:
+        "../envs/slides.yaml"
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        script=SCRIPTS / "inspect_slide.py",
+        mpp=slide_mpp,
+    shell:
+        "python {params.script:q} --slide {input.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
+        " --output {output.info:q} --thumbnail {output.thumbnail:q} > {log:q} 2>&1"
+
+
+rule slides_report:
+    input:
+        infos=expand("<results>/slides/{slide}.json", slide=PLAN.slides),
+    output:
+        table="<results>/slides_report.tsv",
+    log:
+        "<logs>/slides_report.log",
+    localrule: True
+    conda:
+        "../envs/slides.yaml"
+    params:
+        script=SCRIPTS / "report_slides.py",
+    shell:
+        "python {params.script:q} --output {output.table:q} {input.infos:q} > {log:q} 2>&1"
+
+
+# All tile sets of a slide in one job, which opens it once.
+rule tile_slide:
+    input:
+        slide=slide_path,
+        members=slide_members,
+    output:
+        tiles=expand(
+            "<results>/tiles/{set}/{{slide}}.parquet",
+            set=PLAN.config["tiling"]["sets"],
+        ),
+        overview=report(
+            "<results>/tiles/{slide}.jpg",
+            caption="../report/overview.rst",
+            category="Tiles",
+            labels={"slide": "{slide}"},
+        ),
+    log:
+        "<logs>/tile_slide/{slide}.log",
+    benchmark:
+        "<benchmarks>/tile_slide/{slide}.tsv"
+    conda:
+        "../envs/slides.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "tile_slide.py",
+        mpp=slide_mpp,
+        sets=tiling_arguments,
+    shell:
+        "python {params.script:q} --slide {input.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
+        " {params.sets:q} --overview {output.overview:q} > {log:q} 2>&1"
+
+
+# Reruns when the split changes, not when the table does: a slide for features only leaves training alone.
+rule split_slides:
+    output:
+        splits="<results>/splits.tsv",
+    log:
+        "<logs>/split_slides.log",
+    localrule: True
+    conda:
+        "../envs/slides.yaml"
+    params:
+        script=SCRIPTS / "split_slides.py",
+        slides=Path(PLAN.config["slides"]["source"]),
+        digest=PLAN.split_digest,
+        fraction=PLAN.config["split"]["fraction"],
+        seed=PLAN.config["split"]["seed"],
+    shell:
+        "python {params.script:q} --slides {params.slides:q} --fraction {params.fraction} --seed {params.seed}"
+        " --output {output.splits:q} > {log:q} 2>&1"
+
+
+rule merge_manifest:
+    input:
+        tiles=train_tiles,
+    output:
+        manifest="<results>/manifests/{set}.parquet",
+    log:
+        "<logs>/merge_manifest/{set}.log",
+    conda:
+        "../envs/slides.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        script=SCRIPTS / "merge_manifest.py",
+    shell:
+        "python {params.script:q} --output {output.manifest:q} {input.tiles:q} > {log:q} 2>&1"

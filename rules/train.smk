@@ -1,0 +1,79 @@
+"""From the tile manifest to trained models."""
+
+
+rule initial_weights:
+    input:
+        recipe=ancient(str(PLAN.base_run.recipe)),
+        source=PLAN.base_weights,
+    output:
+        weights="<results>/models/base/teacher.pth",
+        card="<results>/models/base/model.json",
+    log:
+        "<logs>/initial_weights.log",
+    conda:
+        "../envs/torch.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "initial_weights.py",
+        settings=PLAN.base_digest,
+    shell:
+        "python {params.script:q} --config {input.recipe:q} --output {output.weights:q} > {log:q} 2>&1"
+
+
+# Only final.json is declared: Snakemake deletes declared outputs before every attempt, and checkpoints must stay.
+# Manifest and starting weights are ancient: a run keeps what it started with, and its seal records the digests.
+rule train:
+    input:
+        recipe=run_recipe,
+        parents=run_parents,
+        manifest=ancient(run_manifest),
+        weights=ancient(rules.initial_weights.output.weights),
+        continued=continued_run,
+        gram_teacher=gram_teacher_file,
+    output:
+        final="<results>/runs/{run}/final.json",
+    log:
+        "<logs>/train/{run}.log",
+    benchmark:
+        "<benchmarks>/train/{run}.tsv"
+    retries: 2
+    conda:
+        "../envs/torch.yaml"
+    # As many as the machine has; on a cluster the profile says.
+    threads: 64
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+    params:
+        launcher=SCRIPTS / "launch.py",
+        script=SCRIPTS / "pretrain.py",
+        slides=Path(PLAN.config["slides"]["source"]),
+        run_dir=subpath(output.final, parent=True),
+        launch=launch_options,
+        options=run_options,
+    shell:
+        "python {params.launcher:q} {params.launch:q} --threads {threads} --stop-with-snakemake -- {params.script:q}"
+        " --config {input.recipe:q} --manifest {input.manifest:q} --slides {params.slides:q}"
+        " --weights {input.weights:q} {params.options:q} --run-dir {params.run_dir:q} 2>&1 | tee {log:q}"
+
+
+rule convert:
+    input:
+        final=rules.train.output.final,
+    output:
+        weights="<results>/models/{run}/teacher.pth",
+        card="<results>/models/{run}/model.json",
+    log:
+        "<logs>/convert/{run}.log",
+    conda:
+        "../envs/torch.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "convert_checkpoint.py",
+    shell:
+        "python {params.script:q} --checkpoint {input.final:q} --output {output.weights:q} > {log:q} 2>&1"

@@ -1,0 +1,90 @@
+"""Crops of several tiles to the tensors of one training step, and the masks for them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoscope.data.crops import Crops
+from dinoscope.data.masking import sample_masks
+
+__all__ = ["Batch", "Collate"]
+
+_MASK_STREAM = 1 << 63  # keeps the draws of masks apart from those of samples, which are keyed by their number
+
+
+@dataclass
+class Batch:
+    """What one rank trains on in one step; B tiles, P patches a global crop, M masked patches.
+
+    Crops are crop-major: crop 0 of all tiles, then crop 1 of all tiles, …
+    """
+
+    samples: list[int]
+    global_crops: Tensor  # (2B, S, S, 3) uint8
+    local_crops: Tensor  # (N·B, s, s, 3) uint8
+    gram_crops: Tensor | None  # (2B, G, G, 3) uint8
+    masks: Tensor  # (2B, P) bool
+    mask_indices: Tensor  # (M,) int64, into the flattened masks
+    mask_weights: Tensor  # (M,) float32, 1 / (masked patches of the crop)
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on another device."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+
+class Collate:
+    """Turns the samples of one rank and step into a Batch; masks derive from (seed, first sample number)."""
+
+    def __init__(
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        mask_probability: float,
+        mask_ratios: tuple[float, float],
+        mask_shift: bool,
+        seed: int,
+    ) -> None:
+        self.batch_size, self.grid, self.seed = batch_size, grid, seed
+        self.mask_probability, self.mask_ratios, self.mask_shift = mask_probability, mask_ratios, mask_shift
+
+    def __call__(self, samples: list[tuple[int, Crops]]) -> Batch:
+        """Samples as the data set gives them -> one batch."""
+        numbers = [number for number, _ in samples]
+        crops = [crop for _, crop in samples]
+        has_gram = crops[0].gram_crops is not None
+        return Batch(
+            samples=numbers,
+            global_crops=_crop_major([crop.global_crops for crop in crops]),
+            local_crops=_crop_major([crop.local_crops for crop in crops]),
+            gram_crops=_crop_major([crop.gram_crops for crop in crops]) if has_gram else None,
+            **mask_tensors(self._masks(numbers[0], 2 * len(crops))),
+        )
+
+    def _masks(self, first: int, num_crops: int) -> Tensor:
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, _MASK_STREAM | first]))
+        masks = sample_masks(num_crops, self.grid, self.mask_probability, self.mask_ratios, rng)
+        if self.mask_shift:
+            masks = np.stack([_shifted(mask.reshape(self.grid), rng).ravel() for mask in masks])
+        return torch.from_numpy(masks)
+
+
+def mask_tensors(masks_BP: Tensor) -> dict[str, Tensor]:
+    """Masks, the indices of masked patches, and their weights in the iBOT loss."""
+    counts_B1 = masks_BP.sum(-1, keepdim=True).clamp(min=1)
+    weights_BP = (1.0 / counts_B1).expand_as(masks_BP)
+    indices = masks_BP.flatten().nonzero().flatten()
+    return {"masks": masks_BP, "mask_indices": indices, "mask_weights": weights_BP.flatten()[indices]}
+
+
+def _crop_major(crops: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(crops, axis=1)).flatten(0, 1)
+
+
+def _shifted(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.roll(mask, (rng.integers(mask.shape[0]), rng.integers(mask.shape[1])), axis=(0, 1))

@@ -1,0 +1,177 @@
+"""DCP checkpoints and starting weights -> `teacher.pth` with a model card `model.json` beside it.
+
+`teacher.pth` is {"teacher": {"backbone.…": tensor}}, float32, readable with `torch.load(..., weights_only=True)`.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dinoscope import __version__
+from dinoscope.config import load_recipe
+from dinoscope.errors import CheckpointError
+from dinoscope.files import atomic_path, read_json, sha256_file, write_json
+from dinoscope.models.registry import ViTSettings, settings_from_config
+from dinoscope.models.vit import DinoVisionTransformer
+from dinoscope.models.weights import ModelFile, load_strictly, read_model_file, state_digest
+from dinoscope.train.checkpoint import complete_checkpoints
+from dinoscope.train.seal import SEAL_NAME, read_seal
+from dinoscope.train.starting import PUBLISHED_ORIGIN, check_fit, fresh_backbone
+
+if TYPE_CHECKING:
+    from dinoscope.config import RunConfig
+
+__all__ = ["convert_checkpoint", "write_initial_weights"]
+
+_log = logging.getLogger(__name__)
+_BRANCH_NAMES = {"teacher": ("teacher", "model_ema"), "student": ("student",)}
+_LICENSE_NOTE = (
+    "Derived from weights published by Meta; they and what is derived from them stay under the DINOv3 License."
+)
+
+
+def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher") -> None:
+    """Writes one network's backbone of a training checkpoint as a torch file with a model card.
+
+    Args:
+        checkpoint: final.json of a run, the run's folder (its newest complete checkpoint), or a folder `ckpt/<it>`.
+        output: The file to write; model.json appears beside it.
+        branch: "teacher" (the EMA) or "student".
+
+    Raises:
+        CheckpointError: Missing, incomplete or damaged; tensors missing, left over, not finite or all zero.
+    """
+    folder, run_dir = _locate(checkpoint)
+    config = load_recipe(run_dir / "config.yaml")
+    settings = settings_from_config(config.student)
+    backbone = _read_backbone(folder, branch)
+    _check_tensors(folder, backbone, settings)
+    card = _run_card(run_dir, folder, config, branch)
+    _write(output, backbone, card | _common_card(settings, config, backbone))
+
+
+def write_initial_weights(config: "RunConfig", output: Path) -> None:
+    """Writes the starting weights of a workflow: the recipe's MODEL.WEIGHTS, else a seeded initialisation.
+
+    Raises:
+        WeightsError: The file is no backbone, or not the one that the recipe describes.
+    """
+    settings = settings_from_config(config.student)
+    heads: dict[str, dict[str, Tensor]] = {}
+    if config.MODEL.WEIGHTS:
+        file = read_model_file(config.MODEL.WEIGHTS)
+        check_fit(file, settings)
+        backbone, heads = {name: tensor.float() for name, tensor in file.backbone.items()}, file.heads
+        origin = file.card.get("origin") or PUBLISHED_ORIGIN
+        _log.info("starting weights: %d tensors of %s (%s)", len(backbone), file.path.name, settings.arch)
+    else:
+        backbone = fresh_backbone(settings, config.train.seed).state_dict()
+        origin = f"random initialisation, seed {config.train.seed}"
+        _log.info("starting weights: %s at %s; no MODEL.WEIGHTS is configured", settings.arch, origin)
+    _write(output, backbone, {"origin": origin} | _common_card(settings, config, backbone), heads)
+
+
+def _locate(checkpoint: Path) -> tuple[Path, Path]:
+    """The DCP folder and the run folder that a path stands for."""
+    if checkpoint.name == "final.json" and checkpoint.is_file():
+        return checkpoint.parent / read_json(checkpoint)["checkpoint"], checkpoint.parent
+    if (checkpoint / ".metadata").is_file():
+        return checkpoint, checkpoint.parent.parent
+    complete = complete_checkpoints(checkpoint)
+    if not complete:
+        raise CheckpointError(
+            f"{checkpoint} is neither a final.json, nor a complete checkpoint folder (ckpt/<it> with .metadata), "
+            "nor the folder of a run that has one"
+        )
+    return list(complete.values())[-1], checkpoint
+
+
+def _read_backbone(folder: Path, branch: str) -> dict[str, Tensor]:
+    """Reads only the tensors wanted, each into its place."""
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a damaged pickle raises
+        raise CheckpointError(f"checkpoint {folder} is damaged: its .metadata cannot be read ({error})") from None
+    for name in _BRANCH_NAMES[branch]:
+        prefix = next((p for p in (f"model.{name}.backbone.", f"{name}.backbone.") if _any_starts(stored, p)), None)
+        if prefix:
+            break
+    else:
+        raise CheckpointError(f"checkpoint {folder} holds no {branch} backbone")
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    except Exception as error:  # cut short, missing or damaged shards
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint {folder} is damaged: its tensors cannot be read ({reason})") from None
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+def _any_starts(stored: dict[str, Any], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in stored)
+
+
+def _check_tensors(folder: Path, backbone: dict[str, Tensor], settings: ViTSettings) -> None:
+    with torch.device("meta"):
+        model = DinoVisionTransformer(settings)
+    load_strictly(model, backbone, folder)
+    for name, tensor in backbone.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"checkpoint {folder}: tensor {name} holds values that are not finite")
+        if tensor.ndim > 1 and name.endswith("weight") and not tensor.any():
+            raise CheckpointError(f"checkpoint {folder}: tensor {name} is all zero")
+
+
+def _run_card(run_dir: Path, folder: Path, config: "RunConfig", branch: str) -> dict[str, Any]:
+    seal = read_seal(run_dir) or {}
+    final_path = run_dir / "final.json"
+    final = read_json(final_path) if final_path.is_file() else {}
+    return {
+        "run": run_dir.name,
+        "branch": branch,
+        "iteration": int(folder.name.removesuffix("_keep")),
+        "origin": seal.get("origin"),
+        "inputs_sha256": seal.get("inputs", {}),
+        "run_config_sha256": sha256_file(run_dir / SEAL_NAME),
+        "tiles": final.get("tiles"),
+        "crops": final.get("crops"),
+        "samples_seen": final.get("samples_seen"),
+        "metrics": final.get("metrics"),
+        "gram_anchored": config.gram.use_loss,
+    }
+
+
+def _common_card(settings: ViTSettings, config: "RunConfig", backbone: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "backbone": settings.as_dict(),
+        "embed_dim": settings.embed_dim,
+        "patch_size": settings.patch_size,
+        "mean": list(config.crops.rgb_mean),
+        "std": list(config.crops.rgb_std),
+        "weights_sha256": state_digest(backbone),
+    }
+
+
+def _write(
+    output: Path, backbone: dict[str, Tensor], card: dict[str, Any], heads: dict[str, dict[str, Tensor]] | None = None
+) -> None:
+    parts = {"backbone": backbone, **(heads or {})}
+    flat = {f"{part}.{name}": tensor.contiguous() for part, state in parts.items() for name, tensor in state.items()}
+    derived = card.get("origin") == PUBLISHED_ORIGIN
+    card = {"format": "dinoscope model card", "version": 1, "made_with": f"dinoscope {__version__}"} | card
+    card["license_note"] = _LICENSE_NOTE if derived else None
+    with atomic_path(output) as temporary:
+        torch.save({"teacher": flat}, temporary)
+    write_json(output.with_name("model.json"), card)
+    check = ModelFile(output, read_model_file(output).backbone, {}, card)
+    assert state_digest(check.backbone) == card["weights_sha256"], "what was written is not what was read"
+    _log.info("%s: %s, %d values", output.name, card["backbone"]["arch"], sum(t.numel() for t in backbone.values()))

@@ -1,0 +1,362 @@
+"""From tiles to features: reading, embedding and writing, all three at once.
+
+Shapes: B tiles a batch, D embedding width, R storage tokens, P = h·w patches a tile.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinoscope.errors import DinoscopeError, FeaturesError, ManifestError
+from dinoscope.features.read_ahead import SlideTiles, load_tiles, read_batches
+from dinoscope.features.writers import FeatureInfo, FeatureWriter, open_features, write_features
+from dinoscope.files import sha256_file
+from dinoscope.models.weights import read_model_file
+from dinoscope.progress import progress
+from dinoscope.slides.manifest import manifest_digest
+from dinoscope.slides.reader import Slide
+
+__all__ = ["POOLINGS", "ExtractSettings", "ExtractStats", "Extractor", "choose_device", "extract_slides", "pool", "weights_digest"]
+
+POOLINGS = ("cls", "mean", "cls+mean", "cls+storage")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """How features are taken.
+
+    Attributes:
+        pooling: "cls" (D), "mean" of the patches (D), "cls+mean" (2·D) or "cls+storage" (D·(1+R)).
+        dtype: "float16" or "float32", as stored.
+        batch_size: Tiles a forward pass.
+        workers: Threads that read tiles ahead; 0 reads in the main thread.
+        dense: Also store the features of every patch, (N, h, w, D) float16.
+    """
+
+    pooling: str = "cls"
+    dtype: str = "float16"
+    batch_size: int = 64
+    workers: int = 2
+    dense: bool = False
+
+
+@dataclass
+class ExtractStats:
+    """Where the time of one slide went: seconds that the main thread spent on each part, or waited for it."""
+
+    num_tiles: int
+    reading: float = 0.0
+    forward: float = 0.0
+    writing: float = 0.0
+
+    def line(self) -> str:
+        """One line for the log: number of tiles, tiles/s and the share of each part."""
+        parts = {"reading": self.reading, "forward": self.forward, "writing": self.writing}
+        total = max(sum(parts.values()), 1e-9)
+        shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
+        return f"{self.num_tiles} tiles in {total:.1f} s, {self.num_tiles / total:.1f} tiles/s ({shares})"
+
+
+class Extractor:
+    """Embeds the tiles of slides with one model.
+
+    Args:
+        model: A backbone in evaluation mode on `device`, with `embed_dim`, `patch_size`, `num_storage_tokens`, `mean`,
+            `std` and `forward_features` (see `dinoscope.load_backbone`).
+        model_name: Stored in the feature files, e.g. "pretrain".
+        weights_sha256: Digest of the weights file, stored as well.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self, model: nn.Module, model_name: str, weights_sha256: str, settings: ExtractSettings, device: torch.device
+    ) -> None:
+        if settings.pooling == "cls+storage" and not model.num_storage_tokens:
+            raise FeaturesError(
+                f"model {model_name!r} has no storage tokens, so there is nothing to take for pooling 'cls+storage'; "
+                "use cls, mean or cls+mean"
+            )
+        self.model, self.model_name, self.weights_sha256 = model, model_name, weights_sha256
+        self.settings, self.device = settings, device
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+            for values in (model.mean, model.std)
+        )
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of a row of features."""
+        tokens = {"cls": 1, "mean": 1, "cls+mean": 2, "cls+storage": 1 + self.model.num_storage_tokens}
+        return self.model.embed_dim * tokens[self.settings.pooling]
+
+    def extract(self, slide_path: Path, tiles_path: Path, output: Path) -> ExtractStats:
+        """Writes the features of one slide; the file appears whole or not at all.
+
+        Raises:
+            FeaturesError: The tile side does not fit the patch size, or features are not finite.
+            ManifestError: The manifest is damaged, or not of this slide.
+            SlideError: The slide cannot be opened or read.
+        """
+        tiles = load_tiles(tiles_path)
+        grid = self._patch_grid(tiles)
+        stats = ExtractStats(len(tiles))
+        with (
+            Slide(slide_path, slide_id=tiles.slide_id) as slide,
+            write_features(
+                output,
+                self._info(tiles, manifest_digest(tiles_path)),
+                len(tiles),
+                self.feature_dim,
+                dtype=self.settings.dtype,
+                patch_shape=(grid, grid, self.model.embed_dim) if self.settings.dense else None,
+            ) as writer,
+            progress(f"features of {tiles.slide_id} by {self.model_name}", len(tiles), unit="tiles") as shown,
+        ):
+            _check_same_slide(slide, tiles)
+            for num_done in self._embed_and_write(slide, tiles, writer, stats):
+                shown.advance(num_done)
+        return stats
+
+    def is_finished(self, tiles_path: Path, output: Path) -> bool:
+        """Whether `output` holds just what `extract` would write: same weights, tiles and settings."""
+        tiles = load_tiles(tiles_path)
+        try:
+            with open_features(output) as (file, info):
+                features, is_dense = file["features"], "patch_features" in file
+                return (
+                    info == self._info(tiles, manifest_digest(tiles_path))
+                    and features.shape == (len(tiles), self.feature_dim)
+                    and features.dtype == self.settings.dtype
+                    and is_dense == self.settings.dense
+                )
+        except FeaturesError:
+            return False
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features of a batch of tiles, left on the device.
+
+        Args:
+            images: (B, H, W, 3) uint8.
+
+        Returns:
+            Pooled features (B, `feature_dim`) float32, and patch features (B, h, w, D) float16 or None.
+        """
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
+        with torch.inference_mode():
+            pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+            with autocast:
+                out = self.model.forward_features((pixels - self._mean) / self._std)
+            pooled = pool(out, self.settings.pooling)
+            if not self.settings.dense:
+                return pooled, None
+            return pooled, out["patches"].unflatten(1, (images.shape[1] // self.model.patch_size, -1)).half()
+
+    def _embed_and_write(
+        self, slide: Slide, tiles: SlideTiles, writer: FeatureWriter, stats: ExtractStats
+    ) -> Iterator[int]:
+        """Yields the number of tiles of each batch as it is handed to the writer.
+
+        While the device embeds one batch, threads read those to come and another thread writes the one before. The
+        main thread only launches, and waits for the slowest of them.
+        """
+        settings, clock, coords = self.settings, _Clock(stats), tiles.coords
+        batches = read_batches(
+            slide, tiles, settings.batch_size, settings.workers, pin_memory=self.device.type == "cuda"
+        )
+        launched: _HostCopy | None = None
+        with _BackgroundThread() as background:
+            for rows, images in batches:
+                clock.lap("reading")
+                previous, launched = launched, _HostCopy(rows, *self.embed(images))
+                clock.lap("forward")
+                if previous is not None:
+                    yield self._hand_over(previous, background, tiles.slide_id, coords, writer, clock)
+            if launched is not None:
+                yield self._hand_over(launched, background, tiles.slide_id, coords, writer, clock)
+        clock.lap("writing")
+
+    def _hand_over(
+        self,
+        batch: "_HostCopy",
+        background: "_BackgroundThread",
+        slide_id: str,
+        coords: np.ndarray,
+        writer: FeatureWriter,
+        clock: "_Clock",
+    ) -> int:
+        features, patches = batch.wait()
+        clock.lap("forward")
+        background.run(self._write, writer, slide_id, features, coords[batch.rows], patches)
+        clock.lap("writing")
+        return len(features)
+
+    def _write(
+        self, writer: FeatureWriter, slide_id: str, features: Tensor, coords: np.ndarray, patches: Tensor | None
+    ) -> None:
+        if not features.isfinite().all():
+            self._refuse(slide_id, coords, features.isfinite().all(dim=1), "check the weights of this model")
+        rows = features.to(getattr(torch, self.settings.dtype))
+        if not rows.isfinite().all():
+            self._refuse(slide_id, coords, rows.isfinite().all(dim=1), "they overflow float16: use --dtype float32")
+        writer.append(rows.numpy(), coords, None if patches is None else patches.numpy())
+
+    def _refuse(self, slide_id: str, coords: np.ndarray, is_good: Tensor, advice: str) -> None:
+        x, y = coords[int(is_good.logical_not().nonzero()[0])]
+        raise FeaturesError(
+            f"slide {slide_id!r}: the features of model {self.model_name!r} are not finite for the tile at ({x}, {y}); "
+            + advice
+        )
+
+    def _patch_grid(self, tiles: SlideTiles) -> int:
+        patch_size, tile_px = self.model.patch_size, tiles.tile_px
+        if tile_px % patch_size:
+            below = tile_px // patch_size * patch_size
+            fitting = " or ".join(f"{side} px" for side in (below, below + patch_size) if side)
+            raise FeaturesError(
+                f"slide {tiles.slide_id!r}: its tiles of {tile_px} px are not a multiple of the {patch_size} px patches "
+                f"of model {self.model_name!r}; use a tile set of {fitting}"
+            )
+        return tile_px // patch_size
+
+    def _info(self, tiles: SlideTiles, manifest_hash: str) -> FeatureInfo:
+        return FeatureInfo(
+            slide_id=tiles.slide_id,
+            model=self.model_name,
+            weights_sha256=self.weights_sha256,
+            manifest_hash=manifest_hash,
+            pooling=self.settings.pooling,
+            mpp=tiles.mpp,
+            tile_px=tiles.tile_px,
+            overlap_px=tiles.overlap_px,
+            patch_size_level0=tiles.footprint_px,
+            level0_mpp=tiles.level0_mpp,
+            level0_width=tiles.width,
+            level0_height=tiles.height,
+        )
+
+
+def pool(out: Mapping[str, Tensor], pooling: str) -> Tensor:
+    """One row a tile from the tokens of a backbone, in float32.
+
+    Args:
+        out: cls (B, D), storage (B, R, D) and patches (B, P, D).
+        pooling: One of `POOLINGS`; parts are concatenated.
+    """
+    parts = {
+        "cls": lambda: [out["cls"]],
+        "mean": lambda: [out["patches"].float().mean(dim=1)],
+        "cls+mean": lambda: [out["cls"], out["patches"].float().mean(dim=1)],
+        "cls+storage": lambda: [out["cls"], out["storage"].flatten(1)],
+    }
+    return torch.cat([part.float() for part in parts[pooling]()], dim=1)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The accelerator that is there, else the CPU; or the device that `name` says, e.g. "cuda:1"."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def weights_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the weights file that `path` names or, being a folder, holds."""
+    return sha256_file(read_model_file(path).path if Path(path).is_dir() else path)
+
+
+def extract_slides(
+    extractor: Extractor, jobs: Sequence[tuple[Path, Path, Path]], *, keep_finished: bool = False
+) -> None:
+    """Extracts slide after slide; one that fails does not stop those after it.
+
+    Args:
+        jobs: (slide, tile manifest, output) a slide.
+        keep_finished: Leave outputs alone that already hold the very same.
+
+    Raises:
+        FeaturesError: Some slides failed; what each of them suffered from is logged.
+    """
+    failures: list[DinoscopeError] = []
+    for slide_path, tiles_path, output in jobs:
+        try:
+            if keep_finished and extractor.is_finished(tiles_path, output):
+                _log.info("%s: finished before, kept", output.stem)
+                continue
+            stats = extractor.extract(slide_path, tiles_path, output)
+            _log.info("%s: %s", output.stem, stats.line())
+        except DinoscopeError as error:
+            if len(jobs) == 1:
+                raise
+            _log.error("error: %s", error)
+            failures.append(error)
+    if failures:
+        raise FeaturesError(f"{len(failures)} of {len(jobs)} slides failed (see above), the first because: {failures[0]}")
+
+
+def _check_same_slide(slide: Slide, tiles: SlideTiles) -> None:
+    if (slide.width, slide.height) != (tiles.width, tiles.height):
+        raise ManifestError(
+            f"slide {tiles.slide_id!r} is {slide.width}x{slide.height} px, but was {tiles.width}x{tiles.height} px when "
+            "its tiles were made; tile it again"
+        )
+
+
+class _Clock:
+    """Adds the time since the last lap to a part of the statistics."""
+
+    def __init__(self, stats: ExtractStats) -> None:
+        self._stats, self._last = stats, time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        setattr(self._stats, part, getattr(self._stats, part) + now - self._last)
+        self._last = now
+
+
+class _HostCopy:
+    """Results on their way from the device; the copy is queued at once, so that the next batch can be too."""
+
+    def __init__(self, rows: slice, *tensors: Tensor | None) -> None:
+        self.rows = rows
+        self._copies = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        device = next(tensor.device for tensor in tensors if tensor is not None)
+        self._arrived = None
+        if device.type != "cpu":
+            self._arrived = torch.Event(device)
+            self._arrived.record()
+
+    def wait(self) -> list[Tensor | None]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copies
+
+
+class _BackgroundThread:
+    """Runs one call at a time; errors of a call surface at the next one, or at the end."""
+
+    def __enter__(self) -> "_BackgroundThread":
+        self._thread, self._running = ThreadPoolExecutor(1, thread_name_prefix="write"), None
+        return self
+
+    def run(self, function, *arguments: object) -> None:
+        self._wait()
+        self._running = self._thread.submit(function, *arguments)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.result()

@@ -1,0 +1,286 @@
+"""What the workflow is asked to do, checked in full before any job starts; rules/common.smk builds its rules on it.
+
+Nothing here imports torch or Snakemake: `snakemake -n` must answer in seconds.
+"""
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from dinoscope.config import RunConfig, flatten, load_recipe, recipe_chain
+from dinoscope.errors import ConfigError, DinoscopeError
+from dinoscope.files import read_json
+from dinoscope.models.registry import settings_from_config
+from dinoscope.names import nearest
+from dinoscope.plan_checks import BASE, base_problems, check_config, file_problems, window_problems
+from dinoscope.slides.find import slide_files
+from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
+from dinoscope.train.seal import read_seal
+
+__all__ = ["Plan", "Run", "make_plan", "one_sentence"]
+
+_TRAINING_ONLY = (
+    "student.drop_path_rate",
+    "student.pos_embed_rope_shift_coords",
+    "student.pos_embed_rope_jitter_coords",
+    "student.pos_embed_rope_rescale_coords",
+)
+# What `stain` says about a slide's looks, where the tissue method is auto.
+_METHOD_OF_STAIN = {"HE": "otsu", "IHC": "otsu", "Pap": "cytology", "MGG": "cytology", "IF": "fluorescence"}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the config.
+
+    Attributes:
+        recipes: The recipe and all that it extends, most basic first.
+        settings: The recipe, resolved.
+        continues: Name of the run that this one carries on with, if any.
+        gram_teacher: "last", an iteration, a teacher file, or None.
+    """
+
+    name: str
+    recipes: tuple[Path, ...]
+    settings: RunConfig
+    tile_set: str
+    continues: str | None
+    gram_teacher: str | None
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that the config names."""
+        return self.recipes[-1]
+
+    @property
+    def gram_teacher_file(self) -> Path | None:
+        """The gram teacher if it is a file."""
+        teacher = self.gram_teacher
+        return None if teacher is None or teacher == "last" or teacher.isdecimal() else Path(teacher)
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The settings that the starting weights depend on."""
+        settings = flatten(self.settings)
+        kept = {key: value for key, value in settings.items() if key.startswith("student.")}
+        for key in _TRAINING_ONLY:
+            del kept[key]
+        return kept | {key: settings[key] for key in ("MODEL.WEIGHTS", "train.seed")}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked config, and what follows from it.
+
+    Attributes:
+        config: With all defaults filled in.
+        slides: All slides, by slide_id.
+        split: slide_id -> "train" or "eval" of the slides that serve one of them.
+        runs: By name, in the order of the config.
+    """
+
+    config: dict[str, Any]
+    slides: dict[str, SlideRecord]
+    split: dict[str, str]
+    runs: dict[str, Run]
+
+    @property
+    def results(self) -> Path:
+        """Folder of all results."""
+        return Path(self.config["results"])
+
+    @property
+    def models(self) -> list[str]:
+        """Models that features are extracted with."""
+        chosen = self.config["features"]["models"]
+        return [BASE, *self.runs] if chosen is None else list(chosen)
+
+    @property
+    def base_run(self) -> Run:
+        """The run whose recipe says what the starting weights are."""
+        return next(run for run in self.runs.values() if run.continues is None)
+
+    @property
+    def trained_runs(self) -> list[str]:
+        """Runs whose model is asked for, with all that they continue, in the order of the config."""
+        wanted: set[str] = set()
+        for name in self.models:
+            current = None if name == BASE else name
+            while current is not None:
+                wanted.add(current)
+                current = self.runs[current].continues
+        return [name for name in self.runs if name in wanted]
+
+    @property
+    def train_slides(self) -> list[str]:
+        """Slides that training sees."""
+        return [slide_id for slide_id, use in self.split.items() if use == "train"]
+
+    def slides_to_train_on(self) -> list[str]:
+        """Slides that training sees; raises ConfigError when there are none."""
+        if not self.train_slides:
+            source = self.config["slides"]["source"]
+            raise ConfigError(f"{source} has no slide to train on: give some slides use=train, or ask for base only")
+        return self.train_slides
+
+    @property
+    def training_sets(self) -> list[str]:
+        """Tile sets that the trained runs take their crops from."""
+        return list(dict.fromkeys(self.runs[name].tile_set for name in self.trained_runs))
+
+    @property
+    def split_digest(self) -> str:
+        """Changes when any slide moves between training and evaluation."""
+        return _digest(sorted(self.split.items()))
+
+    @property
+    def base_digest(self) -> str:
+        """Changes with any setting that the starting weights depend on."""
+        return _digest(self.base_run.start)
+
+    @property
+    def base_weights(self) -> list[str]:
+        """The published file or folder that the starting weights come from, if any."""
+        weights = self.base_run.settings.MODEL.WEIGHTS
+        return [weights] if weights else []
+
+    @property
+    def feature_slides(self) -> list[str]:
+        """Slides that features and PCA maps are made of."""
+        return [slide_id for slide_id, record in self.slides.items() if "features" in record.use]
+
+    def slide(self, slide_id: str) -> SlideRecord:
+        """The slide of that name; raises ConfigError with the nearest known name."""
+        if slide_id not in self.slides:
+            source = self.config["slides"]["source"]
+            raise ConfigError(f"slide {slide_id!r} is not in {source}{nearest(slide_id, self.slides)}")
+        return self.slides[slide_id]
+
+    def slide_mpp(self, slide_id: str) -> float | None:
+        """Micrometres a pixel that table or config give; None, the file is asked."""
+        return self.slide(slide_id).mpp or self.config["slides"]["mpp"]
+
+    def slide_members(self, slide_id: str) -> list[str]:
+        """The files of a slide besides the one that is opened."""
+        return [str(path) for path in slide_files(self.slide(slide_id).path)]
+
+    def tissue_method(self, slide_id: str) -> str:
+        """How tissue is found on a slide; "auto" leaves it to the slide's looks."""
+        method, stain = self.config["tissue"]["method"], self.slide(slide_id).stain or ""
+        return _METHOD_OF_STAIN.get(stain.partition(":")[0], "auto") if method == "auto" else method
+
+    def tiling_arguments(self, slide_id: str, outputs: Sequence[str]) -> list[str]:
+        """Arguments of tile_slide.py for all tile sets, `outputs` being their files in the order of the config."""
+        arguments = ["--tissue-method", self.tissue_method(slide_id)]
+        for (name, tiles), output in zip(self.config["tiling"]["sets"].items(), outputs, strict=True):
+            arguments += ["--set", name, str(tiles["tile_px"]), str(tiles["mpp"]), output]
+            arguments += ["--min-tissue", f"{name}={tiles['min_tissue']}"]
+            if tiles["stride_px"] is not None:
+                arguments += ["--stride", f"{name}={tiles['stride_px']}"]
+        return arguments
+
+    def demo_slides(self) -> list[str]:
+        """Paths of the slides that the demo makes, if it is enabled."""
+        demo = self.results / "demo"
+        return [str(r.path) for r in self.slides.values() if self.config["demo"]["enabled"] and r.path.parent == demo]
+
+    def basis_slides(self, model: str) -> list[str]:
+        """Slides that the model's PCA is fitted on: those of the basis that exists, else the training slides.
+
+        A basis is kept when slides come, so that colours stay comparable; a slide that goes takes part no more.
+        """
+        try:
+            fitted = set(read_json(self.results / "pca" / model / "basis.json")["slides"])
+        except (FileNotFoundError, KeyError, ValueError):
+            fitted = set()
+        kept = [slide_id for slide_id in self.slides if slide_id in fitted]
+        return kept or self.train_slides or self.feature_slides
+
+    def manifest_notes(self) -> list[str]:
+        """A sentence for each run that was started on another manifest than there is now; it keeps its own."""
+        notes = []
+        for run in self.runs.values():
+            manifest = self.results / "manifests" / f"{run.tile_set}.parquet"
+            seal = read_seal(self.results / "runs" / run.name)
+            if seal is None or not manifest.is_file():
+                continue
+            from dinoscope.slides.manifest import manifest_digest  # pyarrow takes its time
+
+            trained, current = seal["inputs"]["manifest"], manifest_digest(manifest)
+            if trained != current:
+                notes.append(
+                    f"run {run.name} was trained on manifest {trained[:8]}, current is {current[:8]}: "
+                    "give a new run name to use it"
+                )
+        return notes
+
+
+def make_plan(config: Mapping[str, Any], workflow_dir: Path, *, check_files: bool = True) -> Plan:
+    """Checks the config and all that it names.
+
+    Args:
+        config: As read from config/config.yaml.
+        workflow_dir: Folder of the Snakefile, with the schemas and the recipes that come with the workflow.
+        check_files: Whether every slide must be there; jobs on other machines need not look again.
+
+    Raises:
+        ConfigError: One sentence a problem.
+    """
+    checked = check_config(config, workflow_dir)
+    records = read_slide_table(checked["slides"]["source"])
+    split = split_cases(records, checked["split"]["fraction"], checked["split"]["seed"])
+    runs = {name: _run(name, settings, workflow_dir) for name, settings in checked["runs"].items()}
+    plan = Plan(checked, {record.slide_id: record for record in records}, split, runs)
+    found = [*base_problems(plan), *window_problems(plan)]
+    if check_files:
+        found += file_problems(plan)
+    if found:
+        raise ConfigError("\n".join(found))
+    if checked["labels"] is not None:
+        check_labels(checked["labels"], records)
+    return plan
+
+
+def one_sentence(function: Callable[P, T]) -> Callable[P, T]:
+    """Ends the program with the sentence of a user's error instead of a traceback."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except DinoscopeError as error:
+            sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+
+    return wrapped
+
+
+def _run(name: str, settings: Mapping[str, Any], workflow_dir: Path) -> Run:
+    recipe = Path(settings["recipe"])
+    if not recipe.exists() and (workflow_dir / recipe).exists():
+        recipe = workflow_dir / recipe
+    teacher = settings["gram_teacher"]
+    try:
+        chain, resolved = recipe_chain(recipe), load_recipe(recipe)
+        settings_from_config(resolved.student)
+    except ConfigError as error:
+        raise ConfigError(f"runs.{name}: {error}") from None
+    return Run(
+        name=name,
+        recipes=tuple(chain),
+        settings=resolved,
+        tile_set=settings["tile_set"],
+        continues=settings["continues"],
+        gram_teacher=None if teacher is None else str(teacher),
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

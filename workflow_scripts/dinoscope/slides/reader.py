@@ -1,0 +1,340 @@
+"""Slides: levels, micrometres a pixel, and regions as RGB arrays. The only module that knows OpenSlide.
+
+Coordinates are level-0 pixels, x before y; sizes are pixels of the level that is read. Label and macro images are
+never touched, and of a file's properties only those in `_ALLOWED` are looked at: the rest may hold names and dates.
+"""
+
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+import cv2
+import numpy as np
+import openslide
+
+from dinoscope.errors import SlideError
+from dinoscope.slides.members import dicom_series, file_to_open, mirax_members, vms_members
+from dinoscope.slides.resample import average_squares, resample_square
+from dinoscope.slides.resolution import Resolution, find_resolution, positive_number
+
+__all__ = ["Slide", "SlidePool"]
+
+log = logging.getLogger(__name__)
+
+_BLOCK_PX = (4096, 1024)
+_ALLOWED = frozenset(
+    {
+        "dicom.SeriesInstanceUID",
+        "openslide.background-color",
+        "openslide.icc-size",
+        "openslide.mpp-x",
+        "openslide.mpp-y",
+        "openslide.objective-power",
+        "openslide.vendor",
+        "tiff.ResolutionUnit",
+        "tiff.XResolution",
+        "tiff.YResolution",
+    }
+)
+
+
+class Slide:
+    """An open slide. A context manager; not for use after a fork (see `SlidePool`).
+
+    Attributes:
+        slide_id: The name used in messages and results, never the file's unless no other was given.
+        width, height: Size of level 0 in pixels.
+        level_dimensions: (width, height) of every level in pixels.
+        level_downsamples: Level-0 pixels a pixel, of every level.
+        mpp_source: "file", "table" (given by the user) or None when unknown.
+        mpp_problem: Why `mpp` cannot be used, as the end of a sentence about the slide, or None when it can.
+        vendor: OpenSlide's name of the format.
+        objective_power: Nominal magnification, or None.
+        background: RGB of places that were never scanned.
+        warnings: Sentences about what looks odd.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], slide_id: str | None = None, mpp: float | None = None) -> None:
+        """Opens the slide at `path`: a file, or the folder of one DICOM series.
+
+        Args:
+            path: The slide.
+            slide_id: Its name in messages; the file's stem when not given.
+            mpp: Micrometres a pixel of level 0, in place of what the file says.
+
+        Raises:
+            SlideError: The slide is missing, empty, damaged, unknown to OpenSlide, or `mpp` is implausible.
+        """
+        self.path = Path(path)
+        self.slide_id = slide_id if slide_id is not None else self.path.stem
+        self._name = f"slide {self.slide_id!r} (file {self.path.name})"
+        self.warnings: list[str] = []
+        self._file = file_to_open(self.path, self._name)
+        self._openslide, self._closed = self._open(), False
+        self.level_dimensions = self._openslide.level_dimensions
+        self.level_downsamples = self._openslide.level_downsamples
+        self.num_levels = len(self.level_dimensions)
+        self.width, self.height = self.level_dimensions[0]
+        self.vendor = self._property("openslide.vendor") or "unknown"
+        self.objective_power = positive_number(self._property("openslide.objective-power"))
+        self.has_icc_profile = self._property("openslide.icc-size") is not None
+        self.background = _colour(self._property("openslide.background-color"))
+        self._resolution = find_resolution({name: self._property(name) for name in _ALLOWED}, mpp)
+        self.mpp_source, self.mpp_problem = self._resolution.source, self._resolution.problem
+        if self._resolution.warning:
+            self.warnings.append(self._resolution.warning)
+            log.warning("slide %r: %s", self.slide_id, self._resolution.warning)
+        if mpp is not None:
+            self._known_resolution()
+        if self.path.is_dir():
+            self._refuse_second_series()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the slide. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._openslide.close()
+
+    @property
+    def mpp_x(self) -> float:
+        """Micrometres a level-0 pixel, horizontally. Raises SlideError when unknown or implausible."""
+        return self._known_resolution().x
+
+    @property
+    def mpp_y(self) -> float:
+        """Micrometres a level-0 pixel, vertically. Raises SlideError when unknown or implausible."""
+        return self._known_resolution().y
+
+    @property
+    def mpp(self) -> float:
+        """Mean of `mpp_x` and `mpp_y`. Raises SlideError when unknown or implausible."""
+        return (self.mpp_x + self.mpp_y) / 2
+
+    def read_region(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
+        """Reads a rectangle of one level.
+
+        What lies outside the slide, and what was never scanned, has the slide's background colour.
+
+        Args:
+            x, y: Top-left corner in level-0 pixels; may be negative.
+            level: Pyramid level.
+            width_px, height_px: Size in pixels of that level.
+
+        Returns:
+            uint8 array (height_px, width_px, 3), RGB.
+
+        Raises:
+            SlideError: The file is damaged here.
+        """
+        downsample = self.level_downsamples[level]
+        level_width, level_height = self.level_dimensions[level]
+        left, right = _inside(x / downsample, width_px, level_width)
+        top, bottom = _inside(y / downsample, height_px, level_height)
+        if (left, top, right, bottom) == (0, 0, width_px, height_px):
+            return self._read(x, y, level, width_px, height_px)
+        image = np.empty((height_px, width_px, 3), np.uint8)
+        image[:] = self.background
+        if right > left and bottom > top:
+            start = (round(x + left * downsample), round(y + top * downsample))
+            image[top:bottom, left:right] = self._read(*start, level, right - left, bottom - top)
+        return image
+
+    def read_tile(
+        self, x: int, y: int, level: int, read_px: int, tile_px: int, footprint_px: int | None = None
+    ) -> np.ndarray:
+        """Reads a square and brings it to `tile_px` by averaging areas (linearly where it must be enlarged).
+
+        Args:
+            x, y: Top-left corner in level-0 pixels.
+            level: Pyramid level to read.
+            read_px: Side of the square in pixels of that level.
+            tile_px: Side of the result.
+            footprint_px: Side in level-0 pixels. When given, the square has exactly this side even where it is no whole
+                number of the level's pixels; pixels that lie partly inside count by their share.
+
+        Returns:
+            uint8 array (tile_px, tile_px, 3), RGB.
+
+        Raises:
+            SlideError: The file is damaged here.
+        """
+        downsample = self.level_downsamples[level]
+        side = read_px if footprint_px is None else footprint_px / downsample
+        spans = []
+        for start, length in zip((x, y), self.level_dimensions[level], strict=True):
+            # levels are rounded to whole pixels: a tile at the slide's edge may end a fraction outside its level
+            first = max(0.0, min(start / downsample, length - side))
+            level0 = math.floor(math.floor(first + 1e-6) * downsample + 1e-6)
+            begin = level0 / downsample
+            count = min(math.ceil(first + side - begin - 1e-6), math.floor(length - begin + 1e-6))
+            spans.append((level0, count, first - begin))
+        (left, columns, column_offset), (top, rows, row_offset) = spans
+        region = self.read_region(left, top, level, columns, rows)
+        return resample_square(region, column_offset, row_offset, side, tile_px)
+
+    def thumbnail(self, max_px: int) -> np.ndarray:
+        """The whole slide, area-averaged to at most `max_px` on its longer side; uint8 (height, width, 3), RGB."""
+        longest = max(self.width, self.height)
+        scale = min(1.0, max_px / longest)
+        size = (max(1, round(self.width * scale)), max(1, round(self.height * scale)))
+        level = max(level for level, sides in enumerate(self.level_dimensions) if max(sides) >= longest * scale)
+        image = self.shrunk(level, max(1, math.floor(max(self.level_dimensions[level]) / max(size))))
+        return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+    def num_blocks(self, level: int, factor: int) -> int:
+        """Number of blocks that `shrunk` reads."""
+        return sum(1 for _ in self._blocks(level, factor))
+
+    def shrunk(self, level: int, factor: int, advance: Callable[[], object] | None = None) -> np.ndarray:
+        """A whole level, with squares of `factor` pixels averaged to one.
+
+        Reads block by block, so that memory stays bounded by the result and a few million pixels.
+
+        Args:
+            level: Pyramid level to read.
+            factor: Pixels of the level a pixel of the result.
+            advance: Called after each of the `num_blocks(level, factor)` blocks.
+
+        Returns:
+            uint8 array (ceil(height / factor), ceil(width / factor), 3), RGB.
+        """
+        width, height = self.level_dimensions[level]
+        image = np.empty((math.ceil(height / factor), math.ceil(width / factor), 3), np.uint8)
+        downsample = self.level_downsamples[level]
+        for left, top, columns, rows in self._blocks(level, factor):
+            block = self.read_region(round(left * downsample), round(top * downsample), level, columns, rows)
+            place = image[
+                top // factor : (top + rows - 1) // factor + 1, left // factor : (left + columns - 1) // factor + 1
+            ]
+            place[:] = average_squares(block, factor)
+            if advance is not None:
+                advance()
+        return image
+
+    def files(self) -> list[Path]:
+        """All files that make up the slide: one, or those of a MIRAX, VMS or DICOM slide."""
+        if self.vendor == "mirax":
+            return mirax_members(self._file)
+        if self.vendor == "hamamatsu" and self._file.suffix.lower() in {".vms", ".vmu"}:
+            return vms_members(self._file)
+        if self.vendor == "dicom":
+            return [path for path, same in self._dicom_files() if same]
+        return [self._file]
+
+    def _open(self) -> openslide.OpenSlide:
+        try:
+            return openslide.OpenSlide(str(self._file))
+        except openslide.OpenSlideUnsupportedFormatError:
+            size = self._file.stat().st_size
+            raise SlideError(
+                f"{self._name} is not a slide that OpenSlide can open, or it is cut short ({size:,} bytes): compare "
+                "its size with the original and copy it again, or convert it to a pyramidal TIFF"
+            ) from None
+        except openslide.OpenSlideError as error:
+            raise self._damaged("cannot be opened", error) from None
+
+    def _read(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
+        try:
+            rgba = np.asarray(self._openslide.read_region((x, y), level, (width_px, height_px)))
+        except openslide.OpenSlideError as error:
+            raise self._damaged(f"cannot be read at x {x}, y {y} of level {level}", error) from None
+        image = cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
+        if rgba[..., 3].min() < 255:
+            opacity = rgba[..., 3:].astype(np.float32) / 255
+            blended = image * opacity + np.array(self.background, np.float32) * (1 - opacity)
+            image = np.rint(blended).astype(np.uint8)
+        return image
+
+    def _damaged(self, what: str, error: Exception) -> SlideError:
+        reason = str(error).replace(f"{self._file.parent}/", "").replace(self._file.name, "the file")
+        return SlideError(f"{self._name} {what}, it is damaged or cut short ({reason}): copy it again from the scanner")
+
+    def _property(self, name: str) -> str | None:
+        assert name in _ALLOWED, f"property {name} is not on the list of those that hold no personal data"
+        return self._openslide.properties.get(name)
+
+    def _blocks(self, level: int, factor: int) -> Iterator[tuple[int, int, int, int]]:
+        width, height = self.level_dimensions[level]
+        step_x, step_y = (max(1, side // factor) * factor for side in _BLOCK_PX)
+        for top in range(0, height, step_y):
+            for left in range(0, width, step_x):
+                yield left, top, min(step_x, width - left), min(step_y, height - top)
+
+    def _known_resolution(self) -> Resolution:
+        if self._resolution.problem:
+            raise SlideError(f"{self._name} {self._resolution.problem}")
+        return self._resolution
+
+    def _dicom_files(self) -> Iterator[tuple[Path, bool]]:
+        return dicom_series(self._file.parent, self._property("dicom.SeriesInstanceUID") or "")
+
+    def _refuse_second_series(self) -> None:
+        if not all(same for _, same in self._dicom_files()):
+            self.close()
+            raise SlideError(
+                f"{self._name} is a folder with more than one DICOM series: give one file of the wanted series in "
+                "column path of slides.tsv"
+            )
+
+
+class SlidePool:
+    """Slides by their id, opened when first asked for, the least recently used closed beyond `max_open`.
+
+    May be pickled and used after a fork: every process opens handles of its own.
+    """
+
+    def __init__(
+        self, paths: Mapping[str, str | os.PathLike[str]], mpp: Mapping[str, float] | None = None, max_open: int = 16
+    ) -> None:
+        """Takes the files by slide id, and micrometres a pixel for those slides whose file is to be overruled."""
+        self._paths, self._mpp, self._max_open = dict(paths), dict(mpp or {}), max_open
+        self._open: OrderedDict[str, Slide] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __getitem__(self, slide_id: str) -> Slide:
+        """The open slide. Raises SlideError when it cannot be opened, KeyError when it is not one of the pool's."""
+        if self._pid != os.getpid():
+            self._open, self._pid = OrderedDict(), os.getpid()
+        slide = self._open.pop(slide_id, None)
+        if slide is None:
+            slide = Slide(self._paths[slide_id], slide_id, self._mpp.get(slide_id))
+        self._open[slide_id] = slide
+        while len(self._open) > self._max_open:
+            self._open.popitem(last=False)[1].close()
+        return slide
+
+    def __getstate__(self) -> tuple[dict, dict, int]:
+        return self._paths, self._mpp, self._max_open
+
+    def __setstate__(self, state: tuple[dict, dict, int]) -> None:
+        self.__init__(*state)
+
+    def close(self) -> None:
+        """Closes all open slides; the pool stays usable."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _colour(text: str | None) -> tuple[int, int, int]:
+    try:
+        red, green, blue = bytes.fromhex((text or "").removeprefix("#"))
+    except ValueError:
+        return 255, 255, 255
+    return red, green, blue
+
+
+def _inside(start: float, count: int, length: int) -> tuple[int, int]:
+    """Which of the `count` pixels from `start` lie on a level of `length` pixels, at least in part."""
+    first = math.ceil(-start - 1e-6) if start < 0 else 0
+    last = min(count, math.ceil(length - start - 1e-6))
+    return min(first, count), max(last, 0)

@@ -1,0 +1,148 @@
+"""Training checkpoints (DCP folders) and exports of the teacher.
+
+A checkpoint `ckpt/<it>` holds, under "model", the tensors of `student.…`, `teacher.…` and, in gram runs,
+`gram_teacher.…`; under "optimizer" AdamW's moments by parameter name. `<it>` is the 0-based index of the last finished
+iteration. It is written under a dot-prefixed name and renamed when complete; `.metadata`, which DCP writes last, marks
+it as complete.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from dinoscope.errors import CheckpointError
+from dinoscope.files import atomic_path, sync_folder
+from dinoscope.train.ssl_step import SSLModel
+
+if TYPE_CHECKING:
+    from dinoscope.config import CheckpointingConfig
+    from dinoscope.train.distributed import World
+
+__all__ = [
+    "complete_checkpoints",
+    "export_teacher",
+    "fill_from_full_state",
+    "load_checkpoint",
+    "save_checkpoint",
+    "teacher_export_path",
+]
+
+_WRAPPER = "_checkpoint_wrapped_module."  # the name that activation checkpointing inserts
+
+
+def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Iteration -> folder of the complete checkpoints of a run, the oldest first."""
+    found = {}
+    for folder in (run_dir / "ckpt").glob("*"):
+        match = re.fullmatch(r"(\d+)(_keep)?", folder.name)
+        if match and (folder / ".metadata").is_file():
+            found[int(match[1])] = folder
+    return dict(sorted(found.items()))
+
+
+def save_checkpoint(
+    run_dir: Path,
+    iteration: int,
+    model: SSLModel,
+    optimizer: torch.optim.Optimizer,
+    settings: "CheckpointingConfig",
+    world: "World",
+) -> Path:
+    """Writes the whole training state, then deletes what is no longer to be kept. All ranks call it together."""
+    keep = (iteration + 1) % settings.keep_every == 0
+    target = run_dir / "ckpt" / (f"{iteration}_keep" if keep else str(iteration))
+    partial = target.with_name(f".{target.name}.partial")
+    if world.is_main:
+        for leftover in target.parent.glob(".*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_training_state(model, optimizer), checkpoint_id=partial)
+    if world.is_main:
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync_folder(target.parent)
+        _prune(run_dir, settings.max_to_keep)
+    dist.barrier()
+    return target
+
+
+def load_checkpoint(
+    folder: Path, model: SSLModel, optimizer: torch.optim.Optimizer, *, with_gram_teacher: bool = True
+) -> None:
+    """Fills model and optimizer in place, on any number of ranks.
+
+    Raises:
+        CheckpointError: The folder is incomplete, or holds another model.
+    """
+    if not (folder / ".metadata").is_file():
+        raise CheckpointError(f"checkpoint {folder} is incomplete (it has no .metadata); use another one")
+    state = _training_state(model, optimizer)
+    if not with_gram_teacher:
+        state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("gram_teacher.")}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (dcp.CheckpointException, RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"checkpoint {folder} cannot be loaded into this model: {reason}") from error
+
+
+def _training_state(model: SSLModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a checkpoint holds; the tensors are those of model and optimizer, not copies."""
+    names = {id(p): name.replace(_WRAPPER, "") for name, p in model.named_parameters()}
+    moments = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:  # before the first step: what AdamW itself would start from
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            moments[names[id(parameter)]] = {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return {"model": model.state_dict(), "optimizer": moments}
+
+
+def _prune(run_dir: Path, max_to_keep: int | None) -> None:
+    if max_to_keep is None:
+        return
+    temporary = [folder for folder in complete_checkpoints(run_dir).values() if not folder.name.endswith("_keep")]
+    for folder in temporary[:-max_to_keep]:
+        doomed = folder.with_name(f".{folder.name}.partial")
+        folder.rename(doomed)  # a kill halfway through the deletion must not leave a half checkpoint under its name
+        shutil.rmtree(doomed)
+
+
+def teacher_export_path(run_dir: Path, iteration: int) -> Path:
+    """Where the teacher of an iteration is exported to."""
+    return run_dir / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
+
+
+def export_teacher(run_dir: Path, iteration: int, model: SSLModel, world: "World") -> Path:
+    """Writes {"teacher": {"backbone.…", "dino_head.…", "ibot_head.…"}}, whole tensors. All ranks call it together."""
+    path = teacher_export_path(run_dir, iteration)
+    whole = {}
+    for name, tensor in model.teacher.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            whole[name] = full.detach().cpu().clone()
+    if world.is_main:
+        with atomic_path(path) as temporary:
+            torch.save({"teacher": whole}, temporary)
+    dist.barrier()
+    return path
+
+
+def fill_from_full_state(module: nn.Module, state: dict[str, Tensor] | None) -> None:
+    """Fills a sharded module from whole tensors that only the main process has (None elsewhere)."""
+    set_model_state_dict(
+        module, state or {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    )

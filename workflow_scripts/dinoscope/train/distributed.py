@@ -1,0 +1,76 @@
+"""The process group of a training run, on whatever device the machine has."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinoscope.processes import die_with_parent
+
+__all__ = ["World", "joined_world"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a run. Collectives on CPU tensors go through gloo, on GPU tensors through NCCL."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks get the same answer."""
+        return bool(self.reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX).item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks of a CPU tensor."""
+        return self.reduce(values, dist.ReduceOp.SUM) / self.size
+
+    @staticmethod
+    def reduce(values: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
+        """A reduced copy of `values`."""
+        values = values.clone()
+        dist.all_reduce(values, operation)
+        return values
+
+
+@contextlib.contextmanager
+def joined_world() -> Iterator[World]:
+    """Joins the process group that torchrun describes, or makes one of this process alone.
+
+    Under torchrun this process ends with its agent.
+    """
+    launched = "RANK" in os.environ
+    if launched:
+        die_with_parent()
+    else:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.accelerator.is_available():
+        device = torch.device(torch.accelerator.current_accelerator().type, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(backend)
+    try:
+        yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,68 @@
+"""torchrun on one machine, started from Python so that a user's error ends in one sentence."""
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from dinoscope.errors import ConfigError
+
+__all__ = ["num_processes", "run_torchrun"]
+
+CPU_PROCESSES = 2
+
+
+def num_processes(wanted: str) -> int:
+    """Number of training processes for "auto", "gpu" or a number.
+
+    Raises:
+        ConfigError: Neither, or more processes than GPUs.
+    """
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if wanted == "auto":
+        return gpus or CPU_PROCESSES
+    if wanted == "gpu":
+        if not gpus:
+            raise ConfigError("--processes is gpu, but torch sees none; use auto or a number")
+        return gpus
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise ConfigError(f"--processes is {wanted!r}; give auto, gpu or a number from 1")
+    if gpus and int(wanted) > gpus:
+        raise ConfigError(
+            f"--processes is {wanted}, but torch sees only {gpus} GPUs; each process needs one of its own"
+        )
+    return int(wanted)
+
+
+def run_torchrun(command: list[str], processes: int, log_dir: Path | None, error_file_variable: str) -> int:
+    """Runs a script and its arguments in `processes` processes; returns the exit code.
+
+    Each process writes into `log_dir`, the first one also to this process's output. The sentence of a user's error,
+    which the script leaves in the file that `error_file_variable` names, is repeated as the last line.
+    """
+    options = ["--standalone", "--nproc-per-node", str(processes)]
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        options += ["--log-dir", str(log_dir), "--redirects", "3", "--tee", "0:3"]
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder) / "error.txt"
+        os.environ[error_file_variable] = str(error_file)
+        try:
+            run(parse_args([*options, *command]))
+        except ChildFailedError as error:
+            if error_file.is_file():
+                print(f"error: {error_file.read_text(encoding='utf-8')}", file=sys.stderr)
+            else:
+                print(error, file=sys.stderr)
+            return 1
+        except SignalException as stopped:
+            print(f"stopped by {stopped.sigval.name}; start it again to go on", file=sys.stderr)
+            return 128 + stopped.sigval
+    return 0

@@ -1,0 +1,62 @@
+"""How the networks are laid over devices (FSDP2).
+
+Order of wrapping: activation checkpointing of a block, then its compilation, then sharding of block by block and last
+of the whole submodule. Parameters stay float32 in the shards; forward and backward run in
+`compute_precision.param_dtype` on GPUs, gradients are averaged over ranks in `reduce_dtype`.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from dinoscope.train.ssl_step import SSLModel
+
+if TYPE_CHECKING:
+    from dinoscope.config import ComputePrecisionConfig
+    from dinoscope.train.distributed import World
+
+__all__ = ["parallelize"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def parallelize(model: SSLModel, world: "World") -> None:
+    """Checkpoints, compiles and shards student, teacher and gram teacher in place.
+
+    The model must be on the meta device; its weights are allocated and filled with NaN, for others to fill.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    train = model.config.train
+    blocks = model.student["backbone"].blocks
+    for index, block in enumerate(blocks):
+        if train.checkpointing or train.checkpointing_full:
+            blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)
+    for network in (model.student, *model.frozen_networks()):
+        for block in network["backbone"].blocks:
+            if train.compile and world.device.type != "cpu":
+                block.compile()
+        for part in network.values():
+            _shard(part, mesh, model.config.compute_precision)
+    model.to_empty(device=world.device)
+    for tensor in model.state_dict().values():
+        tensor.fill_(float("nan"))
+
+
+def _shard(part: nn.Module, mesh: DeviceMesh, precision: "ComputePrecisionConfig") -> None:
+    reduced = mesh.device_type != "cpu"
+    # activations are cast once, where images are normalised; casting at every block would also cast the RoPE angles
+    policy = MixedPrecisionPolicy(
+        param_dtype=_DTYPES[precision.param_dtype] if reduced else None,
+        reduce_dtype=_DTYPES[precision.reduce_dtype] if reduced else None,
+        cast_forward_inputs=False,
+    )
+    keep_gathered = precision.sharding_strategy == "SHARD_GRAD_OP"
+    for block in getattr(part, "blocks", []):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
+    fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
+    if hasattr(part, "forward_crops"):
+        register_fsdp_forward_method(part, "forward_crops")

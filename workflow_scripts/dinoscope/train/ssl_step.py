@@ -1,0 +1,207 @@
+"""Student, teacher, and the losses of one step of DINOv3 self-supervised training (arXiv:2508.10104).
+
+Shape suffixes: B tiles of this rank, P patches of a global crop, M masked patches, K prototypes, D width.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoscope.data.collate import Batch
+from dinoscope.losses.dino import dino_loss
+from dinoscope.losses.gram import gram_loss, resize_patches
+from dinoscope.losses.ibot import ibot_loss
+from dinoscope.losses.koleo import distributed_koleo_loss, koleo_loss
+from dinoscope.losses.sinkhorn import sinkhorn_knopp
+from dinoscope.models.heads import DINOHead
+from dinoscope.models.layers import BlockDraws
+from dinoscope.models.registry import ViTSettings
+from dinoscope.models.vit import BackboneOutput, DinoVisionTransformer
+
+if TYPE_CHECKING:
+    from dinoscope.config import RunConfig
+
+__all__ = ["SSLModel", "StepLosses", "build_heads"]
+
+StepLosses = dict[str, Tensor]
+
+
+class SSLModel(nn.Module):
+    """The networks of a run, named as in its checkpoints: `student`, `teacher` and, in gram runs, `gram_teacher`.
+
+    Each holds a `backbone`; student and teacher a `dino_head` and an `ibot_head` too. Only the student has gradients.
+    """
+
+    def __init__(self, config: "RunConfig", settings: ViTSettings) -> None:
+        super().__init__()
+        self.config, self.settings = config, settings
+        self.student = nn.ModuleDict({"backbone": DinoVisionTransformer(settings), **build_heads(config, settings)})
+        self.teacher = nn.ModuleDict({"backbone": DinoVisionTransformer(settings), **build_heads(config, settings)})
+        self.gram_teacher: nn.ModuleDict | None = None
+        if config.gram.use_loss and not config.gram.ema_teacher:
+            self.gram_teacher = nn.ModuleDict({"backbone": DinoVisionTransformer(settings)})
+        for network in self.frozen_networks():
+            network.requires_grad_(False)
+        self.train()
+
+    def frozen_networks(self) -> list[nn.ModuleDict]:
+        """Teacher and, if there is one, gram teacher."""
+        return [network for network in (self.teacher, self.gram_teacher) if network is not None]
+
+    def train(self, mode: bool = True) -> "SSLModel":
+        """Puts the student in training mode; teachers stay in eval mode."""
+        super().train(mode)
+        for network in self.frozen_networks():
+            network.eval()
+        return self
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        teacher_temp: float,
+        gram_weight: float | None = None,
+        local_loss_weight: float | None = None,
+        draws: list[list[BlockDraws]] | None = None,
+    ) -> tuple[Tensor, StepLosses]:
+        """Total loss and its terms for one batch of this rank.
+
+        Args:
+            batch: Crops and masks, on the device.
+            teacher_temp: Temperature of the teacher's targets.
+            gram_weight: Weight of the gram loss at this iteration; None outside gram runs.
+            local_loss_weight: Weight of the local DINO loss under `dino.reweight_dino_local_loss`.
+            draws: Random numbers of the student's forward pass.
+        """
+        images = self._normalised(batch.global_crops)
+        cls_targets, patch_targets, teacher_output = self._targets(images, batch, teacher_temp)
+        student_global, student_local = self.student["backbone"].forward_crops(
+            [images, self._normalised(batch.local_crops)], [batch.masks, None], draws, [False, True]
+        )
+        losses = self._cls_losses(student_global, student_local, cls_targets)
+        losses["ibot_loss"] = self._patch_loss(student_global, batch, patch_targets)
+        total = self._total(losses, local_loss_weight)
+        if gram_weight is not None:
+            losses["gram_loss"] = self._gram_loss(student_global, teacher_output, batch)
+            total = total + gram_weight * losses["gram_loss"]
+        return total, {"total_loss": total.detach()} | {name: loss.detach() for name, loss in losses.items()}
+
+    def _normalised(self, crops: Tensor) -> Tensor:
+        """(N, S, S, 3) uint8 -> (N, 3, S, S) in the type of the computation."""
+        mean, std = (
+            torch.tensor(list(values), device=crops.device)
+            for values in (self.config.crops.rgb_mean, self.config.crops.rgb_std)
+        )
+        images = (crops.float() / 255 - mean) / std
+        return images.permute(0, 3, 1, 2).to(self._compute_dtype(crops.device))
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        reduced = device.type != "cpu" and self.config.compute_precision.param_dtype == "bf16"
+        return torch.bfloat16 if reduced else torch.float32
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, BackboneOutput]:
+        """Centred and sharpened teacher probabilities: of CLS tokens (2, B, K) and of masked patches (M, K)."""
+        (output,) = self.teacher["backbone"].forward_crops([images])
+        cls_logits = self.teacher["dino_head"](output.cls_BD)
+        patch_logits = self.teacher["ibot_head"](output.patches_BPD.flatten(0, 1)[batch.mask_indices])
+        cls_probs = sinkhorn_knopp(cls_logits, temperature)
+        return cls_probs.unflatten(0, (2, -1)), sinkhorn_knopp(patch_logits, temperature), output
+
+    def _cls_losses(self, global_out: BackboneOutput, local_out: BackboneOutput, targets: Tensor) -> StepLosses:
+        num_global, num_local = global_out.cls_BD.shape[0], local_out.cls_BD.shape[0]
+        logits = self.student["dino_head"](torch.cat([global_out.cls_BD, local_out.cls_BD]))
+        global_logits, local_logits = logits.split([num_global, num_local])
+        batch_size = num_global // 2
+        ignore_diagonal = self.config.dino.global_ignore_diagonal
+        losses = {
+            "dino_local_crops_loss": dino_loss(local_logits.unflatten(0, (-1, batch_size)), targets),
+            "dino_global_crops_loss": dino_loss(
+                global_logits.unflatten(0, (2, batch_size)), targets, ignore_diagonal=ignore_diagonal
+            ),
+        }
+        koleo = [self._koleo(features) for features in global_out.cls_BD.chunk(2)]
+        return losses | {"koleo_loss": sum(koleo) / 2}
+
+    def _koleo(self, features_BD: Tensor) -> Tensor:
+        dino = self.config.dino
+        if dino.koleo_loss_distributed:
+            return distributed_koleo_loss(features_BD, dino.koleo_topk, dino.koleo_distributed_loss_group_size)
+        return koleo_loss(features_BD)
+
+    def _patch_loss(self, global_out: BackboneOutput, batch: Batch, targets_MK: Tensor) -> Tensor:
+        masked = global_out.patches_BPD.flatten(0, 1)[batch.mask_indices]
+        logits_MK = self.student["ibot_head"](masked)
+        return ibot_loss(logits_MK, targets_MK, batch.mask_weights, num_crops=batch.masks.shape[0])
+
+    def _total(self, losses: StepLosses, local_loss_weight: float | None) -> Tensor:
+        dino, num_local = self.config.dino, self.config.crops.local_crops_number
+        global_terms = 2 if dino.global_ignore_diagonal else 4
+        local_terms = 2 * num_local
+        global_share = global_terms / (global_terms + local_terms)
+        local_share = local_terms / (global_terms + local_terms)
+        weight = local_loss_weight if local_loss_weight is not None else 1.0
+        cls_loss = (
+            local_share * weight * losses["dino_local_crops_loss"] + global_share * losses["dino_global_crops_loss"]
+        )
+        return (
+            dino.loss_weight * cls_loss
+            + dino.koleo_loss_weight * 2 * losses["koleo_loss"]
+            + self.config.ibot.loss_weight * losses["ibot_loss"]
+        )
+
+    def _gram_loss(self, student: BackboneOutput, teacher: BackboneOutput, batch: Batch) -> Tensor:
+        gram = self.config.gram
+        target_BPD = self._gram_targets(teacher, batch)
+        student_BPD = student.patches_BPD
+        if gram.tokens_used != "all":
+            chosen = batch.masks if gram.tokens_used == "masked" else ~batch.masks
+            student_BPD, target_BPD = student_BPD[chosen][None], target_BPD[chosen][None]
+        return gram_loss(
+            student_BPD,
+            target_BPD,
+            img_level=gram.img_level,
+            normalized=gram.normalized,
+            remove_neg=gram.remove_neg,
+            remove_only_teacher_neg=gram.remove_only_teacher_neg,
+        )
+
+    @torch.no_grad()
+    def _gram_targets(self, teacher: BackboneOutput, batch: Batch) -> Tensor:
+        """The gram teacher's patches on the student's patch grid."""
+        if self.gram_teacher is None and batch.gram_crops is None:
+            return teacher.patches_BPD
+        network = self.gram_teacher or self.teacher
+        crops = batch.gram_crops if batch.gram_crops is not None else batch.global_crops
+        (output,) = network["backbone"].forward_crops([self._normalised(crops)])
+        patch = self.settings.patch_size
+        from_side, to_side = crops.shape[1] // patch, batch.global_crops.shape[1] // patch
+        if from_side == to_side:
+            return output.patches_BPD
+        return resize_patches(
+            output.patches_BPD,
+            (from_side, from_side),
+            (to_side, to_side),
+            method=self.config.gram.global_teacher_resize_method,
+            antialias=self.config.gram.global_teacher_resize_antialias,
+        )
+
+
+def build_heads(config: "RunConfig", settings: ViTSettings) -> dict[str, DINOHead]:
+    """The two heads of a recipe, empty."""
+    return {
+        f"{name}_head": DINOHead(
+            settings.embed_dim,
+            section.head_n_prototypes,
+            hidden_dim=section.head_hidden_dim,
+            bottleneck_dim=section.head_bottleneck_dim,
+            num_layers=section.head_nlayers,
+        )
+        for name, section in (("dino", config.dino), ("ibot", config.ibot))
+    }
+
+
+def parameters_by_part(student: nn.ModuleDict) -> dict[str, list[Any]]:
+    """Trained parameters of backbone, dino_head and ibot_head, which are clipped separately."""
+    return {name: [p for p in part.parameters() if p.requires_grad] for name, part in student.items()}

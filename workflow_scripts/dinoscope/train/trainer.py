@@ -1,0 +1,407 @@
+"""One training run, from its inputs to final.json.
+
+    torchrun --standalone --nproc-per-node 2 workflow_scripts/pretrain.py --config config/runs/tiny.yaml \
+        --manifest results/manifests/train.parquet --slides config/slides.tsv --run-dir results/runs/pretrain
+
+The folder of a run: run_config.json (the seal), config.yaml (resolved), ckpt/<it>/ (DCP), eval/training_<it>/
+(exported teachers), training_metrics.json, logs/, and final.json, which is written last.
+"""
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dinoscope.data.collate import Batch, Collate
+from dinoscope.data.dataset import SlideCrops, build_loader, crop_settings
+from dinoscope.data.tiles import MappedTiles, map_manifest
+from dinoscope.data.windows import crop_ranges
+from dinoscope.errors import ConfigError, DinoscopeError, RunError
+from dinoscope.files import write_json
+from dinoscope.models.registry import settings_from_config
+from dinoscope.progress import Progress, progress
+from dinoscope.slides.manifest import manifest_digest
+from dinoscope.slides.table import SlideRecord, read_slide_table
+from dinoscope.train.checkpoint import (
+    complete_checkpoints,
+    export_teacher,
+    load_checkpoint,
+    save_checkpoint,
+    teacher_export_path,
+)
+from dinoscope.train.distributed import World
+from dinoscope.train.draws import step_draws
+from dinoscope.train.lock import run_lock
+from dinoscope.train.metrics import append_metrics
+from dinoscope.train.optimizer import apply_schedule, build_optimizer, clip_gradients, copy_parameters, update_ema
+from dinoscope.train.parallelize import parallelize
+from dinoscope.train.schedule import ScheduleValues, build_schedules
+from dinoscope.train.seal import seal_or_compare
+from dinoscope.train.ssl_step import SSLModel, parameters_by_part
+from dinoscope.train.starting import Start, start_model
+
+if TYPE_CHECKING:
+    from dinoscope.config import RunConfig
+
+__all__ = ["RunInputs", "train_run"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads: its recipe, its tiles, where the slides are, and what it starts from."""
+
+    config: "RunConfig"
+    manifest: Path
+    slides: str
+    start: Start
+    run_dir: Path
+
+
+def train_run(inputs: RunInputs, world: World) -> None:
+    """Trains until the last iteration, or until asked to stop, resuming from the newest complete checkpoint.
+
+    All ranks call it together. Writes final.json last; when it is there, the run is finished.
+
+    Raises:
+        RunError: Another process trains in the folder, the settings differ from those the run was started with, the
+            loss is not finite, or the process was asked to stop (after a checkpoint).
+        DinoscopeError: An input is wrong.
+    """
+    with contextlib.ExitStack() as stack:
+        tiles, slides = _main_first(world, lambda: _prepare(inputs, stack))
+        trainer = Trainer(inputs, world, tiles, slides)
+        trainer.run()
+
+
+def _prepare(inputs: RunInputs, stack: contextlib.ExitStack) -> tuple[MappedTiles, list[SlideRecord]]:
+    """What the main process does alone: lock, seal, map the manifest, find the slides."""
+    digests = {"manifest": manifest_digest(inputs.manifest), **inputs.start.digests()}
+    stack.enter_context(run_lock(inputs.run_dir))
+    seal_or_compare(inputs.run_dir, inputs.config, digests, inputs.start.origin())
+    tiles = map_manifest(inputs.manifest, inputs.manifest.parent / ".mapped")
+    slides = read_slide_table(inputs.slides)
+    unknown = {kind.slide_id for kind in tiles.kinds} - {slide.slide_id for slide in slides}
+    if unknown:
+        raise ConfigError(f"the manifest has tiles of slide {min(unknown)}, which {inputs.slides} does not list")
+    return tiles, slides
+
+
+def _main_first(world: World, work: Callable[[], _T]) -> _T:
+    """Runs `work` on the main process and gives its result to all; an error of a user's ends all ranks."""
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = work()
+        except DinoscopeError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        if world.is_main:
+            raise outcome[1]
+        sys.exit(1)  # the main process says it, once
+    return outcome[0]
+
+
+class Trainer:
+    """The state of a run in one process."""
+
+    def __init__(self, inputs: RunInputs, world: World, tiles: MappedTiles, slides: list[SlideRecord]) -> None:
+        self.config, self.run_dir, self.world, self.tiles = inputs.config, inputs.run_dir, world, tiles
+        self.global_batch = self.config.train.batch_size_per_gpu * world.size
+        self.schedules = build_schedules(self.config, self.global_batch)
+        self.settings = settings_from_config(self.config.student)
+        with torch.device("meta"):
+            self.model = SSLModel(self.config, self.settings)
+        parallelize(self.model, world)
+        self.optimizer = build_optimizer(self.model.student, self.config, self.settings.depth)
+        self.parts = parameters_by_part(self.model.student)
+        self.window = MetricWindow(world)
+        self.gram_updates = 0
+        self.next_iteration = self._restore(inputs.start)
+        self.dataset = self._dataset(slides)
+
+    @property
+    def num_iterations(self) -> int:
+        """Length of the run."""
+        return len(self.schedules)
+
+    def _restore(self, start: Start) -> int:
+        """Fills the model; returns the first iteration to do."""
+        checkpoints = complete_checkpoints(self.run_dir)
+        if not checkpoints:
+            story = start_model(self.model, self.optimizer, start, self.world)
+            self._event("start", 0, story)
+            return 0
+        iteration, folder = list(checkpoints.items())[-1]
+        load_checkpoint(folder, self.model, self.optimizer)
+        if iteration + 1 < self.num_iterations:
+            self._event("resume", iteration + 1, f"resumes after iteration {iteration}, from ckpt/{folder.name}")
+        return iteration + 1
+
+    def _event(self, name: str, iteration: int, story: str) -> None:
+        if self.world.is_main:
+            append_metrics(self.run_dir, {"event": name, "iteration": iteration, "note": story})
+            _log.info("run %s %s", self.run_dir.name, story)
+
+    def _dataset(self, slides: list[SlideRecord]) -> SlideCrops:
+        sizes, augmentation = crop_settings(self.config)
+        ranges = crop_ranges(self.tiles.kinds, sizes)
+        if self.world.is_main:
+            self._summarise([str(r) for r in ranges])
+        paths = {slide.slide_id: slide.path for slide in slides}
+        mpps = {slide.slide_id: slide.mpp for slide in slides if slide.mpp is not None}
+        return SlideCrops(self.tiles, paths, mpps, sizes, augmentation, self.config.train.seed)
+
+    def _summarise(self, crops: Sequence[str]) -> None:
+        samples = self.num_iterations * self.global_batch
+        peak = float(self.schedules.lr.max())
+        _log.info(
+            "%d tiles, %d iterations of %d tiles (%d processes on %s): %.1f passes over the data, peak lr %.3g",
+            *(len(self.tiles), self.num_iterations, self.global_batch, self.world.size, self.world.device.type),
+            *(samples / len(self.tiles), peak),
+        )
+        for line in crops:
+            _log.info("%s", line)
+
+    def run(self) -> None:
+        """Trains to the end and writes final.json."""
+        with _stop_requests() as stop, self._progress() as shown:
+            for iteration, batch in self._batches():
+                values = self.schedules.at(iteration)
+                self._train_step(iteration, batch, values)
+                self.next_iteration = iteration + 1
+                self._log_step(iteration, values, shown)
+                self._keep(iteration)
+                if self.next_iteration < self.num_iterations and self.world.any(bool(stop)):
+                    self._stop_early(iteration)
+        self._finish()
+
+    def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
+        if not self.world.is_main:
+            return contextlib.nullcontext()
+        return progress(
+            f"training {self.run_dir.name}", self.num_iterations, start=self.next_iteration, unit="iterations"
+        )
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        config = self.config
+        grid_side = config.crops.global_crops_size // config.student.patch_size
+        collate = Collate(
+            config.train.batch_size_per_gpu,
+            (grid_side, grid_side),
+            config.ibot.mask_sample_probability,
+            tuple(config.ibot.mask_ratio_min_max),
+            config.ibot.mask_random_circular_shift,
+            config.train.seed,
+        )
+        loader = build_loader(
+            self.dataset,
+            collate,
+            first=self.next_iteration,
+            last=self.num_iterations,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_workers=config.train.num_workers,
+        )
+        iteration, waiting_since = self.next_iteration, time.perf_counter()
+        for batch in loader:
+            self.window.waited(time.perf_counter() - waiting_since)
+            yield iteration, batch.to(self.world.device)
+            iteration, waiting_since = iteration + 1, time.perf_counter()
+
+    def _train_step(self, iteration: int, batch: Batch, values: ScheduleValues) -> None:
+        if iteration == self.config.gram.it_load_ema_teacher and self.model.gram_teacher is not None:
+            self._refresh_gram_teacher(iteration)
+        apply_schedule(self.optimizer, values)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, terms = self.model(
+            batch,
+            teacher_temp=values.teacher_temp,
+            gram_weight=values.gram_weight,
+            local_loss_weight=values.local_loss_weight,
+            draws=self._draws(iteration, batch),
+        )
+        loss.backward()
+        clip = self.config.optim.clip_grad
+        norms = {f"{name}_grad_norm": clip_gradients(parameters, clip) for name, parameters in self.parts.items()}
+        self.optimizer.step()
+        update_ema(self.model.teacher, self.model.student, values.momentum)
+        if self._gram_refresh_due(iteration):
+            self.gram_updates += 1
+            self._refresh_gram_teacher(iteration + 1)
+        self.window.add(terms | norms)
+
+    def _draws(self, iteration: int, batch: Batch) -> Any:
+        return step_draws(
+            self.settings,
+            [batch.global_crops.shape[0], batch.local_crops.shape[0]],
+            seed=self.config.train.seed,
+            step=iteration,
+            rank=self.world.rank,
+            device=self.world.device,
+        )
+
+    def _gram_refresh_due(self, iteration: int) -> bool:
+        """Whether the gram teacher follows the EMA teacher after this iteration."""
+        gram, done = self.config.gram, iteration + 1
+        if self.model.gram_teacher is None or not gram.rep_update or done < gram.it_first_update:
+            return False
+        first = math.ceil(max(gram.it_first_update, 1) / gram.update_frequency)
+        updates_before = done // gram.update_frequency - first
+        within = gram.max_updates is None or updates_before < gram.max_updates
+        return done % gram.update_frequency == 0 and within
+
+    def _refresh_gram_teacher(self, iteration: int) -> None:
+        copy_parameters(self.model.gram_teacher["backbone"], self.model.teacher["backbone"])
+        self._event(
+            "gram_teacher_update", iteration, f"takes the EMA teacher as gram teacher from iteration {iteration}"
+        )
+
+    def _log_step(self, iteration: int, values: ScheduleValues, shown: Progress | None) -> None:
+        due = (iteration + 1) % self.config.train.log_every == 0 or self.next_iteration == self.num_iterations
+        if due:
+            line = self.window.close(iteration, self.global_batch)
+            if self.world.is_main:
+                append_metrics(self.run_dir, line | _schedule_line(values))
+        if shown is not None:
+            last = self.window.last
+            rate = f"loss {last['total_loss']:.3f}, {last['samples_per_second']:.1f} tiles/s, " if last else ""
+            shown.advance(note=f"{rate}lr {values.lr:.2e}")
+
+    def _keep(self, iteration: int) -> None:
+        """Checkpoint and teacher export where they are due; both are at the last iteration."""
+        last = self.next_iteration == self.num_iterations
+        period = self.config.evaluation.eval_period_iterations
+        if last or (period and (iteration + 1) % period == 0):
+            export_teacher(self.run_dir, iteration, self.model, self.world)
+        if last or (iteration + 1) % self.config.checkpointing.period == 0:
+            self._save(iteration)
+
+    def _save(self, iteration: int) -> None:
+        self.window.require_finite(iteration)
+        save_checkpoint(self.run_dir, iteration, self.model, self.optimizer, self.config.checkpointing, self.world)
+
+    def _stop_early(self, iteration: int) -> None:
+        if iteration not in complete_checkpoints(self.run_dir):
+            self._save(iteration)
+        raise RunError(
+            f"run {self.run_dir.name} was asked to stop and saved its state after iteration {iteration}; "
+            "start it again to go on from there"
+        )
+
+    def _finish(self) -> None:
+        iteration = self.num_iterations - 1
+        teacher = teacher_export_path(self.run_dir, iteration)
+        if not _main_first(self.world, teacher.is_file):
+            export_teacher(self.run_dir, iteration, self.model, self.world)
+        if self.world.is_main:
+            _log.info("run %s is finished after %d iterations", self.run_dir.name, self.num_iterations)
+            write_json(self.run_dir / "final.json", self._final(iteration, teacher))
+        dist.barrier()
+
+    def _final(self, iteration: int, teacher: Path) -> dict[str, Any]:
+        folder = complete_checkpoints(self.run_dir)[iteration]
+        sizes, _ = crop_settings(self.config)
+        return {
+            "run": self.run_dir.name,
+            "iteration": iteration,
+            "checkpoint": str(folder.relative_to(self.run_dir)),
+            "teacher": str(teacher.relative_to(self.run_dir)),
+            "num_tiles": len(self.tiles),
+            "samples_seen": self.num_iterations * self.global_batch,
+            "tiles": sorted({(kind.tile_px, round(kind.mpp, 6)) for kind in self.tiles.kinds}),
+            "crops": [vars(entry) for entry in crop_ranges(self.tiles.kinds, sizes)],
+            "metrics": _last_metrics(self.run_dir),
+        }
+
+
+class MetricWindow:
+    """Means over the iterations since the last logged line, taken over all ranks only when a line is due."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.last: dict[str, Any] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count, self.data_time, self.started = 0, 0.0, time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Counts time that the training waited for its data."""
+        self.data_time += seconds
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        """Adds one iteration."""
+        for name, value in terms.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def require_finite(self, iteration: int) -> None:
+        """Raises RunError, on all ranks, when a loss since the last line was not finite."""
+        finite = all(bool(torch.isfinite(value)) for value in self.sums.values())
+        if self.world.any(not finite):
+            raise RunError(
+                f"the loss is not finite at iteration {iteration} or a few before; nothing was saved since. "
+                "Lower optim.lr, or lengthen its warm-up, under a new run name"
+            )
+
+    def close(self, iteration: int, global_batch: int) -> dict[str, Any]:
+        """One line of metrics; the CPU waits for the device here."""
+        self.require_finite(iteration)
+        names = sorted(self.sums)
+        means = self.world.mean(torch.stack([self.sums[name] for name in names]).cpu()) / self.count
+        seconds = (time.perf_counter() - self.started) / self.count
+        self.last = {"iteration": iteration, **dict(zip(names, means.tolist(), strict=True))}
+        self.last |= {
+            "iter_time": seconds,
+            "data_time": self.data_time / self.count,
+            "samples_per_second": global_batch / seconds,
+        }
+        self._reset()
+        return self.last
+
+
+def _schedule_line(values: ScheduleValues) -> dict[str, float]:
+    line = {
+        "lr": values.lr,
+        "wd": values.weight_decay,
+        "mom": values.momentum,
+        "last_layer_lr": values.last_layer_lr,
+        "teacher_temp": values.teacher_temp,
+    }
+    if values.gram_weight is not None:
+        line["gram_weight"] = values.gram_weight
+    return line
+
+
+def _last_metrics(run_dir: Path) -> dict[str, Any]:
+    from dinoscope.train.metrics import read_metrics
+
+    return {key: value for key, value in read_metrics(run_dir).iloc[-1].items() if value == value}
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGUSR1, so that the training can stop at the end of a step."""
+    received: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, lambda number, _: received.append(number)) for number in signals]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

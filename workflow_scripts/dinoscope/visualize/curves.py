@@ -1,0 +1,162 @@
+"""Curves of training runs: losses, schedules, gradient norms and throughput against the iteration."""
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from dinoscope.files import atomic_path
+
+__all__ = ["RUN_COLORS", "bin_curve", "curves_svg", "draw_curves", "save_curves"]
+
+# Okabe and Ito's palette: told apart with any kind of colour vision
+RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+LINE_STYLES = ("-", "--", ":")
+MAX_POINTS = 200
+NUM_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One pair of axes: the columns it shows and what each is called in its legend."""
+
+    title: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    log: bool = False
+
+
+PANELS = (
+    _Panel("Total loss", {"total_loss": ""}),
+    _Panel("DINO loss, global crops", {"dino_global_crops_loss": ""}),
+    _Panel("DINO loss, local crops", {"dino_local_crops_loss": ""}),
+    _Panel("iBOT loss, masked patches", {"ibot_loss": ""}),
+    _Panel("KoLeo loss", {"koleo_loss": ""}),
+    _Panel("Gram loss", {"gram_loss": ""}),
+    _Panel("Learning rate", {"lr": "all", "last_layer_lr": "last layer"}),
+    _Panel("Weight decay", {"wd": ""}),
+    _Panel("Teacher momentum", {"mom": ""}),
+    _Panel("Teacher temperature", {"teacher_temp": ""}),
+    _Panel(
+        "Gradient norm",
+        {"backbone_grad_norm": "backbone", "dino_head_grad_norm": "DINO", "ibot_head_grad_norm": "iBOT"},
+        log=True,
+    ),
+    _Panel("Throughput, samples/s", {"samples_per_second": ""}),
+)
+
+
+def draw_curves(runs: Mapping[str, pd.DataFrame]) -> Figure:
+    """Draws all quantities that any of the runs has logged, one colour a run.
+
+    Dotted vertical lines mark where a run was resumed. Beyond 200 points a curve is the mean of as many bins, with the
+    range of each bin behind it.
+
+    Args:
+        runs: Name of the run -> its metrics, as `dinoscope.train.metrics.read_metrics` gives them.
+    """
+    known = set().union(*(frame.columns for frame in runs.values()))
+    panels = [panel for panel in PANELS if known & panel.columns.keys()]
+    num_rows = max(1, -(-len(panels) // NUM_COLUMNS))
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(14, 0.6 + 2.5 * num_rows), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).ravel()
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, panel, runs)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        figure.legend(handles=_run_legend(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=10)
+    return figure
+
+
+def save_curves(runs: Mapping[str, pd.DataFrame], output: str | os.PathLike[str]) -> None:
+    """Draws the curves into a file; its suffix (.png, .svg, .pdf) chooses the format."""
+    with atomic_path(output) as temporary:
+        if Path(output).suffix == ".svg":
+            temporary.write_bytes(curves_svg(runs))
+        else:
+            draw_curves(runs).savefig(temporary, dpi=130)
+
+
+def curves_svg(runs: Mapping[str, pd.DataFrame]) -> bytes:
+    """The curves as an SVG image with its text drawn as outlines; the same bytes for the same runs."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "dinoscope"}):
+        draw_curves(runs).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def bin_curve(curve: pd.Series, num_bins: int = MAX_POINTS) -> pd.DataFrame:
+    """Bins of about equal numbers of points: their mean position `x`, and `mean`, `low` and `high` of the values.
+
+    Args:
+        curve: Values by iteration; points that are not numbers are left out.
+        num_bins: A curve of no more points is returned as it is.
+    """
+    curve = curve.dropna()
+    positions = np.arange(len(curve)) * min(num_bins, len(curve)) // max(len(curve), 1)
+    table = pd.DataFrame({"x": curve.index.to_numpy(float), "value": curve.to_numpy(float)}).groupby(positions)
+    return pd.DataFrame(
+        {"x": table["x"].mean(), "mean": table["value"].mean(), "low": table["value"].min(), "high": table["value"].max()}
+    )
+
+
+def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, pd.DataFrame]) -> None:
+    for number, (name, frame) in enumerate(runs.items()):
+        color = RUN_COLORS[number % len(RUN_COLORS)]
+        for style, column in zip(LINE_STYLES, panel.columns, strict=False):
+            if column in frame and frame[column].notna().any():
+                _draw_curve(axes, frame[column], color, style)
+        if panel.columns.keys() & set(frame.columns):
+            for iteration in _restarts(frame):
+                axes.axvline(iteration, color=color, linewidth=0.9, linestyle=":", gid=f"restart-{name}-{iteration}")
+    axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel("iteration", color="#555555")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(colors="#555555", labelsize=8)
+    if panel.log:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    if len(panel.columns) > 1:
+        styles = [
+            Line2D([], [], color="#555555", linestyle=style, label=label)
+            for style, (column, label) in zip(LINE_STYLES, panel.columns.items(), strict=False)
+            if any(column in frame for frame in runs.values())
+        ]
+        place = dict(loc="lower right", bbox_to_anchor=(1.02, 0.97), ncols=3, columnspacing=0.8, handlelength=1.4)
+        axes.legend(handles=styles, fontsize=7.5, frameon=False, **place)
+
+
+def _draw_curve(axes: Axes, curve: pd.Series, color: str, style: str) -> None:
+    bins = bin_curve(curve)
+    if len(curve) > len(bins):
+        axes.fill_between(bins["x"], bins["low"], bins["high"], color=color, alpha=0.18, linewidth=0)
+    marker = "o" if len(bins) == 1 else None
+    axes.plot(bins["x"], bins["mean"], color=color, linestyle=style, linewidth=1.3, marker=marker, markersize=3)
+
+
+def _restarts(frame: pd.DataFrame) -> list[int]:
+    events = frame.attrs.get("events", [])
+    return sorted({int(event["iteration"]) for event in events if event["event"] == "resume"})
+
+
+def _run_legend(runs: Mapping[str, pd.DataFrame]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=RUN_COLORS[number % len(RUN_COLORS)], linewidth=2.5, label=name)
+        for number, name in enumerate(runs)
+    ]
+    if any(_restarts(frame) for frame in runs.values()):
+        handles.append(Line2D([], [], color="#555555", linestyle=":", label="resumed"))
+    return handles

@@ -1,0 +1,188 @@
+"""The report: one HTML file that holds everything, opens from disk, and is what a person looks at first."""
+
+import base64
+import datetime
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from dinoscope.files import write_text
+from dinoscope.visualize.curves import RUN_COLORS, curves_svg
+from dinoscope.visualize.report_data import ModelFacts, ReportData, RunFacts, collect
+
+__all__ = ["build_report", "picture_uri"]
+
+MAX_SLIDES_SHOWN = 24
+LONGEST_PX = 1200
+LOSSES = {
+    "total_loss": "total",
+    "dino_global_crops_loss": "DINO, global",
+    "dino_local_crops_loss": "DINO, local",
+    "ibot_loss": "iBOT",
+    "koleo_loss": "KoLeo",
+    "gram_loss": "Gram",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with the words under it."""
+
+    label: str
+    uri: str
+    caption: str
+
+
+def build_report(
+    results: Path,
+    models: Sequence[str],
+    runs: Sequence[str],
+    output: Path,
+    *,
+    workflow_config: Path | None = None,
+    max_slides: int = MAX_SLIDES_SHOWN,
+) -> None:
+    """Writes the report.
+
+    What is not there (a model without maps, a run that has not begun) is left out or said to be missing.
+
+    Args:
+        results: The results folder.
+        models: Names of models, in the order of their PCA maps.
+        runs: Names of training runs.
+        output: The HTML file.
+        workflow_config: The workflow's config.yaml, shown without its paths.
+        max_slides: Slides shown with pictures, evenly chosen from the table.
+    """
+    data = collect(results, models, runs, workflow_config=workflow_config)
+    shown = _evenly(data.slides, max_slides)
+    with_metrics = {run.name: run.metrics for run in data.runs if run.metrics is not None}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(thousands=_thousands, percent=_percent, number=_number, as_yaml=_as_yaml)
+    html = environment.get_template("report.html.j2").render(
+        data=data,
+        date=datetime.date.today().isoformat(),
+        summary=summary_sentences(data),
+        rows=[(slide, _slide_pictures(results, slide.slide_id, data.models)) for slide in shown],
+        curves=Markup(_svg_uri(curves_svg(with_metrics))) if with_metrics else "",
+        losses={key: label for key, label in LOSSES.items() if any(run.first_and_last(key) for run in data.runs)},
+        run_colors={run.name: RUN_COLORS[number % len(RUN_COLORS)] for number, run in enumerate(data.runs)},
+    )
+    write_text(output, html)
+
+
+def summary_sentences(data: ReportData) -> list[str]:
+    """What was done and what came of it, in words."""
+    sentences = []
+    counts = [
+        f"{_thousands(data.num_tiles(name))} tiles for {name}{_tile_kind(metadata)}"
+        for name, metadata in data.tile_sets.items()
+    ]
+    tiled = f" were cut into {_joined(counts)}" if counts else " were inspected"
+    sentences.append(f"{_count(len(data.slides), 'slide')}{tiled}.")
+    uses = [{use.strip() for use in slide.use.split(",")} for slide in data.slides]
+    num_train, num_eval = (sum(name in use for use in uses) for name in ("train", "eval"))
+    if num_train or num_eval:
+        sentences.append(f"Training saw {_count(num_train, 'slide')}; {num_eval} were held out for evaluation.")
+    sentences += [sentence for run in data.runs if (sentence := _run_sentence(run))]
+    explained = [
+        f"{100 * model.pca['explained_by_top_3']:.0f} % for {model.name}" for model in data.models if model.pca
+    ]
+    if explained:
+        sentences.append(
+            f"The first three principal components of the tile features explain {_joined(explained)} of their variance."
+        )
+    return sentences
+
+
+def picture_uri(path: str | os.PathLike[str], longest_px: int = LONGEST_PX) -> str:
+    """A picture as a data URI, made smaller and packed as WebP; its metadata stays behind."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    picture.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="WEBP", quality=82, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _svg_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _slide_pictures(results: Path, slide_id: str, models: Sequence[ModelFacts]) -> list[Picture]:
+    """The tiling overview (or the thumbnail), then the map of each model that has one."""
+    pictures = []
+    overview, thumbnail = results / "tiles" / f"{slide_id}.jpg", results / "slides" / f"{slide_id}.jpg"
+    if overview.is_file():
+        pictures.append(Picture("tiling", picture_uri(overview), "slide with tissue outline and tile grid"))
+    elif thumbnail.is_file():
+        pictures.append(Picture("slide", picture_uri(thumbnail), "the slide"))
+    for model in models:
+        path = results / "pca" / model.name / f"{slide_id}.png"
+        if path.is_file():
+            explained = f"3 components explain {_percent(model.pca['explained_by_top_3'])}" if model.pca else "PCA map"
+            pictures.append(Picture(model.name, picture_uri(path), explained))
+    return pictures
+
+
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
+    if len(items) <= count:
+        return list(items)
+    return [items[index] for index in np.linspace(0, len(items) - 1, count).round().astype(int)]
+
+
+def _run_sentence(run: RunFacts) -> str:
+    if run.metrics is None:
+        return ""
+    sentence = f"Run {run.name} trained for {_count(run.num_iterations, 'iteration')}"
+    if losses := run.first_and_last("total_loss"):
+        sentence += f"; its total loss went from {_number(losses[0])} to {_number(losses[1])}"
+    if run.num_resumed:
+        sentence += f", with {_count(run.num_resumed, 'resumption')}"
+    return sentence + ("." if run.is_finished else " so far.")
+
+
+def _tile_kind(metadata: dict[str, Any]) -> str:
+    tile_px, mpp = metadata.get("tile_px"), metadata.get("requested_mpp")
+    return f" ({tile_px} px at {mpp:g} µm a pixel)" if tile_px and mpp else ""
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{_thousands(number)} {noun}" + ("" if number == 1 else "s")
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.0f} %"
+
+
+def _number(value: float) -> str:
+    """Four significant digits; powers of ten only where they help."""
+    text = f"{value:.4g}"
+    return text if "e" in text else f"{value:.{max(0, 3 - len(str(abs(int(value)))) + (abs(value) < 1))}f}"
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,26 @@
+"""Makes the starting weights of a workflow, which every run begins with and which "base" features come from.
+
+Takes the recipe's MODEL.WEIGHTS if there is one, else initialises the recipe's backbone from train.seed.
+"""
+
+import argparse
+from pathlib import Path
+
+from dinoscope.cli import HelpFormatter, run_script
+
+
+def main() -> None:
+    """Writes teacher.pth and, beside it, model.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="recipe of the run (YAML)")
+    parser.add_argument("--output", required=True, type=Path, help="teacher.pth to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
+    arguments = parser.parse_args()
+    from dinoscope.config import load_recipe
+    from dinoscope.export.convert import write_initial_weights
+
+    write_initial_weights(load_recipe(arguments.config, arguments.overrides), arguments.output)
+
+
+if __name__ == "__main__":
+    run_script(main)
