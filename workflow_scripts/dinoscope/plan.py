@@ -22,7 +22,7 @@ from dinoscope.slides.find import slide_files
 from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
 from dinoscope.train.seal import read_seal
 
-__all__ = ["Plan", "Run", "make_plan", "one_sentence"]
+__all__ = ["DEMO_SLIDES", "Plan", "Run", "make_plan", "one_sentence"]
 
 _TRAINING_ONLY = (
     "student.drop_path_rate",
@@ -30,6 +30,8 @@ _TRAINING_ONLY = (
     "student.pos_embed_rope_jitter_coords",
     "student.pos_embed_rope_rescale_coords",
 )
+# The names of dinoscope.slides.demo, without its imports.
+DEMO_SLIDES = ("demo_he_1", "demo_he_2", "demo_he_3", "demo_ihc_1", "demo_cyto_1")
 # What `stain` says about a slide's looks, where the tissue method is auto.
 _METHOD_OF_STAIN = {"HE": "otsu", "IHC": "otsu", "Pap": "cytology", "MGG": "cytology", "IF": "fluorescence"}
 
@@ -189,8 +191,10 @@ class Plan:
 
     def demo_slides(self) -> list[str]:
         """Paths of the slides that the demo makes, if it is enabled."""
-        demo = self.results / "demo"
-        return [str(r.path) for r in self.slides.values() if self.config["demo"]["enabled"] and r.path.parent == demo]
+        if not self.config["demo"]["enabled"]:
+            return []
+        demo = {self.results / "demo" / f"{name}.tiff" for name in DEMO_SLIDES}
+        return [str(record.path) for record in self.slides.values() if record.path in demo]
 
     def basis_slides(self, model: str) -> list[str]:
         """Slides that the model's PCA is fitted on: those of the basis that exists, else the training slides.

@@ -119,3 +119,4 @@ def _circle_problems(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if current == name:
             circle = " -> ".join([*seen, name])
             yield f"runs.{name}.continues leads back to itself: {circle}; one run must continue none"
+            return

@@ -2,7 +2,7 @@
 
     crops = make_crops(window, CropSizes(), AUGMENTATIONS["pathology"], sample_rng(seed, sample_index))
 
-Callers that run several worker processes should call `cv2.setNumThreads(1)` in each of them.
+Callers that run several worker processes should call `cv2.setNumThreads(0)` in each of them.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Augmentation:
         rotations_90: Turn by 0, 90, 180 or 270 degrees, each equally likely.
         hed_p: Probability of stain jitter (haematoxylin, eosin, DAB), before all other changes of colour.
         hed_sigma: Gain of each stain uniform in 1 ± this, shift uniform in ± this (optical density).
-        jitter_p: Probability of the colour jitter: the next four in random order.
+        color_jitter_p: Probability of the colour jitter: the next four in random order.
         brightness: Factor uniform in 1 ± this.
         contrast: Factor uniform in 1 ± this.
         saturation: Factor uniform in 1 ± this.
@@ -59,7 +59,7 @@ class Augmentation:
     rotations_90: bool = False
     hed_p: float = 0.0
     hed_sigma: float = 0.05
-    jitter_p: float = 0.8
+    color_jitter_p: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -248,7 +248,7 @@ def _distort(
     if rng.random() < augmentation.hed_p:
         sigma = augmentation.hed_sigma
         view = color.shift_stains(view, rng.uniform(1 - sigma, 1 + sigma, 3), rng.uniform(-sigma, sigma, 3))
-    if rng.random() < augmentation.jitter_p:
+    if rng.random() < augmentation.color_jitter_p:
         view = _jitter(view, augmentation, rng)
     if rng.random() < augmentation.grayscale_p:
         view = color.grayscale(view)

@@ -5,6 +5,7 @@ of the whole submodule. Parameters stay float32 in the shards; forward and backw
 `compute_precision.param_dtype` on GPUs, gradients are averaged over ranks in `reduce_dtype`.
 """
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,8 @@ def parallelize(model: SSLModel, world: "World") -> None:
 
     The model must be on the meta device; its weights are allocated and filled with NaN, for others to fill.
     """
+    # outputs are views of the tokens; FSDP warns of in-place operations on them, of which there are none
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     train = model.config.train
     blocks = model.student["backbone"].blocks
@@ -39,14 +42,15 @@ def parallelize(model: SSLModel, world: "World") -> None:
         for block in network["backbone"].blocks:
             if train.compile and world.device.type != "cpu":
                 block.compile()
+        trained = network is model.student
         for part in network.values():
-            _shard(part, mesh, model.config.compute_precision)
+            _shard(part, mesh, model.config.compute_precision, trained)
     model.to_empty(device=world.device)
     for tensor in model.state_dict().values():
         tensor.fill_(float("nan"))
 
 
-def _shard(part: nn.Module, mesh: DeviceMesh, precision: "ComputePrecisionConfig") -> None:
+def _shard(part: nn.Module, mesh: DeviceMesh, precision: "ComputePrecisionConfig", trained: bool) -> None:
     reduced = mesh.device_type != "cpu"
     # activations are cast once, where images are normalised; casting at every block would also cast the RoPE angles
     policy = MixedPrecisionPolicy(
@@ -54,7 +58,8 @@ def _shard(part: nn.Module, mesh: DeviceMesh, precision: "ComputePrecisionConfig
         reduce_dtype=_DTYPES[precision.reduce_dtype] if reduced else None,
         cast_forward_inputs=False,
     )
-    keep_gathered = precision.sharding_strategy == "SHARD_GRAD_OP"
+    # without a backward nothing would give gathered weights of a teacher back
+    keep_gathered = trained and precision.sharding_strategy == "SHARD_GRAD_OP"
     for block in getattr(part, "blocks", []):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
     fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)

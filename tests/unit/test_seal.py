@@ -1,0 +1,51 @@
+"""What may change when a run goes on, and what may not."""
+
+from pathlib import Path
+
+import pytest
+
+from dinoscope.config import load_recipe
+from dinoscope.errors import SealError
+from dinoscope.train.seal import check_seal, seal_or_compare
+
+RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny.yaml"
+INPUTS = {"manifest": "abc", "weights": "def", "continues": None, "gram_teacher": None}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    seal_or_compare(tmp_path / "run", load_recipe(RECIPE), INPUTS, "somewhere")
+    return tmp_path / "run"
+
+
+def test_a_run_never_started_passes(tmp_path: Path) -> None:
+    check_seal(tmp_path / "new", RECIPE)
+
+
+def test_unchanged_and_harmless_changes_pass(run: Path) -> None:
+    harmless = ["optim.epochs=20", "train.num_workers=0", "checkpointing.period=7", "train.log_every=1"]
+    check_seal(run, RECIPE, harmless)
+    seal_or_compare(run, load_recipe(RECIPE, harmless), INPUTS, "somewhere")
+
+
+def test_a_changed_setting_is_refused_and_nothing_is_lost(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    for refuse in (
+        lambda: check_seal(run, RECIPE, ["optim.lr=5e-3"]),
+        lambda: seal_or_compare(run, load_recipe(RECIPE, ["optim.lr=5e-3"]), INPUTS, "somewhere"),
+    ):
+        with pytest.raises(SealError, match=r"optim\.lr was 0\.002 and is now 0\.005.*new run name"):
+            refuse()
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_another_manifest_is_refused(run: Path) -> None:
+    with pytest.raises(SealError, match=r"the tile manifest \(abc, now xyz\).*new run name"):
+        seal_or_compare(run, load_recipe(RECIPE), INPUTS | {"manifest": "xyz"}, "somewhere")
+
+
+def test_results_name_weight_files_without_their_folders(tmp_path: Path) -> None:
+    config = load_recipe(RECIPE, ["MODEL.WEIGHTS=/secret/place/weights.pth"])
+    seal_or_compare(tmp_path, config, INPUTS, "somewhere")
+    assert "secret" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    assert load_recipe(tmp_path / "config.yaml").MODEL.WEIGHTS == "weights.pth"
