@@ -31,3 +31,4 @@ rule all:
     input:
         rules.report.output,
         rules.pca.input,
+        rules.slide_table.output,

@@ -9,6 +9,7 @@ if PLAN.demo_slides():
             "<logs>/demo_slides.log",
         conda:
             "../envs/slides.yaml"
+        threads: 5
         params:
             script=SCRIPTS / "make_demo_slides.py",
             folder=PLAN.results / "demo",
@@ -17,6 +18,7 @@ if PLAN.demo_slides():
             "python {params.script:q} --output-dir {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
+# A slide that cannot be read is written down, so that one pass finds the problems of all; tiling it fails.
 rule inspect_slide:
     input:
         slide=slide_path,
@@ -35,7 +37,7 @@ rule inspect_slide:
         script=SCRIPTS / "inspect_slide.py",
         mpp=slide_mpp,
     shell:
-        "python {params.script:q} --slide {input.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
+        "python {params.script:q} --slide {input.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q} --keep-going"
         " --output {output.info:q} --thumbnail {output.thumbnail:q} > {log:q} 2>&1"
 
 
@@ -125,3 +127,27 @@ rule merge_manifest:
         script=SCRIPTS / "merge_manifest.py",
     shell:
         "python {params.script:q} --output {output.manifest:q} {input.tiles:q} > {log:q} 2>&1"
+
+
+rule slide_table:
+    input:
+        tiles=expand(
+            "<results>/tiles/{set}/{slide}.parquet",
+            set=PLAN.config["features"]["set"],
+            slide=PLAN.slides,
+        ),
+        splits=rules.split_slides.output.splits,
+    output:
+        table="<results>/slides.parquet",
+    log:
+        "<logs>/slide_table.log",
+    localrule: True
+    conda:
+        "../envs/slides.yaml"
+    params:
+        script=SCRIPTS / "tabulate_slides.py",
+        slides=Path(PLAN.config["slides"]["source"]),
+        digest=PLAN.table_digest,
+    shell:
+        "python {params.script:q} --slides {params.slides:q} --splits {input.splits:q} --output {output.table:q}"
+        " {input.tiles:q} > {log:q} 2>&1"

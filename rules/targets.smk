@@ -27,6 +27,7 @@ rule tiles:
 rule manifest:
     input:
         expand("<results>/manifests/{set}.parquet", set=PLAN.training_sets),
+        rules.slide_table.output,
 
 
 rule features:

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from reference_numbers import FOLDER, load_reference
 
 from dinoscope.losses.koleo import distributed_koleo_loss
 from dinoscope.losses.sinkhorn import sinkhorn_knopp
+from reference_numbers import FOLDER, load_reference
 
 WORLD_SIZE = 2
 SINKHORN_CASES = {

@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from reference_numbers import load_reference
 
 from dinoscope.losses.dino import dino_loss
+from reference_numbers import load_reference
 
 
 def naive_dino(student, teacher, temperature, ignore_diagonal):

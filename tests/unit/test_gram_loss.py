@@ -3,9 +3,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from reference_numbers import load_reference
 
 from dinoscope.losses.gram import gram_loss, resize_patches, select_tokens
+from reference_numbers import load_reference
 
 CLIPPING = [
     {},
@@ -19,7 +19,7 @@ def naive_gram(student, teacher, img_level, normalized, remove_neg, remove_only_
     """Every pair of patches by hand, in float64."""
     groups = [[(b, p) for p in range(student.shape[1])] for b in range(student.shape[0])]
     if not img_level:
-        groups = [sum(groups, [])]
+        groups = [[patch for group in groups for patch in group]]
     squares = []
     for group in groups:
         for first, second in itertools.product(group, group):

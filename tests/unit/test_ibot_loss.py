@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from reference_numbers import load_reference
 
 from dinoscope.losses.ibot import ibot_loss
+from reference_numbers import load_reference
 
 
 def weights_of(masks):

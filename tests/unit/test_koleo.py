@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from reference_numbers import load_reference
 
 from dinoscope.losses.koleo import distributed_koleo_loss, koleo_loss
+from reference_numbers import load_reference
 
 
 def naive_koleo(features, topk=1, group_size=None):

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from reference_numbers import load_reference
 
+from dinoscope.config import resolve_recipe
 from dinoscope.errors import ConfigError
 from dinoscope.train.schedule import Schedules, build_schedules, cosine_schedule, linear_warmup_cosine, scaled_lr
+from reference_numbers import load_reference
 
 PUBLISHED_DEFAULTS = {
     "optim": {
@@ -187,7 +188,7 @@ def test_published_scaling_rules():
         assert scaled_lr(1.0, rule, global_batch) == pytest.approx(multiplier, rel=1e-15)
 
 
-# what the three gram recipes ask for, which the reference does not repeat (published_keys.yaml, and the curves themselves)
+# what the two gram recipes ask for, which the reference does not repeat (published_keys.yaml, and the curves)
 GRAM_SECTIONS = {
     "v2_7b_gram": {
         "gram": {"start": 0, "peak": 0, "end": 2.0, "warmup_epochs": 1000, "cosine_epochs": 1},
@@ -202,10 +203,19 @@ GRAM_SECTIONS = {
 
 @pytest.mark.parametrize(
     "setting",
-    ["v1_default", "v1_trunc_linear", "v1_noscale", "v2_vitl", "v2_7b_pretrain", "v2_7b_gram", "v2_7b_highres", "v2_linear"],
+    [
+        "v1_default",
+        "v1_trunc_linear",
+        "v1_noscale",
+        "v2_vitl",
+        "v2_7b_pretrain",
+        "v2_7b_gram",
+        "v2_7b_highres",
+        "v2_linear",
+    ],
 )
-@pytest.mark.parametrize("as_config", [OmegaConf.create, "namespace"], ids=["omegaconf", "namespace"])
-def test_published_runs(setting, as_config):
+@pytest.mark.parametrize("kind", ["recipe", "namespace"])
+def test_published_runs(setting, kind):
     tensors, values = load_reference("schedules")
     given = values["cfg"][setting]
     sections = GRAM_SECTIONS.get(setting, {})
@@ -218,13 +228,19 @@ def test_published_runs(setting, as_config):
         "gram": {"use_loss": "gram" in sections, "loss_weight": 1.0, "loss_weight_schedule": sections.get("gram")},
         "dino": {
             "reweight_dino_local_loss": "dino" in sections,
-            "local_loss_weight_schedule": sections.get("dino", PUBLISHED_DEFAULTS["dino"]["local_loss_weight_schedule"]),
+            "local_loss_weight_schedule": sections.get(
+                "dino", PUBLISHED_DEFAULTS["dino"]["local_loss_weight_schedule"]
+            ),
         },
     }
-    config = namespace(config) if as_config == "namespace" else as_config(config)
+    config = namespace(config) if kind == "namespace" else resolve_recipe([(setting, without_nulls(config))], setting)
     ours = build_schedules(config, given["batch_size_per_gpu"] * given["world_size"])
     compared = compare(ours, tensors, f"cfg.{setting}.")
     assert compared == (7 if sections else 5)
+
+
+def without_nulls(value):
+    return {k: without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def namespace(value):

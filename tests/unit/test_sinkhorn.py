@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from reference_numbers import load_reference
 
 from dinoscope.losses.sinkhorn import sinkhorn_knopp
+from reference_numbers import load_reference
 
 
 def naive_sinkhorn(logits, temperature, num_iterations):
@@ -88,6 +88,6 @@ def test_published_numbers_of_one_iteration_and_large_logits():
     tensors, _ = load_reference("losses")
     one = sinkhorn_knopp(tensors["sk.cls_logits"], 0.07, num_iterations=1)
     torch.testing.assert_close(one, tensors["sk.cls.0.07.n1.w1"], rtol=0, atol=1e-6)
-    # logits / temperature reach 79 here: their rounding alone moves a probability by some 1e-6
+    # logits / temperature reach 79 here, where exp without a shift is close to overflow
     large = sinkhorn_knopp(tensors["sk.cls_logits_large"], 0.07)
-    torch.testing.assert_close(large, tensors["sk.cls_large.0.07.w1"], rtol=0, atol=5e-6)
+    torch.testing.assert_close(large, tensors["sk.cls_large.0.07.w1"], rtol=0, atol=1e-6)

@@ -571,6 +571,8 @@ def _length_problems(config: RunConfig) -> Iterable[str]:
     for key in ("optim.epochs", "train.OFFICIAL_EPOCH_LENGTH", "train.batch_size_per_gpu", "train.log_every"):
         if OmegaConf.select(config, key) < 1:
             yield f"{key} is {OmegaConf.select(config, key)}; at least 1 is wanted"
+    if config.dino.koleo_loss_weight and not config.dino.koleo_loss_distributed and config.train.batch_size_per_gpu < 2:
+        yield "KoLeo compares the tiles of a process: train.batch_size_per_gpu must be at least 2"
     if config.checkpointing.period < 1:
         yield f"checkpointing.period is {config.checkpointing.period}; at least 1 iteration is wanted"
     if config.checkpointing.max_to_keep is not None and config.checkpointing.max_to_keep < 2:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -144,6 +144,12 @@ class Plan:
         return _digest(sorted(self.split.items()))
 
     @property
+    def table_digest(self) -> str:
+        """Changes when the slide table says anything else of a slide than where it lies."""
+        records = (replace(record, path=Path(), use=frozenset()) for record in self.slides.values())
+        return _digest([[str(record), sorted(self.slides[record.slide_id].use)] for record in records])
+
+    @property
     def base_digest(self) -> str:
         """Changes with any setting that the starting weights depend on."""
         return _digest(self.base_run.start)
@@ -184,9 +190,9 @@ class Plan:
         arguments = ["--tissue-method", self.tissue_method(slide_id)]
         for (name, tiles), output in zip(self.config["tiling"]["sets"].items(), outputs, strict=True):
             arguments += ["--set", name, str(tiles["tile_px"]), str(tiles["mpp"]), output]
-            arguments += ["--min-tissue", f"{name}={tiles['min_tissue']}"]
-            if tiles["stride_px"] is not None:
-                arguments += ["--stride", f"{name}={tiles['stride_px']}"]
+            for option, key in (("--min-tissue", "min_tissue"), ("--stride", "stride_px")):
+                if tiles[key] is not None:
+                    arguments += [option, f"{name}={tiles[key]}"]
         return arguments
 
     def demo_slides(self) -> list[str]:

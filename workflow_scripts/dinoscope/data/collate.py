@@ -68,9 +68,14 @@ class Collate:
 
     def _masks(self, first: int, num_crops: int) -> Tensor:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, _MASK_STREAM | first]))
-        masks = sample_masks(num_crops, self.grid, self.mask_probability, self.mask_ratios, rng)
-        if self.mask_shift:
-            masks = np.stack([_shifted(mask.reshape(self.grid), rng).ravel() for mask in masks])
+        masks = sample_masks(
+            num_crops,
+            self.grid,
+            self.mask_probability,
+            self.mask_ratios,
+            rng,
+            random_circular_shift=self.mask_shift,
+        )
         return torch.from_numpy(masks)
 
 
@@ -85,6 +90,3 @@ def mask_tensors(masks_BP: Tensor) -> dict[str, Tensor]:
 def _crop_major(crops: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(crops, axis=1)).flatten(0, 1)
 
-
-def _shifted(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.roll(mask, (rng.integers(mask.shape[0]), rng.integers(mask.shape[1])), axis=(0, 1))

@@ -110,9 +110,9 @@ def _read_backbone(folder: Path, branch: str) -> dict[str, Tensor]:
     }
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except Exception as error:  # cut short, missing or damaged shards
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"checkpoint {folder} is damaged: its tensors cannot be read ({reason})") from None
+    except (Exception, dcp.api.CheckpointException) as error:  # cut short, missing or damaged shards
+        reason = " ".join(str(error).split())[-120:]
+        raise CheckpointError(f"checkpoint {folder} is damaged: its tensors cannot be read (… {reason})") from None
     return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
 
 

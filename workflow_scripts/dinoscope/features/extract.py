@@ -6,8 +6,8 @@ Shapes: B tiles a batch, D embedding width, R storage tokens, P = h·w patches a
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,21 @@ from torch import Tensor, nn
 from dinoscope.errors import DinoscopeError, FeaturesError, ManifestError
 from dinoscope.features.read_ahead import SlideTiles, load_tiles, read_batches
 from dinoscope.features.writers import FeatureInfo, FeatureWriter, open_features, write_features
-from dinoscope.files import sha256_file
-from dinoscope.models.weights import read_model_file
+from dinoscope.models.weights import read_model_file, state_digest
 from dinoscope.progress import progress
 from dinoscope.slides.manifest import manifest_digest
 from dinoscope.slides.reader import Slide
 
-__all__ = ["POOLINGS", "ExtractSettings", "ExtractStats", "Extractor", "choose_device", "extract_slides", "pool", "weights_digest"]
+__all__ = [
+    "POOLINGS",
+    "ExtractSettings",
+    "ExtractStats",
+    "Extractor",
+    "choose_device",
+    "extract_slides",
+    "pool",
+    "weights_digest",
+]
 
 POOLINGS = ("cls", "mean", "cls+mean", "cls+storage")
 _log = logging.getLogger(__name__)
@@ -222,7 +230,7 @@ class Extractor:
             below = tile_px // patch_size * patch_size
             fitting = " or ".join(f"{side} px" for side in (below, below + patch_size) if side)
             raise FeaturesError(
-                f"slide {tiles.slide_id!r}: its tiles of {tile_px} px are not a multiple of the {patch_size} px patches "
+                f"slide {tiles.slide_id!r}: its tiles of {tile_px} px are no multiple of the {patch_size} px patches "
                 f"of model {self.model_name!r}; use a tile set of {fitting}"
             )
         return tile_px // patch_size
@@ -268,8 +276,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def weights_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of the weights file that `path` names or, being a folder, holds."""
-    return sha256_file(read_model_file(path).path if Path(path).is_dir() else path)
+    """SHA-256 over the backbone's tensors, the same whatever the file format; model.json holds it too."""
+    return state_digest(read_model_file(path).backbone)
 
 
 def extract_slides(
@@ -298,14 +306,16 @@ def extract_slides(
             _log.error("error: %s", error)
             failures.append(error)
     if failures:
-        raise FeaturesError(f"{len(failures)} of {len(jobs)} slides failed (see above), the first because: {failures[0]}")
+        raise FeaturesError(
+            f"{len(failures)} of {len(jobs)} slides failed (see above), the first because: {failures[0]}"
+        )
 
 
 def _check_same_slide(slide: Slide, tiles: SlideTiles) -> None:
     if (slide.width, slide.height) != (tiles.width, tiles.height):
         raise ManifestError(
-            f"slide {tiles.slide_id!r} is {slide.width}x{slide.height} px, but was {tiles.width}x{tiles.height} px when "
-            "its tiles were made; tile it again"
+            f"slide {tiles.slide_id!r} is {slide.width}x{slide.height} px, but was {tiles.width}x{tiles.height} px "
+            "when its tiles were made; tile it again"
         )
 
 
@@ -346,7 +356,7 @@ class _BackgroundThread:
         self._thread, self._running = ThreadPoolExecutor(1, thread_name_prefix="write"), None
         return self
 
-    def run(self, function, *arguments: object) -> None:
+    def run(self, function: Callable[..., None], *arguments: object) -> None:
         self._wait()
         self._running = self._thread.submit(function, *arguments)
 

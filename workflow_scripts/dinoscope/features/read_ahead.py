@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,36 +62,32 @@ def load_tiles(path: Path) -> SlideTiles:
     """Reads the tile manifest of one slide.
 
     Raises:
-        ManifestError: It is damaged, or holds several slides or several kinds of tiles.
+        ManifestError: It is missing or damaged, of several slides, or has several kinds of tiles.
     """
     table, metadata = read_tiles(path), read_metadata(path)
-    slide_id = metadata["slide_id"]
-    strangers = sorted(set(table["slide_id"].unique().to_pylist()) - {slide_id})
-    if strangers:
-        raise ManifestError(f"{path}: a manifest of slide {slide_id!r} that holds tiles of {strangers[0]!r} as well")
-
-    def shared(name: str, of_the_set: float) -> Any:
-        values = table[name].unique().to_pylist()
+    slide_id = metadata.get("slide_id")
+    if slide_id is None or set(table["slide_id"].unique().to_pylist()) - {slide_id}:
+        raise ManifestError(f"{path} holds the tiles of several slides; give the one of this slide, of results/tiles")
+    tile_px, mpp = metadata["tile_px"], metadata["requested_mpp"]
+    level0_mpp = (metadata["mpp_x"] + metadata["mpp_y"]) / 2
+    for name in ("tile_px", "mpp", "footprint_px"):
+        values = sorted(table[name].unique().to_pylist())
         if len(values) > 1:
             raise ManifestError(
-                f"{path}: tiles of slide {slide_id!r} differ in {name} ({sorted(values)}); "
-                "features need one kind of tile: make a tile set of each"
+                f"{path}: tiles of slide {slide_id!r} differ in {name} ({', '.join(map(str, values))}), but a feature "
+                "file holds one kind; make a tile set of each"
             )
-        return values[0] if values else of_the_set
-
-    mpp = metadata["requested_mpp"]
-    shared("mpp", mpp)
-    footprint_px = round(metadata["tile_px"] * mpp / metadata["mpp_x"])
+    footprints = table["footprint_px"].unique().to_pylist()
     return SlideTiles(
         slide_id=slide_id,
         **{name: table[name].to_numpy() for name in ("x", "y", "level", "read_px")},
-        tile_px=shared("tile_px", metadata["tile_px"]),
-        overlap_px=max(0, metadata["tile_px"] - metadata["stride_px"]),
+        tile_px=tile_px,
+        overlap_px=max(0, tile_px - metadata["stride_px"]),
         mpp=mpp,
-        footprint_px=shared("footprint_px", footprint_px),
+        footprint_px=footprints[0] if footprints else round(tile_px * mpp / level0_mpp),
         width=metadata["width"],
         height=metadata["height"],
-        level0_mpp=(metadata["mpp_x"] + metadata["mpp_y"]) / 2,
+        level0_mpp=level0_mpp,
     )
 
 
@@ -130,13 +125,13 @@ class _Reader:
 
     def read_row(self, row: int, place: Tensor) -> None:
         tiles = self.tiles
-        place_in_slide = (int(column[row]) for column in (tiles.x, tiles.y, tiles.level, tiles.read_px))
-        place.copy_(torch.from_numpy(self.slide.read_tile(*place_in_slide, tiles.tile_px)))
+        where = (int(column[row]) for column in (tiles.x, tiles.y, tiles.level, tiles.read_px))
+        place.copy_(torch.from_numpy(self.slide.read_tile(*where, tiles.tile_px, tiles.footprint_px)))
 
     def read(self, rows: slice) -> Tensor:
         batch = self.empty(rows)
-        for row in range(rows.start, rows.stop):
-            self.read_row(row, batch[row - rows.start])
+        for row, place in enumerate(batch, start=rows.start):
+            self.read_row(row, place)
         return batch
 
 
@@ -146,7 +141,9 @@ def _read_ahead(reader: _Reader, batches: list[slice], workers: int, depth: int)
     try:
         for rows in batches:
             batch = reader.empty(rows)
-            jobs = [threads.submit(reader.read_row, row, batch[row - rows.start]) for row in range(rows.start, rows.stop)]
+            jobs = [
+                threads.submit(reader.read_row, row, batch[row - rows.start]) for row in range(rows.start, rows.stop)
+            ]
             ahead.append((rows, batch, jobs))
             if len(ahead) > depth:
                 yield _wait(*ahead.popleft())

@@ -4,8 +4,8 @@ features        (N, D)        float16 or float32, rows in the order of the tile 
 coords          (N, 2)        int64, top-left corners in level-0 pixels, x before y; carries TRIDENT's attributes
 patch_features  (N, h, w, D)  float16, only when asked for; row h runs down, column w to the right
 
-TRIDENT: Zhang et al. 2025, arXiv:2502.06750. Its slide encoders read `patch_size_level0` off the coords dataset. There it
-follows from a nominal magnification; here it is the true side of a tile in level-0 pixels.
+TRIDENT: Zhang et al. 2025, arXiv:2502.06750. Its slide encoders read `patch_size_level0` off the coords dataset. There
+it follows from a nominal magnification; here it is the true side of a tile in level-0 pixels.
 """
 
 import contextlib
@@ -132,13 +132,12 @@ def write_features(
         dtype: "float16" or "float32".
         patch_shape: (h, w, D) of the dense patch features, or None for none.
     """
-    with atomic_path(path) as temporary:
-        with h5py.File(temporary, "w") as file:
-            _make_datasets(file, num_tiles, embed_dim, dtype, patch_shape)
-            _write_attributes(file, info)
-            writer = FeatureWriter(file, num_tiles)
-            yield writer
-            assert writer.num_written == num_tiles, f"{writer.num_written} of {num_tiles} rows written"
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        _make_datasets(file, num_tiles, embed_dim, dtype, patch_shape)
+        _write_attributes(file, info)
+        writer = FeatureWriter(file, num_tiles)
+        yield writer
+        assert writer.num_written == num_tiles, f"{writer.num_written} of {num_tiles} rows written"
 
 
 def _make_datasets(
@@ -181,7 +180,9 @@ def open_features(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Fea
     except FileNotFoundError:
         raise FeaturesError(f"{path}: no such feature file; run extract_features.py first") from None
     except OSError as error:
-        raise FeaturesError(f"{path}: a damaged or cut-short HDF5 file ({error}); delete it and extract again") from error
+        raise FeaturesError(
+            f"{path}: a damaged or cut-short HDF5 file ({error}); delete it and extract again"
+        ) from error
     with file:
         yield file, _checked_info(file, path)
 

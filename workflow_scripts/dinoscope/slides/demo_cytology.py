@@ -9,7 +9,7 @@ from dinoscope.slides.demo_texture import draw_nuclei, stain, tiling_noise, wrap
 
 __all__ = ["draw_smear"]
 
-_BAND = 512
+_BAND = 64
 _GROUND = (247, 248, 247)
 
 
@@ -132,12 +132,13 @@ def _add(layer: np.ndarray, patch: np.ndarray, centre: np.ndarray) -> None:
 def _coloured(dyes: dict[str, np.ndarray], nuclei: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     height, width = nuclei.shape
     fine, light = tiling_noise(rng, 1024, 1.1, 1.1), tiling_noise(rng, 1024, 150, 150)
+    nuclei = cv2.GaussianBlur(nuclei, (0, 0), 0.9)
     image = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, _BAND):
         rows = min(_BAND, height - top)
         grain = wrapped(fine, top, rows, width)
         amounts = {name: layer[top : top + rows].astype(np.float32) / 255 for name, layer in dyes.items()}
-        soft = cv2.GaussianBlur(nuclei[top : top + rows], (0, 0), 0.9).astype(np.float32) / 255
+        soft = nuclei[top : top + rows] * np.float32(1 / 255)
         amounts["haematoxylin"] = np.clip(0.8 * soft * (1 + 0.2 * grain), 0, None)
         shade = 0.9 * grain + 0.8 * wrapped(light, top, rows, width)
         ground = np.array(_GROUND, np.float32) + shade[..., None]

@@ -20,7 +20,7 @@ from dinoscope.slides.demo_texture import (
 
 __all__ = ["Section", "draw_section"]
 
-_BAND = 512
+_BAND = 64
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ def _plan(section: Section, height: int, width: int, rng: np.random.Generator) -
         np.zeros((height, width), np.uint8),
     )
     _add_nuclei(section, plan, depth, is_fat, rng)
+    plan.nuclei = cv2.GaussianBlur(plan.nuclei, (0, 0), 0.8)
+    plan.membranes = cv2.GaussianBlur(plan.membranes, (0, 0), 1.0)
     plan.noise = {
         "fibre": tiling_noise(rng, 2048, 34, 2.0),
         "coarse fibre": tiling_noise(rng, 2048, 90, 7),
@@ -129,8 +131,8 @@ def _outline(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[-1 : 1 : rows * 1j, -1 : 1 : columns * 1j].astype(np.float32)
     lean = rng.uniform(-0.25, 0.25)
     x, y = x + lean * y, y - lean * x
-    distance = (np.abs(x / 0.9) ** 2.6 + np.abs(y / 0.88) ** 2.6) ** (1 / 2.6)
-    ragged = 0.1 * coarse_noise(rng, height, width, 2200) + 0.025 * coarse_noise(rng, height, width, 420)
+    distance = (np.abs(x / 0.86) ** 2.6 + np.abs(y / 0.84) ** 2.6) ** (1 / 2.6)
+    ragged = 0.065 * coarse_noise(rng, height, width, 2200) + 0.025 * coarse_noise(rng, height, width, 420)
     return (1 - distance + ragged + 0.006 * coarse_noise(rng, height, width, 90)).astype(np.float32)
 
 
@@ -236,9 +238,9 @@ def _colour_band(section: Section, plan: _Plan, top: int, rows: int, width: int)
     }
     outline = magnified(plan.tissue, top, rows) + 0.004 * noise["cloud"] + 0.004 * fibre
     tissue = np.clip(outline * 60, 0, 1)
-    nuclei = cv2.GaussianBlur(plan.nuclei[top : top + rows], (0, 0), 0.8).astype(np.float32) / 255
+    nuclei = plan.nuclei[top : top + rows] * np.float32(1 / 255)
     nuclei *= tissue * (1 + 0.22 * noise["fine"])
-    membranes = cv2.GaussianBlur(plan.membranes[top : top + rows], (0, 0), 1.0).astype(np.float32) / 255
+    membranes = plan.membranes[top : top + rows] * np.float32(1 / 255)
     gland = fields["gland"] * tissue
     full = tissue * (1 - fields["lumen"]) * (1 - fields["fat"])
     stroma = np.clip(full - gland, 0, 1)
@@ -262,7 +264,7 @@ def _marked(
     marked: np.ndarray, collagen: np.ndarray, cytoplasm: np.ndarray, membranes: np.ndarray, nuclei: np.ndarray
 ) -> dict[str, np.ndarray]:
     brown = marked * cytoplasm * (0.34 + 0.5 * membranes)
-    return {"counterstain": 0.5 * nuclei + 0.1 * collagen, "dab": brown * (1 - 0.45 * np.clip(nuclei, 0, 1))}
+    return {"counterstain": 0.5 * nuclei + 0.14 * collagen, "dab": brown * (1 - 0.45 * np.clip(nuclei, 0, 1))}
 
 
 def _fibres(plan: _Plan, top: int, rows: int, width: int) -> np.ndarray:

@@ -21,10 +21,11 @@ from dinoscope.slides.members import dicom_series, file_to_open, mirax_members, 
 from dinoscope.slides.resample import average_squares, resample_square
 from dinoscope.slides.resolution import Resolution, find_resolution, positive_number
 
-__all__ = ["Slide", "SlidePool"]
+__all__ = ["OPENSLIDE_VERSION", "Slide", "SlidePool"]
 
 log = logging.getLogger(__name__)
 
+OPENSLIDE_VERSION: str = openslide.__library_version__
 _BLOCK_PX = (4096, 1024)
 _ALLOWED = frozenset(
     {
@@ -180,7 +181,7 @@ class Slide:
             spans.append((level0, count, first - begin))
         (left, columns, column_offset), (top, rows, row_offset) = spans
         region = self.read_region(left, top, level, columns, rows)
-        return resample_square(region, column_offset, row_offset, side, tile_px)
+        return resample_square(region, column_offset, row_offset, side, tile_px, averages=level > 0)
 
     def thumbnail(self, max_px: int) -> np.ndarray:
         """The whole slide, area-averaged to at most `max_px` on its longer side; uint8 (height, width, 3), RGB."""

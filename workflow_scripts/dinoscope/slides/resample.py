@@ -1,5 +1,6 @@
 """Area averaging, the only resampling that keeps the mean colour of what it shrinks."""
 
+import functools
 import math
 
 import cv2
@@ -25,16 +26,21 @@ def average_squares(block: np.ndarray, factor: int) -> np.ndarray:
     return cv2.resize(block, (columns, rows), interpolation=cv2.INTER_AREA) if factor > 1 else block
 
 
-def resample_square(region: np.ndarray, left: float, top: float, side: float, tile_px: int) -> np.ndarray:
+def resample_square(
+    region: np.ndarray, left: float, top: float, side: float, tile_px: int, averages: bool
+) -> np.ndarray:
     """Brings the square of `side` pixels at (left, top) of a region to `tile_px` pixels.
 
-    Shrinks by area averages, exact also where the square's borders cut through pixels; enlarges linearly.
+    Averages over the areas of the new pixels, whose borders may cut through old ones. Where the old pixels are averages
+    themselves (a level above 0), what lies within a cut pixel is estimated from its neighbours: cubic interpolation of
+    the running sums, which keeps the mean colour and halves the distance to what averaging level 0 would give.
 
     Args:
         region: uint8 (height, width, 3), no larger than needed.
-        left, top: Corner of the square in pixels of the region, from 0 to below 1.
+        left, top: Corner of the square in pixels of the region.
         side: Side of the square in pixels of the region, not necessarily whole.
         tile_px: Side of the result in pixels.
+        averages: Whether the region's pixels are averages of finer ones.
 
     Returns:
         uint8 (tile_px, tile_px, 3).
@@ -42,22 +48,47 @@ def resample_square(region: np.ndarray, left: float, top: float, side: float, ti
     whole = max(abs(left), abs(top), abs(side - region.shape[0]), abs(side - region.shape[1])) < 1e-3
     if whole and region.shape[0] == tile_px:
         return region
-    if whole or side < tile_px:
-        interpolation = cv2.INTER_AREA if side >= tile_px else cv2.INTER_LINEAR
+    if whole and not averages:
+        interpolation = cv2.INTER_AREA if side > tile_px else cv2.INTER_LINEAR
         return cv2.resize(region, (tile_px, tile_px), interpolation=interpolation)
-    rows, columns = (
-        _area_weights(n, start, side, tile_px) for n, start in zip(region.shape[:2], (top, left), strict=True)
-    )
-    shrunk = rows @ region.reshape(region.shape[0], -1).astype(np.float32)
-    shrunk = shrunk.reshape(tile_px, region.shape[1], 3).transpose(1, 0, 2).reshape(region.shape[1], -1)
-    shrunk = (columns @ shrunk).reshape(tile_px, tile_px, 3).transpose(1, 0, 2)
-    return np.ascontiguousarray(np.clip(np.rint(shrunk), 0, 255).astype(np.uint8))
+    knots = 4 if averages and min(region.shape[:2]) > 4 else 2
+    for start in (round(top, 6), round(left, 6)):
+        # the second pass works on the columns, and turns the picture back
+        region = _averaged_rows(region, *_taps(region.shape[0], start, side, tile_px, knots)).transpose(1, 0, 2)
+    return np.clip(np.rint(region), 0, 255).astype(np.uint8)
 
 
-def _area_weights(length: int, start: float, side: float, count: int) -> np.ndarray:
-    """Share of each of `length` pixels in each of the `count` equal parts of [start, start + side): (count, length)."""
-    edges = start + side * np.arange(count + 1)[:, None] / count
-    pixels = np.arange(length)
-    overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-    weights = np.clip(overlap, 0, None)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+def _averaged_rows(region: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    region = np.ascontiguousarray(region, np.float32)
+    total = np.zeros((len(first), *region.shape[1:]), np.float32)
+    for number, weight in enumerate(weights.T):
+        total += region[first + number] * weight[:, None, None]
+    return total
+
+
+@functools.lru_cache(maxsize=256)
+def _taps(length: int, start: float, side: float, count: int, knots: int) -> tuple[np.ndarray, np.ndarray]:
+    """How [start, start + side) of a row of `length` pixels is averaged to `count` pixels.
+
+    The running sum of the pixels, known at their borders, is interpolated at the borders of the new pixels by the
+    polynomial through `knots` neighbours (Lagrange); a new pixel is a difference of two such sums.
+
+    Returns:
+        Of each new pixel the first old one that it depends on, (count,), and the weights of the old ones from there
+        on, float32 (count, taps).
+    """
+    edges = np.clip(start + side * np.arange(count + 1) / count, 0, length)
+    first = np.clip(np.floor(edges).astype(int) - (knots // 2 - 1), 0, length + 1 - knots)
+    sums = np.zeros((count + 1, length + 1))
+    for one in range(knots):
+        share = np.ones(count + 1)
+        for other in range(knots):
+            if other != one:
+                share *= (edges - first - other) / (one - other)
+        sums[np.arange(count + 1), first + one] = share
+    # pixel j is part of all running sums after it
+    weights = np.diff(sums, axis=0)[:, :0:-1].cumsum(axis=1)[:, ::-1]
+    weights /= weights.sum(axis=1, keepdims=True)
+    taps = int((first[1:] - first[:-1]).max()) + knots - 1
+    begin = np.minimum(first[:-1], length - taps)
+    return begin, np.take_along_axis(weights, begin[:, None] + np.arange(taps), axis=1).astype(np.float32)

@@ -1,8 +1,8 @@
 """Where the tissue is, found on a low-resolution copy of the slide.
 
 Methods:
-    otsu: stained tissue on bright ground (H&E, IHC, special stains). Otsu's threshold (1979) of optical density plus its
-        spread over the colour channels, which is high for any stain and low for dust and shadows.
+    otsu: stained tissue on bright ground (H&E, IHC, special stains). Otsu's threshold (1979) of optical density plus
+        its spread over the colour channels, which is high for any stain and low for dust and shadows.
     cytology: single cells and small groups on bright ground. As otsu, at twice the resolution, and keeps small objects.
     fluorescence: bright signal on dark ground.
     none: all of the slide counts.
@@ -41,14 +41,15 @@ class _Settings:
 
 
 _SETTINGS = {
-    "otsu": _Settings(8, 8, 0.05, 0.12, 16, 10_000, 10_000),
+    "otsu": _Settings(8, 8, 0.04, 0.06, 16, 10_000, 10_000),
     "cytology": _Settings(4, 2, 0.04, 0.08, 0, 50, 2_000),
     "fluorescence": _Settings(8, 16, 6, 16, 24, 10_000, 10_000),
     "none": _Settings(8, 0, 0, 0, 0, 0, 0),
 }
 _DARK, _BRIGHT = 60, 200
-_INK_BLACK = 25
-_CELL_GROUP_UM2, _MIN_CELL_GROUPS = 60_000, 12
+_BLACK = 25
+# a smear has many objects, and next to none of their area lies in pieces that hold a disc of this radius
+_SOLID_UM, _MIN_OBJECTS, _MOST_COVERED, _MOST_SOLID = 100, 12, 0.4, 0.3
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,9 @@ def detect_tissue(slide: Slide, method: str = "auto", advance: Callable[[], obje
     mask, threshold = _segment(image, mpp, method)
     if not mask.any():
         raise SlideError(
-            f"slide {slide.slide_id!r}: no tissue found with method {method} ({reason}) at mpp {slide.mpp:.4g}: if there "
-            "is some, try another tissue method (otsu, cytology, fluorescence; none takes the whole slide) and check the "
-            "mpp, since pieces smaller than "
-            f"{_SETTINGS[method].min_area_um2:g} square micrometres are left out"
+            f"slide {slide.slide_id!r}: no tissue found with method {method} ({reason}) at mpp {slide.mpp:.4g}: if "
+            "there is some, try another tissue method (otsu, cytology, fluorescence; none takes the whole slide) and "
+            f"check the mpp, since pieces below {_SETTINGS[method].min_area_um2:g} square micrometres are left out"
         )
     return Tissue(mask, downsample, mpp, method, reason, threshold)
 
@@ -150,42 +150,46 @@ def choose_method(image: np.ndarray, mpp: float) -> tuple[str, str]:
     dark, bright = float((brightest < _DARK).mean()), float((darkest > _BRIGHT).mean())
     if dark > 0.3 and bright < 0.02:
         return "fluorescence", f"{dark:.0%} of the slide is dark and none is bright ground"
-    mask, _ = _segment(image, mpp, "cytology")
-    joined = cv2.dilate(mask.astype(np.uint8), _disc(12 / mpp))
-    areas = cv2.connectedComponentsWithStats(joined)[2][1:, cv2.CC_STAT_AREA] * mpp**2
-    covered = float(mask.mean())
-    if len(areas) >= _MIN_CELL_GROUPS and covered < 0.3:
-        areas = np.sort(areas)
-        typical = areas[np.searchsorted(np.cumsum(areas), areas.sum() / 2)]
-        if typical < _CELL_GROUP_UM2:
-            return "cytology", f"{len(areas)} small objects on bright ground, half of them below {typical:.0f} um2"
+    mask = _threshold(image, mpp, "otsu")[0]
+    num_objects, covered = cv2.connectedComponents(mask)[0] - 1, float(mask.mean())
+    solid = cv2.morphologyEx(mask, cv2.MORPH_OPEN, _disc(_SOLID_UM / mpp)).sum() / max(1, mask.sum())
+    if num_objects >= _MIN_OBJECTS and covered < _MOST_COVERED and solid < _MOST_SOLID:
+        return "cytology", f"{num_objects} objects on bright ground, {1 - solid:.0%} of their area in small ones"
     return "otsu", f"stained tissue on bright ground covers {covered:.0%}"
 
 
 def _segment(image: np.ndarray, mpp: float, method: str) -> tuple[np.ndarray, float]:
     """A cleaned mask and the threshold that made it."""
+    mask, threshold = _threshold(image, mpp, method)
+    settings = _SETTINGS[method]
+    mask = ~_without_small(mask == 0, settings.max_hole_um2 / mpp**2)
+    return _without_small(mask, settings.min_area_um2 / mpp**2), threshold
+
+
+def _threshold(image: np.ndarray, mpp: float, method: str) -> tuple[np.ndarray, float]:
+    """All that is above the threshold, gaps closed; uint8, 0 or 1. And the threshold."""
     settings = _SETTINGS[method]
     score = _brightness_score(image) if method == "fluorescence" else _stain_score(image)
     if settings.blur_um:
         score = cv2.GaussianBlur(score, (0, 0), max(0.5, settings.blur_um / mpp))
     threshold = float(np.clip(_otsu(score), settings.lowest_contrast, settings.highest_contrast))
-    mask = score > threshold
+    mask = (score > threshold).astype(np.uint8)
     if settings.closing_um > mpp:
-        disc = _disc(settings.closing_um / mpp)
-        mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, disc).astype(bool)
-    mask = ~_without_small(~mask, settings.max_hole_um2 / mpp**2)
-    return _without_small(mask, settings.min_area_um2 / mpp**2), threshold
+        mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, _disc(settings.closing_um / mpp))
+    return mask, threshold
 
 
 def _stain_score(image: np.ndarray) -> np.ndarray:
-    """Optical density plus its spread over the channels; float32 (height, width), 0 for bright ground and black fill."""
+    """Optical density plus its spread over the channels; float32 (height, width), 0 on bright ground and black fill."""
     ground = image[image.min(axis=2) > _BRIGHT - 30]
     white = np.percentile(ground, 95, axis=0) if len(ground) > image.shape[0] else np.array([245.0, 245.0, 245.0])
     steps = np.arange(256)[:, None] + 1.0
     table = np.clip(-np.log10(steps / (white + 1)), 0, None).astype(np.float32)
     density = np.stack([table[image[..., channel], channel] for channel in range(3)], axis=2)
     score = density.mean(axis=2) + density.max(axis=2) - density.min(axis=2)
-    score[image.max(axis=2) < _INK_BLACK] = 0
+    # unscanned parts filled with black, and the grey seam around them
+    black = cv2.morphologyEx((image.max(axis=2) < _BLACK).astype(np.uint8), cv2.MORPH_OPEN, _disc(2))
+    score[cv2.dilate(black, _disc(4)) > 0] = 0
     return score
 
 

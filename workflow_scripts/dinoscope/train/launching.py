@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -46,13 +47,16 @@ def run_torchrun(command: list[str], processes: int, log_dir: Path | None, error
     Each process writes into `log_dir`, the first one also to this process's output. The sentence of a user's error,
     which the script leaves in the file that `error_file_variable` names, is repeated as the last line.
     """
-    options = ["--standalone", "--nproc-per-node", str(processes)]
+    started = time.strftime("%Y%m%d-%H%M%S")  # names the folder of this start's logs
+    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", started]
+    options += ["--nproc-per-node", str(processes)]
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
         options += ["--log-dir", str(log_dir), "--redirects", "3", "--tee", "0:3"]
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder) / "error.txt"
+        os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", " ")  # else "[default0]:" before every line
         os.environ[error_file_variable] = str(error_file)
         try:
             run(parse_args([*options, *command]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinoscope.data.collate import Batch
 from dinoscope.losses.dino import dino_loss
-from dinoscope.losses.gram import gram_loss, resize_patches
+from dinoscope.losses.gram import gram_loss, resize_patches, select_tokens
 from dinoscope.losses.ibot import ibot_loss
 from dinoscope.losses.koleo import distributed_koleo_loss, koleo_loss
 from dinoscope.losses.sinkhorn import sinkhorn_knopp
@@ -156,8 +156,9 @@ class SSLModel(nn.Module):
         target_BPD = self._gram_targets(teacher, batch)
         student_BPD = student.patches_BPD
         if gram.tokens_used != "all":
-            chosen = batch.masks if gram.tokens_used == "masked" else ~batch.masks
-            student_BPD, target_BPD = student_BPD[chosen][None], target_BPD[chosen][None]
+            student_BPD, target_BPD = (
+                select_tokens(patches, batch.masks, gram.tokens_used) for patches in (student_BPD, target_BPD)
+            )
         return gram_loss(
             student_BPD,
             target_BPD,

@@ -51,7 +51,7 @@ PANELS = (
         {"backbone_grad_norm": "backbone", "dino_head_grad_norm": "DINO", "ibot_head_grad_norm": "iBOT"},
         log=True,
     ),
-    _Panel("Throughput, samples/s", {"samples_per_second": ""}),
+    _Panel("Throughput, tiles/s", {"samples_per_second": ""}),
 )
 
 
@@ -107,7 +107,12 @@ def bin_curve(curve: pd.Series, num_bins: int = MAX_POINTS) -> pd.DataFrame:
     positions = np.arange(len(curve)) * min(num_bins, len(curve)) // max(len(curve), 1)
     table = pd.DataFrame({"x": curve.index.to_numpy(float), "value": curve.to_numpy(float)}).groupby(positions)
     return pd.DataFrame(
-        {"x": table["x"].mean(), "mean": table["value"].mean(), "low": table["value"].min(), "high": table["value"].max()}
+        {
+            "x": table["x"].mean(),
+            "mean": table["value"].mean(),
+            "low": table["value"].min(),
+            "high": table["value"].max(),
+        }
     )
 
 
@@ -135,8 +140,8 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, pd.DataFrame]) -> 
             for style, (column, label) in zip(LINE_STYLES, panel.columns.items(), strict=False)
             if any(column in frame for frame in runs.values())
         ]
-        place = dict(loc="lower right", bbox_to_anchor=(1.02, 0.97), ncols=3, columnspacing=0.8, handlelength=1.4)
-        axes.legend(handles=styles, fontsize=7.5, frameon=False, **place)
+        tight = {"columnspacing": 0.7, "handlelength": 1.2, "handletextpad": 0.4, "frameon": False}
+        axes.legend(handles=styles, fontsize=7.5, ncols=3, loc="lower right", bbox_to_anchor=(1.02, 0.97), **tight)
 
 
 def _draw_curve(axes: Axes, curve: pd.Series, color: str, style: str) -> None:

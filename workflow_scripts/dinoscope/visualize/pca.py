@@ -7,8 +7,10 @@ Shapes: N tiles, D feature dimensions, K components.
 """
 
 import hashlib
+import io
 import os
 import platform
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +29,7 @@ __all__ = ["ColorBasis", "fit_basis", "load_basis", "save_basis"]
 MAX_COMPONENTS = 50
 MAX_TILES = 200_000
 MAX_VALUES = 2**28  # 1 GiB of float32, whatever the width of the features
+MIN_VARIANCE = 1e-10  # of component 3 beside component 1: below, it is rounding
 DARKEST = 36
 LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.0
 
@@ -58,9 +61,19 @@ class ColorBasis:
 
         The scale begins at 36, not at 0, so that no tile is black and what lies under it stays visible.
         """
+        return np.rint(DARKEST + (255 - DARKEST) * self._scaled(features).clip(0, 1)).astype(np.uint8)
+
+    def share_outside(self, features: np.ndarray) -> float:
+        """Share of the tiles that lie far outside the colours' range, so that their colours no longer tell them apart.
+
+        Far means by more than a quarter of the range of a component.
+        """
+        scaled = self._scaled(features)
+        return float(((scaled < -0.25) | (scaled > 1.25)).any(axis=1).mean()) if len(features) else 0.0
+
+    def _scaled(self, features: np.ndarray) -> np.ndarray:
         scores = (features.astype(np.float32) - self.mean) @ self.components[:3].T
-        scaled = ((scores - self.low) / (self.high - self.low)).clip(0, 1)
-        return np.rint(DARKEST + (255 - DARKEST) * scaled).astype(np.uint8)
+        return (scores - self.low) / (self.high - self.low)
 
     def check_fits(self, info: FeatureInfo, path: str | os.PathLike[str]) -> None:
         """Refuses features of another model or tile kind.
@@ -134,9 +147,10 @@ def load_basis(folder: str | os.PathLike[str]) -> ColorBasis:
     folder = Path(folder)
     try:
         info = read_json(folder / "basis.json")
-        with np.load(folder / "basis.npz") as arrays:
+        # from memory: numpy leaves the file open when it is damaged
+        with np.load(io.BytesIO((folder / "basis.npz").read_bytes())) as arrays:
             return ColorBasis(**{name: arrays[name] for name in ("mean", "components", "low", "high")}, info=info)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise FeaturesError(f"{folder}: no whole PCA basis ({error}); run pca.py fit again") from error
 
 
@@ -148,17 +162,14 @@ def _fit(sample: np.ndarray, info: FeatureInfo, numbers: dict[str, int]) -> Colo
     sample -= mean.astype(np.float32)
     num_tiles, width = sample.shape
     num_components = min(MAX_COMPONENTS, num_tiles - 1, width)
+    if num_components < 3 or not sample.any():
+        raise _too_flat(info)
     solver = "covariance_eigh" if num_tiles > width else "full"
-    pca = PCA(num_components, svd_solver=solver, copy=True).fit(sample)
+    pca = PCA(num_components, svd_solver=solver).fit(sample)
     components = _with_fixed_signs(pca.components_)
-    scores = sample @ components[:3].T
-    low, high = np.percentile(scores, [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
-    variances = pca.explained_variance_
-    if len(variances) < 3 or variances[2] < 1e-10 * variances[0] or not (high > low).all():
-        raise FeaturesError(
-            f"the features of model {info.model!r} have fewer than 3 directions in which tiles differ; "
-            "check the weights of this model, or give more tiles"
-        )
+    low, high = np.percentile(sample @ components[:3].T, [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
+    if pca.explained_variance_[2] < MIN_VARIANCE * pca.explained_variance_[0] or not (high > low).all():
+        raise _too_flat(info)
     ratios = pca.explained_variance_ratio_.astype(float)
     return ColorBasis(
         mean=(mean + pca.mean_).astype(np.float32),
@@ -179,6 +190,13 @@ def _fit(sample: np.ndarray, info: FeatureInfo, numbers: dict[str, int]) -> Colo
     )
 
 
+def _too_flat(info: FeatureInfo) -> FeaturesError:
+    return FeaturesError(
+        f"the features of model {info.model!r} differ in fewer than 3 directions from tile to tile; check the weights "
+        "of this model, or take other features (--pooling mean, --dtype float32)"
+    )
+
+
 def _with_fixed_signs(components: np.ndarray) -> np.ndarray:
     """Makes the largest loading of every component positive, so that reruns give the same colours."""
     largest = np.abs(components).argmax(axis=1)
@@ -189,8 +207,8 @@ def _check_enough(num_tiles: int, info: FeatureInfo, num_slides: int) -> None:
     if num_tiles < 4:
         found = "no tile" if num_tiles == 0 else f"only {num_tiles} tile(s)"
         raise FeaturesError(
-            f"the {num_slides} feature file(s) of model {info.model!r} hold {found}, but three components need at least "
-            "4 tiles; check that tissue was found, or add slides"
+            f"the {num_slides} feature file(s) of model {info.model!r} hold {found}, but three components need at "
+            "least 4 tiles; check that tissue was found, or add slides"
         )
 
 

@@ -7,7 +7,6 @@ sharp edges.
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import matplotlib
@@ -24,7 +23,7 @@ from dinoscope.features.writers import FeatureFile
 from dinoscope.files import atomic_path
 from dinoscope.visualize.pca import ColorBasis
 
-__all__ = ["draw_map", "paint_tiles", "read_thumbnail", "scale_bar_um"]
+__all__ = ["draw_map", "paint_tiles", "read_thumbnail", "scale_bar_um", "without_title"]
 
 LONGEST_PX, SHORTEST_WIDTH_PX, DPI = 1600, 1000, 150
 HEADER_PX, FOOTER_PX, MARGIN_PX = 104, 84, 24
@@ -72,7 +71,7 @@ def draw_map(
         ),
         basis=basis,
         um_per_px=info.level0_mpp / scale,
-        message="" if len(file.coords) else "No tiles: no tissue was found on this slide",
+        message=_message(basis, file.features),
     )
 
 
@@ -121,7 +120,21 @@ def read_thumbnail(path: str | os.PathLike[str]) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise FeaturesError(f"{Path(path)}: cannot be read as a picture ({error}); run inspect_slide.py again") from error
+        raise FeaturesError(f"{path}: cannot be read as a picture ({error}); inspect the slide again") from error
+
+
+def without_title(image: Image.Image) -> Image.Image:
+    """A map without its title and side margins, for places that say in words what it is of."""
+    return image.crop((MARGIN_PX, HEADER_PX, image.width - MARGIN_PX, image.height))
+
+
+def _message(basis: ColorBasis, features: np.ndarray) -> str:
+    if not len(features):
+        return "No tiles: no tissue was found on this slide"
+    outside = basis.share_outside(features)
+    if outside <= 0.5:
+        return ""
+    return f"{100 * outside:.0f} % of the tiles are unlike all that the colours were made for, and hard to tell apart"
 
 
 def _fit_canvas(thumbnail: np.ndarray) -> np.ndarray:
@@ -154,15 +167,19 @@ class _Page:
     width: int
     height: int
 
-    def text(self, x: float, y: float, text: str, size: float, max_width: float, **style: object) -> Text:
-        """Writes a line, smaller if it would not fit."""
-        label = self.figure.text(
-            x / self.width, 1 - y / self.height, text, size=size, va="center", parse_math=False, **style
-        )
-        taken = label.get_window_extent(self.figure.canvas.get_renderer()).width
-        if taken > max_width:
-            label.set_size(max(5.0, size * max_width / taken))
-        return label
+    def text(self, x: float, y: float, text: str, size: float, max_width: float, **style: object) -> float:
+        """Writes a line, smaller or with its middle left out if it would not fit, and returns its width."""
+        place = (x / self.width, 1 - y / self.height)
+        label = self.figure.text(*place, text, size=size, va="center", parse_math=False, **style)
+        if self._width(label) > max_width:
+            label.set_size(max(0.7 * size, size * max_width / self._width(label)))
+        while self._width(label) > max_width:
+            half = int(len(label.get_text()) * max_width / self._width(label) / 2) - 1
+            label.set_text(f"{text[:half]}…{text[-half:]}")
+        return self._width(label)
+
+    def _width(self, label: Text) -> float:
+        return label.get_window_extent(self.figure.canvas.get_renderer()).width
 
     def rectangle(self, x: float, y: float, width: float, height: float, color: str) -> None:
         place = (x / self.width, 1 - (y + height) / self.height)
@@ -196,15 +213,15 @@ def _save(
         page.text(MARGIN_PX, 34, title, 13, text_width, weight="bold")
         page.text(MARGIN_PX, 74, subtitle, 9.5, text_width, color="#444444")
         if message:
-            _write_message(page, message, HEADER_PX + height_px / 2)
+            _write_message(page, message, HEADER_PX + 46)
         _draw_footer(page, basis, um_per_px, width_px)
         with atomic_path(output) as temporary:
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def _write_message(page: _Page, message: str, y: float) -> None:
-    box = dict(boxstyle="round,pad=0.6", facecolor="white", edgecolor="#888888")
-    page.text(page.width / 2, y, message, 12, 0.9 * page.width, ha="center", bbox=box)
+    box = {"boxstyle": "round,pad=0.6", "facecolor": "white", "edgecolor": "#888888"}
+    page.text(page.width / 2, y, message, 11, page.width - 6 * MARGIN_PX, ha="center", bbox=box)
 
 
 def _draw_footer(page: _Page, basis: ColorBasis, um_per_px: float, width_px: int) -> None:
@@ -218,8 +235,8 @@ def _draw_footer(page: _Page, basis: ColorBasis, um_per_px: float, width_px: int
     ratios = basis.info["explained_variance_ratio"]
     right = page.width - MARGIN_PX
     for number, (color, name) in reversed(list(enumerate(names))):
-        text = page.text(right, middle, f"{name}: component {number + 1}, {100 * ratios[number]:.0f} %", 9, 400, ha="right")
-        taken = text.get_window_extent(page.figure.canvas.get_renderer()).width
+        words = f"{name}: component {number + 1}, {100 * ratios[number]:.0f} %"
+        taken = page.text(right, middle, words, 9, 400, ha="right")
         page.rectangle(right - taken - 26, middle - 9, 18, 18, color)
         right -= taken + 26 + 30
 

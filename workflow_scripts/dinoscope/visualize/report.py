@@ -3,7 +3,6 @@
 import base64
 import datetime
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from dinoscope.files import write_text
 from dinoscope.visualize.curves import RUN_COLORS, curves_svg
+from dinoscope.visualize.pca_map import without_title
 from dinoscope.visualize.report_data import ModelFacts, ReportData, RunFacts, collect
 
 __all__ = ["build_report", "picture_uri"]
@@ -98,22 +98,21 @@ def summary_sentences(data: ReportData) -> list[str]:
     uses = [{use.strip() for use in slide.use.split(",")} for slide in data.slides]
     num_train, num_eval = (sum(name in use for use in uses) for name in ("train", "eval"))
     if num_train or num_eval:
-        sentences.append(f"Training saw {_count(num_train, 'slide')}; {num_eval} were held out for evaluation.")
+        held_out = f"{num_eval or 'none'} {'was' if num_eval == 1 else 'were'} held out"
+        sentences.append(f"Training saw {_count(num_train, 'slide')}; {held_out}.")
     sentences += [sentence for run in data.runs if (sentence := _run_sentence(run))]
-    explained = [
-        f"{100 * model.pca['explained_by_top_3']:.0f} % for {model.name}" for model in data.models if model.pca
-    ]
+    explained = [f"{_percent(model.pca['explained_by_top_3'])} with {model.name}" for model in data.models if model.pca]
     if explained:
         sentences.append(
-            f"The first three principal components of the tile features explain {_joined(explained)} of their variance."
+            "The first three principal components explain this much of the variance of the tile features: "
+            f"{_joined(explained)}."
         )
     return sentences
 
 
-def picture_uri(path: str | os.PathLike[str], longest_px: int = LONGEST_PX) -> str:
+def picture_uri(image: Image.Image, longest_px: int = LONGEST_PX) -> str:
     """A picture as a data URI, made smaller and packed as WebP; its metadata stays behind."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture = image.convert("RGB")
     picture.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="WEBP", quality=82, method=4)
@@ -129,14 +128,17 @@ def _slide_pictures(results: Path, slide_id: str, models: Sequence[ModelFacts]) 
     pictures = []
     overview, thumbnail = results / "tiles" / f"{slide_id}.jpg", results / "slides" / f"{slide_id}.jpg"
     if overview.is_file():
-        pictures.append(Picture("tiling", picture_uri(overview), "slide with tissue outline and tile grid"))
+        with Image.open(overview) as image:
+            pictures.append(Picture("tiling", picture_uri(image), "slide with tissue outline and tile grid"))
     elif thumbnail.is_file():
-        pictures.append(Picture("slide", picture_uri(thumbnail), "the slide"))
+        with Image.open(thumbnail) as image:
+            pictures.append(Picture("slide", picture_uri(image), "the slide"))
     for model in models:
         path = results / "pca" / model.name / f"{slide_id}.png"
         if path.is_file():
             explained = f"3 components explain {_percent(model.pca['explained_by_top_3'])}" if model.pca else "PCA map"
-            pictures.append(Picture(model.name, picture_uri(path), explained))
+            with Image.open(path) as image:
+                pictures.append(Picture(model.name, picture_uri(without_title(image)), explained))
     return pictures
 
 
@@ -153,7 +155,7 @@ def _run_sentence(run: RunFacts) -> str:
     if losses := run.first_and_last("total_loss"):
         sentence += f"; its total loss went from {_number(losses[0])} to {_number(losses[1])}"
     if run.num_resumed:
-        sentence += f", with {_count(run.num_resumed, 'resumption')}"
+        sentence += f", being resumed {'once' if run.num_resumed == 1 else f'{run.num_resumed} times'}"
     return sentence + ("." if run.is_finished else " so far.")
 
 
@@ -179,9 +181,15 @@ def _percent(ratio: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Four significant digits; powers of ten only where they help."""
-    text = f"{value:.4g}"
-    return text if "e" in text else f"{value:.{max(0, 3 - len(str(abs(int(value)))) + (abs(value) < 1))}f}"
+    """Three significant digits, and a true minus sign."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if 1000 <= size < 1e7:
+        text = f"{size:,.0f}"
+    else:
+        text = f"{size:#.3g}".rstrip(".") if 1e-3 <= size < 1000 else f"{size:.2e}"
+    return f"\N{MINUS SIGN}{text}" if value < 0 else text
 
 
 def _as_yaml(value: Any) -> str:

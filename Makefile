@@ -1,0 +1,63 @@
+# make demo    sets up and runs the whole workflow on small synthetic slides
+# make test    sets up and runs all checks and tests
+# make help    the rest
+#
+# PYTHON=/path/to/python3.12 takes another Python for the environment (3.11 or newer).
+# WHEELHOUSE=dir installs from a folder of wheels, without a network (fill it with `pip download -d dir -r requirements-test.txt`).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: setup demo test unlock clean help
+
+PYTHON ?= python3
+WHEELHOUSE ?=
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(WHEELHOUSE),--no-index --find-links "$(WHEELHOUSE)")
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+setup: $(VENV)/.setup-done  ## make .venv with everything the workflow needs
+
+# pip comes last into an environment, so that one half made is made again.
+$(VENV)/bin/pip:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) is not there; install it: sudo apt-get install python3 python3-venv" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is $$("$(PYTHON)" --version), but 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "error: $(PYTHON) cannot make environments; install the module: sudo apt-get install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+
+# The stamps are newer than the files they stand for, so that nothing is installed twice.
+$(VENV)/.setup-done: requirements.txt | $(VENV)/bin/pip
+	@echo "installing the workflow's packages into $(VENV) (several minutes the first time)"
+	$(PIP) -r requirements.txt
+	@touch "$@"
+
+$(VENV)/.test-tools-done: requirements-test.txt requirements.txt | $(VENV)/bin/pip
+	@echo "installing the workflow's packages and the test tools into $(VENV) (several minutes the first time)"
+	$(PIP) -r requirements-test.txt
+	@touch "$(VENV)/.setup-done" "$@"
+
+demo: setup  ## run the whole workflow on small synthetic slides
+	snakemake --cores all
+	@echo
+	@echo "Done. Open results/report.html in a browser: slides, training curves, and PCA maps before and after training."
+
+test: $(VENV)/.test-tools-done  ## all checks and tests
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+	snakemake --lint
+	pytest
+
+unlock:  ## after Snakemake was killed (SIGKILL, power cut): then run the same command again
+	snakemake --unlock --cores 1
+
+clean:  ## remove the environment and Python's caches; results stay
+	rm -rf "$(VENV)" .pytest_cache .ruff_cache
+	find workflow_scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/' | expand -t 16

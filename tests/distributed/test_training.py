@@ -1,0 +1,319 @@
+"""Real training runs of two processes: files, resuming after every kind of end, refusals, gram phase, conversion."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinoscope.files import read_json
+from dinoscope.models.weights import load_backbone
+from dinoscope.train.metrics import read_metrics
+from tiny_slides import write_manifest, write_slide
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "workflow_scripts"
+RECIPE = """
+student: {arch: vit_nano, n_storage_tokens: 2, mask_k_bias: true, norm_layer: layernormbf16, drop_path_rate: 0.3,
+          pos_embed_rope_dtype: fp32, pos_embed_rope_rescale_coords: 2, layerscale: 0.1}
+crops: {global_crops_size: 64, local_crops_size: 32, local_crops_number: 2}
+augmentation: {recipe: pathology}
+dino: {head_n_prototypes: 64, head_hidden_dim: 32, head_bottleneck_dim: 16}
+ibot: {head_n_prototypes: 64, head_hidden_dim: 32, head_bottleneck_dim: 16}
+optim: {epochs: 4, warmup_epochs: 1, freeze_last_layer_epochs: 1}
+teacher: {warmup_teacher_temp_epochs: 2, momentum_teacher: 0.9}
+train: {OFFICIAL_EPOCH_LENGTH: 6, batch_size_per_gpu: 2, num_workers: 1, log_every: 4}
+checkpointing: {period: 5}
+evaluation: {eval_period_iterations: 10}
+"""
+GRAM_RECIPE = """
+extends: recipe.yaml
+crops: {gram_teacher_crops_size: 96}
+gram: {use_loss: true, img_level: true, update_frequency: 4, max_updates: 1}
+optim: {epochs: 1, warmup_epochs: 0, freeze_last_layer_epochs: 0}
+teacher: {warmup_teacher_temp_epochs: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two slides, their manifest, recipes and starting weights."""
+    folder = tmp_path_factory.mktemp("training")
+    slides = [write_slide(folder / f"slide_{seed}.tiff", seed) for seed in (1, 2)]
+    rows = "".join(f"{slide.stem}\t{slide}\n" for slide in slides)
+    (folder / "slides.tsv").write_text(f"slide_id\tpath\n{rows}")
+    write_manifest(folder / "manifests/train.parquet", [slide.stem for slide in slides], slide_px=1024, tile_px=128)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "gram.yaml").write_text(GRAM_RECIPE)
+    script(folder, "initial_weights.py", "--config", "recipe.yaml", "--output", "models/base/teacher.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    """A run that nothing disturbed."""
+    assert train(place, "unbroken").returncode == 0
+    return place / "runs/unbroken"
+
+
+def script(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SCRIPTS / name, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def command(run: str, *extra: str, recipe: str = "recipe.yaml", processes: int = 2) -> list[str]:
+    launcher = [sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--threads", str(processes)]
+    inputs = ["--config", recipe, "--manifest", "manifests/train.parquet", "--slides", "slides.tsv"]
+    inputs += ["--weights", "models/base/teacher.pth", "--run-dir", f"runs/{run}"]
+    return [*launcher, "--log-dir", f"runs/{run}/logs", "--", str(SCRIPTS / "pretrain.py"), *inputs, *extra]
+
+
+def train(place: Path, run: str, *extra: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(run, *extra, **options), cwd=place, capture_output=True, text=True, check=False)
+
+
+def without_launcher(place: Path, launched: list[str]) -> subprocess.CompletedProcess:
+    """The same training as a plain script."""
+    plain = [sys.executable, *launched[launched.index("--") + 1 :]]
+    return subprocess.run(plain, cwd=place, capture_output=True, text=True, check=False)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    """Ids of all processes below one."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = dict(zip(map(int, found[::2]), map(int, found[1::2]), strict=True))
+    below, grown = {pid}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in below} - below
+        below, grown = below | more, bool(more)
+    return sorted(below - {pid})
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def all_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Student, teacher and optimizer state of a run's last checkpoint, read without our code."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    target = run / "state.pth"
+    dcp_to_torch_save(run / read_json(run / "final.json")["checkpoint"], target)
+    state = torch.load(target, weights_only=True)
+    flat = dict(state["model"])
+    for name, moments in state["optimizer"].items():
+        flat |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    return flat
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    first, second = all_tensors(run), all_tensors(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    exports = [load_backbone(folder / read_json(folder / "final.json")["teacher"]) for folder in (run, other)]
+    states = [model.state_dict() for model in exports]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    frames = [read_metrics(folder) for folder in (run, other)]
+    assert list(frames[0].index) == list(frames[1].index)
+    assert frames[0]["lr"].equals(frames[1]["lr"])
+
+
+def test_an_unbroken_run_leaves_all_its_files(finished: Path) -> None:
+    final = read_json(finished / "final.json")
+    assert final["iteration"] == 23
+    assert final["checkpoint"] == "ckpt/23"
+    assert final["samples_seen"] == 96
+    assert sorted(int(path.name) for path in (finished / "ckpt").iterdir()) == [14, 19, 23]  # the newest 3
+    assert {path.name for path in (finished / "eval").iterdir()} == {"training_9", "training_19", "training_23"}
+    frame = read_metrics(finished)
+    assert list(frame.index) == [3, 7, 11, 15, 19, 23]
+    wanted = "total_loss dino_local_crops_loss dino_global_crops_loss koleo_loss ibot_loss lr wd mom teacher_temp"
+    wanted += " backbone_grad_norm dino_head_grad_norm ibot_head_grad_norm iter_time data_time samples_per_second"
+    assert set(wanted.split()) <= set(frame.columns)
+    assert frame.notna().all().all()
+    assert frame["last_layer_lr"][3] == 0.0  # frozen in the first epoch
+    assert frame["last_layer_lr"][11] == frame["lr"][11] > 0
+    logs = list((finished / "logs").rglob("stderr.log"))
+    assert {log.parent.name for log in logs} == {"0", "1"}
+    assert not list(finished.rglob(".*.partial*"))
+
+
+def test_student_moved_and_teacher_follows_slowly(place: Path, finished: Path) -> None:
+    state = all_tensors(finished)
+    start = load_backbone(place / "models/base/teacher.pth").state_dict()
+    key = "blocks.0.attn.qkv.weight"
+    student, teacher = (state[f"{name}.backbone.{key}"] - start[key] for name in ("student", "teacher"))
+    assert 0 < teacher.norm() < student.norm()
+
+
+def test_a_finished_run_has_nothing_left_to_do(place: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "ckpt").rglob("*")}
+    (finished / "final.json").unlink()  # as Snakemake does before it runs a job again
+    assert train(place, "unbroken").returncode == 0
+    assert read_json(finished / "final.json")["iteration"] == 23
+    assert {path: path.stat().st_mtime_ns for path in (finished / "ckpt").rglob("*")} == before
+
+
+def test_killed_at_any_moment_it_ends_the_same(place: Path, finished: Path) -> None:
+    """SIGKILL of the launcher, again and again: its processes die with it, and the end is the same bit for bit."""
+    run, moments = place / "runs/killed", random.Random(0)
+    for kill in range(3):
+        process = subprocess.Popen(command("killed"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda kill=kill: len(list(run.glob("ckpt/*/.metadata"))) > kill or (run / "final.json").exists())
+        time.sleep(moments.uniform(0, 0.6))
+        family = descendants(process.pid)
+        process.kill()
+        process.wait()
+        assert len(family) >= 2 or (run / "final.json").exists()
+        wait_for(lambda family=family: not any(alive(pid) for pid in family), seconds=2)
+    assert train(place, "killed").returncode == 0
+    events = [event["event"] for event in read_metrics(run).attrs["events"]]
+    assert events[0] == "start"
+    assert "resume" in events
+    assert_same_end(run, finished)
+
+
+def test_a_half_written_checkpoint_is_not_used(place: Path, finished: Path) -> None:
+    run = place / "runs/half"
+    process = subprocess.Popen(command("half"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (run / "ckpt/9/.metadata").exists())
+    process.kill()
+    process.wait()
+    newest = max(run.glob("ckpt/[0-9]*"), key=lambda path: int(path.name))
+    (newest / ".metadata").unlink()
+    (run / "ckpt/.77.partial").mkdir()
+    assert train(place, "half").returncode == 0
+    assert_same_end(run, finished)
+
+
+def test_asked_to_stop_it_saves_and_goes_on_later(place: Path, finished: Path) -> None:
+    run = place / "runs/stopped"
+    process = subprocess.Popen(command("stopped"), cwd=place, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "ckpt/4/.metadata").exists())
+    process.send_signal(signal.SIGTERM)
+    _, output = process.communicate(timeout=40)
+    assert process.returncode != 0
+    told = re.search(r"asked to stop and saved its state after iteration (\d+)", output)
+    assert told, output
+    assert (run / "ckpt" / told[1] / ".metadata").is_file()
+    assert not (run / "final.json").exists()
+    assert train(place, "stopped").returncode == 0
+    assert_same_end(run, finished)
+
+
+def test_the_number_of_loader_workers_changes_nothing_and_a_run_can_be_extended(place: Path, finished: Path) -> None:
+    assert train(place, "workers", "train.num_workers=0").returncode == 0
+    assert_same_end(place / "runs/workers", finished)
+    assert train(place, "workers", "train.num_workers=0", "optim.epochs=5").returncode == 0
+    assert read_json(place / "runs/workers/final.json")["iteration"] == 29
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(place: Path, finished: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*.json")}
+    refused = train(place, "unbroken", "optim.lr=0.5")
+    assert refused.returncode == 1
+    last = refused.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: run unbroken was started with other settings: optim.lr was 0.001 and is now 0.5")
+    assert "new run name" in last
+    assert "Traceback" not in refused.stderr
+    assert {path: path.read_bytes() for path in finished.rglob("*.json")} == before
+
+
+def test_one_process_without_a_launcher_and_another_number_of_processes(place: Path) -> None:
+    alone = without_launcher(place, command("alone", "optim.epochs=2"))
+    assert alone.returncode == 0, alone.stderr
+    assert read_json(place / "runs/alone/final.json")["samples_seen"] == 24
+    assert train(place, "alone", "optim.epochs=3", processes=2).returncode == 0
+    assert read_json(place / "runs/alone/final.json")["iteration"] == 17
+
+
+def test_gram_phase_continues_and_is_held_to_an_exported_teacher(place: Path, finished: Path) -> None:
+    done = train(place, "gram", "--continues", "runs/unbroken/final.json", "--gram-teacher", "9", recipe="gram.yaml")
+    assert done.returncode == 0, done.stderr
+    frame = read_metrics(place / "runs/gram")
+    assert (frame["gram_loss"] > 0).all()
+    events = {event["event"]: event for event in frame.attrs["events"]}
+    assert "continues unbroken from its iteration 23, optimizer included" in events["start"]["note"]
+    assert "training_9/teacher_checkpoint.pth" in events["start"]["note"]
+    assert events["gram_teacher_update"]["iteration"] == 4
+    state = all_tensors(place / "runs/gram")
+    assert state["optimizer.student.backbone.cls_token.step"] == 24 + 6
+    refreshed = torch.load(finished / "eval/training_9/teacher_checkpoint.pth", weights_only=True)["teacher"]
+    key = "backbone.blocks.1.mlp.fc1.weight"
+    assert not torch.equal(state[f"gram_teacher.{key}"], refreshed[key])
+
+
+def test_gram_phase_asks_for_a_teacher_that_exists(place: Path, finished: Path) -> None:
+    def refused(*arguments: str) -> str:
+        result = without_launcher(place, command("gram_bad", *arguments, recipe="gram.yaml"))
+        assert result.returncode == 1
+        assert not (place / "runs/gram_bad/run_config.json").exists()
+        return result.stderr.strip().splitlines()[-1]
+
+    continued = ("--continues", "runs/unbroken/final.json")
+    assert "exported no teacher at iteration 5; it has [9, 19, 23]" in refused(*continued, "--gram-teacher", "5")
+    assert "give the exported teacher instead" in refused(*continued, "--gram-teacher", "runs/unbroken/ckpt/23")
+    assert "needs a gram teacher" in refused()
+
+
+def test_conversion_gives_the_exported_teacher(place: Path, finished: Path) -> None:
+    for number, checkpoint in enumerate(("runs/unbroken/final.json", "runs/unbroken", "runs/unbroken/ckpt/23")):
+        done = script(
+            place, "convert_checkpoint.py", "--checkpoint", checkpoint, "--output", f"models/c{number}/teacher.pth"
+        )
+        assert done.returncode == 0, done.stderr
+        converted = load_backbone(place / f"models/c{number}").state_dict()
+        exported = torch.load(finished / "eval/training_23/teacher_checkpoint.pth", weights_only=True)["teacher"]
+        assert all(torch.equal(tensor, exported[f"backbone.{name}"]) for name, tensor in converted.items())
+    card = read_json(place / "models/c0/model.json")
+    assert (card["backbone"]["arch"], card["iteration"], card["tiles"]) == ("vit_nano", 23, [[128, 0.5]])
+    assert card["origin"] == "random initialisation, seed 0"
+    assert str(place) not in json.dumps(card)
+
+
+def test_conversion_refuses_what_is_not_whole(place: Path, finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    def refused(checkpoint: Path) -> str:
+        done = script(
+            place, "convert_checkpoint.py", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "t.pth")
+        )
+        assert done.returncode == 1
+        assert not (tmp_path / "t.pth").exists()
+        return done.stderr.strip().splitlines()[-1]
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    shard = next((run / "ckpt/23").glob("*.distcp"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 3])
+    assert "its tensors cannot be read" in refused(run / "final.json")
+    (run / "ckpt/23/.metadata").write_bytes(b"rubbish")
+    assert "its .metadata cannot be read" in refused(run / "final.json")
+    (run / "ckpt/23/.metadata").unlink()
+    assert "is neither a final.json" in refused(run / "ckpt/23")
+
+
+def test_a_slide_that_disappears_is_named(place: Path) -> None:
+    (place / "less.tsv").write_text("\n".join((place / "slides.tsv").read_text().splitlines()[:2]) + "\n")
+    arguments = [a if a != "slides.tsv" else "less.tsv" for a in command("less")]
+    done = without_launcher(place, arguments)
+    assert done.returncode == 1
+    assert "the manifest has tiles of slide slide_2, which less.tsv does not list" in done.stderr

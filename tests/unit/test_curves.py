@@ -1,0 +1,135 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dinoscope.train.metrics import read_metrics
+from dinoscope.visualize.curves import PANELS, RUN_COLORS, bin_curve, curves_svg, draw_curves, save_curves
+
+SCRIPT = Path(__file__).parents[2] / "workflow_scripts" / "plot_metrics.py"
+
+
+def metrics(num_iterations: int, seed: int = 0, gram: bool = False, resumed: tuple[int, ...] = ()) -> pd.DataFrame:
+    generator = np.random.default_rng(seed)
+    columns = {column: generator.uniform(0.1, 2, num_iterations) for panel in PANELS for column in panel.columns}
+    if not gram:
+        del columns["gram_loss"]
+    frame = pd.DataFrame(columns, index=pd.RangeIndex(num_iterations, name="iteration"))
+    frame.attrs["events"] = [
+        {"event": "start", "iteration": 0},
+        *({"event": "resume", "iteration": i} for i in resumed),
+    ]
+    return frame
+
+
+def panels_of(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.axison}
+
+
+def curves_of(axes, color):
+    """The lines of one run, without those that mark restarts."""
+    return [line for line in axes.lines if line.get_color() == color and len(line.get_xdata()) > 2]
+
+
+def test_each_panel_shows_what_was_logged():
+    frame = metrics(30)
+    panels = panels_of(draw_curves({"pretrain": frame}))
+    assert set(panels) == {panel.title for panel in PANELS} - {"Gram loss"}
+    for panel in PANELS:
+        if panel.title not in panels:
+            continue
+        lines = curves_of(panels[panel.title], RUN_COLORS[0])
+        assert len(lines) == len(panel.columns)
+        for line, column in zip(lines, panel.columns, strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), frame.index)
+            np.testing.assert_array_equal(line.get_ydata(), frame[column])
+
+
+def test_runs_have_colours_of_their_own_and_restarts_are_marked():
+    runs = {"pretrain": metrics(40, resumed=(12, 30)), "gram": metrics(20, seed=1, gram=True)}
+    figure = draw_curves(runs)
+    panels = panels_of(figure)
+    for title, count in (("Total loss", 2), ("Gram loss", 0)):
+        markers = [line for line in panels[title].lines if len(line.get_xdata()) == 2 and line.get_linestyle() == ":"]
+        assert [line.get_xdata()[0] for line in markers] == [12, 30][:count]
+        assert {line.get_color() for line in markers} <= {RUN_COLORS[0]}
+    np.testing.assert_array_equal(
+        curves_of(panels["Total loss"], RUN_COLORS[1])[0].get_ydata(), runs["gram"]["total_loss"]
+    )
+    assert not curves_of(panels["Gram loss"], RUN_COLORS[0])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pretrain", "gram", "resumed"]
+
+
+@pytest.mark.parametrize(("count", "num_bins"), [(1000, 100), (1003, 200), (7, 200), (1, 200), (201, 200)])
+def test_bins_are_those_of_a_plain_loop(count, num_bins):
+    generator = np.random.default_rng(0)
+    curve = pd.Series(generator.normal(size=count), index=np.sort(generator.choice(10 * count, count, replace=False)))
+    bins = bin_curve(curve, num_bins)
+    members = [[] for _ in range(min(num_bins, count))]
+    for position in range(count):
+        members[position * len(members) // count].append(position)
+    assert max(map(len, members)) - min(map(len, members)) <= 1
+    for row, positions in zip(bins.itertuples(), members, strict=True):
+        values = curve.iloc[positions]
+        expected = (np.mean(curve.index[positions]), values.mean(), values.min(), values.max())
+        np.testing.assert_allclose((row.x, row.mean, row.low, row.high), expected)
+
+
+def test_a_spike_in_a_long_run_stays_visible():
+    frame = metrics(50_000)
+    frame.loc[12_345, "total_loss"] = 99.0
+    axes = panels_of(draw_curves({"long": frame}))["Total loss"]
+    (band,) = axes.collections
+    assert band.get_paths()[0].vertices[:, 1].max() == 99.0
+    assert len(curves_of(axes, RUN_COLORS[0])[0].get_xdata()) == 200
+
+
+def test_gaps_and_single_points_are_drawn():
+    frame = metrics(10)
+    frame.loc[3:5, "ibot_loss"] = np.nan
+    panels = panels_of(draw_curves({"a": frame}))
+    assert curves_of(panels["iBOT loss, masked patches"], RUN_COLORS[0])[0].get_xdata().tolist() == [
+        0,
+        1,
+        2,
+        6,
+        7,
+        8,
+        9,
+    ]
+    alone = panels_of(draw_curves({"b": metrics(1)}))["Total loss"]
+    assert alone.lines[0].get_marker() == "o"
+
+
+def test_files_are_of_the_kind_that_their_name_says(tmp_path):
+    runs = {"pretrain": metrics(300, resumed=(100,)), "gram": metrics(100, 1, gram=True)}
+    for name in ("curves.png", "curves.svg"):
+        save_curves(runs, tmp_path / name)
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.format == "PNG" and image.width > 1500
+        assert np.asarray(image.convert("L")).std() > 10
+    svg = (tmp_path / "curves.svg").read_bytes()
+    assert svg == curves_svg(runs) and b"<svg" in svg and b"<text" not in svg
+
+
+def test_script_reads_what_training_wrote(tmp_path):
+    for name, rows in (("pretrain", 30), ("gram", 10)):
+        (tmp_path / name).mkdir()
+        lines = metrics(rows).reset_index().to_dict("records")
+        lines.insert(5, {"event": "resume", "iteration": 5})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "training_metrics.json").write_text(text + '{"iteration": 3')
+    files = [tmp_path / "pretrain" / "training_metrics.json", tmp_path / "gram"]
+    assert len(read_metrics(files[0])) == 30
+    command = [sys.executable, str(SCRIPT), "--output", tmp_path / "out" / "curves.png", "--metrics"]
+    subprocess.run([*command, *files], check=True)
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 50_000
+    twice = subprocess.run([*command, files[0], tmp_path / "pretrain"], capture_output=True, text=True)
+    assert twice.returncode == 1 and "two runs called 'pretrain'" in twice.stderr
+    gone = subprocess.run([*command, tmp_path / "base"], capture_output=True, text=True)
+    assert gone.returncode == 1 and "base" in gone.stderr and "Traceback" not in gone.stderr
