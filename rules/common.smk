@@ -21,7 +21,7 @@ PLAN = one_sentence(make_plan)(
 )
 
 if workflow.is_main_process:
-    for note in one_sentence(PLAN.manifest_notes)():
+    for note in PLAN.manifest_notes():
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -139,3 +139,8 @@ def basis_features(wildcards):
     return expand(
         "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
     )
+
+
+onsuccess:
+    for note in PLAN.manifest_notes():
+        print(f"note: {note}", file=sys.stderr)

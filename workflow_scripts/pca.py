@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.features.writers import read_features
-from dinoscope.visualize.pca import MAX_TILES, fit_basis, load_basis, save_basis
+from dinoscope.visualize.pca import MAX_TILES, fit_basis, load_basis, rounding_note, save_basis
 from dinoscope.visualize.pca_map import draw_map, read_thumbnail
 
 
@@ -46,6 +46,8 @@ def run_fit(arguments: argparse.Namespace) -> None:
         "PCA of model %s: %d tiles of %d slides, 3 components explain %.1f %% of the variance",
         *(info["model"], info["num_tiles_fitted"], info["num_slides"], 100 * info["explained_by_top_3"]),
     )
+    if note := rounding_note(info):
+        logging.warning("warning: %s", note)
 
 
 def run_map(arguments: argparse.Namespace) -> None:

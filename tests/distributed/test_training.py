@@ -1,7 +1,6 @@
 """Real training runs of two processes: files, resuming after every kind of end, refusals, gram phase, conversion."""
 
 import json
-import os
 import random
 import re
 import signal

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import read_features, read_info
-from dinoscope.visualize.pca import DARKEST, balanced_quotas, fit_basis, load_basis, save_basis
+from dinoscope.visualize.pca import DARKEST, balanced_quotas, fit_basis, load_basis, rounding_note, save_basis
 from dinoscope.visualize.pca_map import (
     FOOTER_PX,
     HEADER_PX,
@@ -165,6 +165,18 @@ def test_too_few_tiles_are_refused(tmp_path, num_tiles, message):
 def test_features_that_are_all_alike_are_refused(tmp_path):
     with pytest.raises(FeaturesError, match="in fewer than 3 directions"):
         fit_basis([write_sample(tmp_path / "A.h5", np.ones((30, 8), np.float16))])
+
+
+def test_features_blurred_by_rounding_are_told(tmp_path):
+    """What an untrained model gives: differences of some steps of float16, nothing in float32."""
+    exact = 0.7 + 5e-4 * structured(300, 0, offset=0)
+    files = {kind: write_sample(tmp_path / kind / "A.h5", exact.astype(kind)) for kind in ("float16", "float32")}
+    bases = {kind: fit_basis([path]) for kind, path in files.items()}
+    stored = exact.astype(np.float16).astype(np.float64)
+    expected = (stored - exact).var() / stored.var(axis=0).mean()
+    assert expected > 0.02
+    assert bases["float16"].info["share_lost_in_rounding"] == pytest.approx(expected, rel=0.1)
+    assert rounding_note(bases["float32"].info) == "" and "dtype float32" in rounding_note(bases["float16"].info)
 
 
 def test_a_basis_refuses_features_of_another_model(tmp_path, basis):

@@ -14,6 +14,8 @@ from dinoscope.errors import ConfigError
 from dinoscope.plan import DEMO_SLIDES, make_plan, one_sentence
 from dinoscope.plan_checks import TARGETS, check_config
 from dinoscope.schema import read_schema, with_defaults
+from dinoscope.train.seal import seal_or_compare
+from tiny_slides import write_manifest
 
 REPOSITORY = Path(__file__).parents[2]
 SCHEMA = read_schema(REPOSITORY / "config/schemas/config.schema.yaml")
@@ -312,6 +314,22 @@ def test_a_basis_is_kept_when_slides_come(config):
     assert plan.basis_slides("gram") == plan.train_slides
     Path("slides.tsv").write_text("slide_id\tpath\tuse\ns0\ts0.svs\tfeatures\n")
     assert plan_of(config).basis_slides("base") == ["s0"]
+
+
+def test_a_run_that_keeps_its_manifest_says_so(config):
+    manifest, plan = Path("results/manifests/train.parquet"), plan_of(config)
+    manifest.parent.mkdir(parents=True)
+    digest = write_manifest(manifest, ["s0", "s1"], 512, 256)
+    assert plan.manifest_notes() == []
+    seal_or_compare(Path("results/runs/pretrain"), plan.runs["pretrain"].settings, {"manifest": digest}, "a seed")
+    assert plan.manifest_notes() == []
+    current = write_manifest(manifest, ["s0", "s1", "s2"], 512, 256)
+    (note,) = plan.manifest_notes()
+    assert note == (
+        f"run pretrain was trained on manifest {digest[:8]}, current is {current[:8]}: give a new run name to use it"
+    )
+    manifest.write_bytes(b"PAR1 cut short")
+    assert plan.manifest_notes() == []
 
 
 def test_errors_end_the_program_with_their_sentences():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinoscope.features.writers import read_features
 from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.visualize.pca import fit_basis, save_basis
 from dinoscope.visualize.pca_map import draw_map
@@ -58,10 +59,8 @@ def write_json(path, value):
 
 def write_slide(results, slide_id, num_tiles, warnings=()):
     info = {"slide_id": slide_id, "width": 9000, "height": 4500, "mpp_x": 0.25, "mpp_y": 0.25, "mpp_source": "file"}
-    write_json(
-        results / "slides" / f"{slide_id}.json",
-        info | {"vendor": "aperio", "num_levels": 3, "warnings": list(warnings)},
-    )
+    seen = {"vendor": "aperio", "num_levels": 3, "warnings": list(warnings)}
+    write_json(results / "slides" / f"{slide_id}.json", info | seen)
     thumbnail = np.full((225, 450, 3), 240, np.uint8)
     Image.fromarray(thumbnail).save(results / "slides" / f"{slide_id}.jpg")
     (results / "tiles").mkdir(exist_ok=True)
@@ -82,8 +81,6 @@ def write_model(results, model, seed):
         files.append(write_sample(path, generator.normal(size=(18, 16)).astype(np.float16), model=model))
     basis = fit_basis(files)
     save_basis(basis, results / "pca" / model)
-    from dinoscope.features.writers import read_features
-
     for path in files:
         thumbnail = np.full((225, 450, 3), 255, np.uint8)
         draw_map(results / "pca" / model / f"{path.stem}.png", read_features(path), basis, thumbnail)
@@ -107,7 +104,7 @@ def write_run(results, run, num_iterations, finished=True):
             lines.append({"event": "resume", "iteration": 10})
         lines.append({"iteration": i, "total_loss": 12 - 0.1 * i, "lr": 1e-3, "samples_per_second": 17.0 + i % 2})
         if run == "gram":
-            lines[-1]["gram_loss"] = 0.5 - 0.001 * i
+            lines[-1]["gram_loss"] = 0.5 - 0.01 * i
     (folder / "training_metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text("train: {seed: 3, data: /home/doe/slides}\nstudent: {arch: vit_small}\n")
     if finished:
@@ -187,7 +184,7 @@ def test_the_words_say_what_happened(page, whole):
         "Slide Präparat 3: no tissue was found, so it has no tiles (set features, train).",
         "A & <b>",
         "9,000 × 4,500",
-        "2.25 × 1.13",
+        "2.25 × 1.12",
         "arch: vit_small",
         "mpp: 0.5",
     ):
@@ -195,7 +192,7 @@ def test_the_words_say_what_happened(page, whole):
     for model in MODELS:
         explained = json.loads((whole / "pca" / model / "basis.json").read_text())["explained_by_top_3"]
         assert f"{100 * explained:.0f} % with {model}" in page.words
-    assert "11.9 → 9.20" in page.words and "0.500 → 0.481" in page.words
+    assert "11.9 → 9.20" in page.words and "0.495 → 0.315" in page.words
     assert "480" in page.words and "torch" in page.words and "Python" in page.words
 
 
@@ -232,13 +229,7 @@ def test_stages_that_have_not_run_are_left_out(tmp_path, results):
     assert "Run pretrain: not finished; its curves end at iteration 29." in page.words
     assert "Run gram: it has not logged anything yet." in page.words
     assert "Model gram: there are no PCA maps of its features." in page.words
-    assert [image["alt"] for image in page.images[:3]] == [
-        f"{SLIDES[0]}, {label}" for label in MODELS[:1] + MODELS[1:2]
-    ] + [f"{SLIDES[1]}, tiling"] or [image["alt"].rsplit(", ")[1] for image in page.images[:3]] == [
-        "tiling",
-        "base",
-        "pretrain",
-    ]
+    assert [image["alt"].rsplit(", ")[1] for image in page.images[:4]] == ["tiling", "base", "pretrain", "tiling"]
 
 
 def test_even_an_empty_folder_gives_a_page(tmp_path):

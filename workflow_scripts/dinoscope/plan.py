@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from dinoscope.config import RunConfig, flatten, load_recipe, recipe_chain
-from dinoscope.errors import ConfigError, DinoscopeError
+from dinoscope.errors import ConfigError, DinoscopeError, ManifestError
 from dinoscope.files import read_json
 from dinoscope.models.registry import settings_from_config
 from dinoscope.names import nearest
@@ -224,7 +224,11 @@ class Plan:
                 continue
             from dinoscope.slides.manifest import manifest_digest  # pyarrow takes its time
 
-            trained, current = seal["inputs"]["manifest"], manifest_digest(manifest)
+            trained = seal["inputs"]["manifest"]
+            try:
+                current = manifest_digest(manifest)
+            except ManifestError:  # planning must go on, so that it can be made again
+                continue
             if trained != current:
                 notes.append(
                     f"run {run.name} was trained on manifest {trained[:8]}, current is {current[:8]}: "

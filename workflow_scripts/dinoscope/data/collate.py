@@ -67,7 +67,8 @@ class Collate:
         )
 
     def _masks(self, first: int, num_crops: int) -> Tensor:
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, _MASK_STREAM | first]))
+        key = np.array([self.seed, _MASK_STREAM | first], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
         masks = sample_masks(
             num_crops,
             self.grid,
@@ -89,4 +90,3 @@ def mask_tensors(masks_BP: Tensor) -> dict[str, Tensor]:
 
 def _crop_major(crops: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(crops, axis=1)).flatten(0, 1)
-

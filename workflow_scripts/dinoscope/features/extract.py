@@ -6,8 +6,7 @@ Shapes: B tiles a batch, D embedding width, R storage tokens, P = h·w patches a
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoscope.errors import DinoscopeError, FeaturesError, ManifestError
+from dinoscope.features.overlap import BackgroundThread, HostCopy
 from dinoscope.features.read_ahead import SlideTiles, load_tiles, read_batches
 from dinoscope.features.writers import FeatureInfo, FeatureWriter, open_features, write_features
 from dinoscope.models.weights import read_model_file, state_digest
@@ -180,11 +180,11 @@ class Extractor:
         batches = read_batches(
             slide, tiles, settings.batch_size, settings.workers, pin_memory=self.device.type == "cuda"
         )
-        launched: _HostCopy | None = None
-        with _BackgroundThread() as background:
+        launched: HostCopy | None = None
+        with BackgroundThread() as background:
             for rows, images in batches:
                 clock.lap("reading")
-                previous, launched = launched, _HostCopy(rows, *self.embed(images))
+                previous, launched = launched, HostCopy(rows, *self.embed(images))
                 clock.lap("forward")
                 if previous is not None:
                     yield self._hand_over(previous, background, tiles.slide_id, coords, writer, clock)
@@ -194,8 +194,8 @@ class Extractor:
 
     def _hand_over(
         self,
-        batch: "_HostCopy",
-        background: "_BackgroundThread",
+        batch: HostCopy,
+        background: BackgroundThread,
         slide_id: str,
         coords: np.ndarray,
         writer: FeatureWriter,
@@ -329,44 +329,3 @@ class _Clock:
         now = time.perf_counter()
         setattr(self._stats, part, getattr(self._stats, part) + now - self._last)
         self._last = now
-
-
-class _HostCopy:
-    """Results on their way from the device; the copy is queued at once, so that the next batch can be too."""
-
-    def __init__(self, rows: slice, *tensors: Tensor | None) -> None:
-        self.rows = rows
-        self._copies = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        device = next(tensor.device for tensor in tensors if tensor is not None)
-        self._arrived = None
-        if device.type != "cpu":
-            self._arrived = torch.Event(device)
-            self._arrived.record()
-
-    def wait(self) -> list[Tensor | None]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._copies
-
-
-class _BackgroundThread:
-    """Runs one call at a time; errors of a call surface at the next one, or at the end."""
-
-    def __enter__(self) -> "_BackgroundThread":
-        self._thread, self._running = ThreadPoolExecutor(1, thread_name_prefix="write"), None
-        return self
-
-    def run(self, function: Callable[..., None], *arguments: object) -> None:
-        self._wait()
-        self._running = self._thread.submit(function, *arguments)
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._wait()
-        finally:
-            self._thread.shutdown()
-
-    def _wait(self) -> None:
-        if self._running is not None:
-            self._running.result()

@@ -200,7 +200,7 @@ def _lining(
     """Points along the walls of glands at about the same depth, and the direction across the wall in degrees."""
     walls = cv2.findContours((depth > depth_px).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     slope_x, slope_y = cv2.Sobel(depth, cv2.CV_32F, 1, 0, ksize=5), cv2.Sobel(depth, cv2.CV_32F, 0, 1, ksize=5)
-    points, angles = [], []
+    points, angles = [np.empty((0, 2))], [np.empty(0)]
     for wall in walls:
         path = wall[:, 0].astype(float)
         steps = np.hypot(*np.diff(path, axis=0, append=path[:1]).T)

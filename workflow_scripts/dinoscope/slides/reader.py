@@ -171,14 +171,10 @@ class Slide:
         """
         downsample = self.level_downsamples[level]
         side = read_px if footprint_px is None else footprint_px / downsample
-        spans = []
-        for start, length in zip((x, y), self.level_dimensions[level], strict=True):
-            # levels are rounded to whole pixels: a tile at the slide's edge may end a fraction outside its level
-            first = max(0.0, min(start / downsample, length - side))
-            level0 = math.floor(math.floor(first + 1e-6) * downsample + 1e-6)
-            begin = level0 / downsample
-            count = min(math.ceil(first + side - begin - 1e-6), math.floor(length - begin + 1e-6))
-            spans.append((level0, count, first - begin))
+        spans = [
+            _span(start / downsample, side, length, downsample)
+            for start, length in zip((x, y), self.level_dimensions[level], strict=True)
+        ]
         (left, columns, column_offset), (top, rows, row_offset) = spans
         region = self.read_region(left, top, level, columns, rows)
         return resample_square(region, column_offset, row_offset, side, tile_px, averages=level > 0)
@@ -332,6 +328,20 @@ def _colour(text: str | None) -> tuple[int, int, int]:
     except ValueError:
         return 255, 255, 255
     return red, green, blue
+
+
+def _span(start: float, side: float, length: int, downsample: float) -> tuple[int, int, float]:
+    """What to read of a level's `length` pixels for those from `start` to `start + side`.
+
+    Returns:
+        First pixel in level-0 pixels, number of pixels, and where among them `start` is.
+    """
+    # levels are rounded to whole pixels: a tile at the slide's edge may end a fraction outside its level
+    start = max(0.0, min(start, length - side))
+    level0 = math.floor(math.floor(start + 1e-6) * downsample + 1e-6)
+    begin = level0 / downsample
+    count = min(math.ceil(start + side - begin - 1e-6), math.floor(length - begin + 1e-6))
+    return level0, count, start - begin
 
 
 def _inside(start: float, count: int, length: int) -> tuple[int, int]:

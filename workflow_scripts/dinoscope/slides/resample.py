@@ -55,7 +55,7 @@ def resample_square(
     for start in (round(top, 6), round(left, 6)):
         # the second pass works on the columns, and turns the picture back
         region = _averaged_rows(region, *_taps(region.shape[0], start, side, tile_px, knots)).transpose(1, 0, 2)
-    return np.clip(np.rint(region), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(region), 0, 255).astype(np.uint8, order="C")
 
 
 def _averaged_rows(region: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ _JPEG, _YCBCR = 7, 6
 
 
 def encode_tiles(image: np.ndarray, tile_px: int = 256, quality: int = 85) -> Iterator[bytes]:
-    """Cuts an RGB image into tiles in raster order and yields each as a JPEG with 4:2:0 chroma.
+    """Cuts an RGB image into tiles in raster order and yields each as a JPEG with full chroma (4:4:4).
 
     Tiles that reach over the right or lower edge repeat the last column or row, which keeps ringing out of the image.
     """
@@ -30,7 +30,7 @@ def encode_tiles(image: np.ndarray, tile_px: int = 256, quality: int = 85) -> It
         cv2.IMWRITE_JPEG_QUALITY,
         quality,
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     ]
     for top in range(0, height, tile_px):
         for left in range(0, width, tile_px):
@@ -109,7 +109,7 @@ def _tags(
         (323, _LONG, [tile_px]),
         (324, _LONG, offsets),
         (325, _LONG, sizes),
-        (530, _SHORT, [2, 2]),
+        (530, _SHORT, [1, 1]),
     ]
 
 

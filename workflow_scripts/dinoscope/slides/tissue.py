@@ -132,7 +132,7 @@ def working_level(slide: Slide, method: str) -> tuple[int, int]:
     """The level to read and the squares to average, for 8 to 16 um a pixel (cytology: 4 to 8) where there is such."""
     finest = _SETTINGS[method if method != "auto" else "otsu"].finest_mpp
     mpps = [slide.mpp * downsample for downsample in slide.level_downsamples]
-    level = max((level for level, mpp in enumerate(mpps) if mpp <= 2 * finest), default=0)
+    level = max((level for level, mpp in enumerate(mpps) if mpp < 2 * finest), default=0)
     return level, max(1, math.ceil(finest / mpps[level] - 1e-6))
 
 

@@ -144,5 +144,7 @@ def export_teacher(run_dir: Path, iteration: int, model: SSLModel, world: "World
 def fill_from_full_state(module: nn.Module, state: dict[str, Tensor] | None) -> None:
     """Fills a sharded module from whole tensors that only the main process has (None elsewhere)."""
     set_model_state_dict(
-        module, dict(state or {}), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+        module,
+        dict(state or {}),  # it changes the dictionary that it is given
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True),
     )

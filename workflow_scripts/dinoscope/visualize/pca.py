@@ -24,7 +24,7 @@ from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureInfo, check_same_kind, read_features, read_info
 from dinoscope.files import atomic_path, read_json, write_json
 
-__all__ = ["ColorBasis", "fit_basis", "load_basis", "save_basis"]
+__all__ = ["ColorBasis", "fit_basis", "load_basis", "rounding_note", "save_basis"]
 
 MAX_COMPONENTS = 50
 MAX_TILES = 200_000
@@ -111,13 +111,13 @@ def fit_basis(paths: Sequence[str | os.PathLike[str]], *, seed: int = 0, max_til
     _check_enough(sum(counts), info, len(found))
     width = next(iter(found.values()))[2]
     quotas = balanced_quotas(counts, min(max_tiles, MAX_VALUES // width))
-    sample = np.concatenate(
-        [
-            read_features(path, _sampled_rows(count, quota, seed, info.slide_id)).features.astype(np.float32)
-            for (path, (info, count, _)), quota in zip(found.items(), quotas, strict=True)
-        ]
-    )
-    return _fit(sample, info, {"num_slides": len(found), "num_tiles": sum(counts), "seed": seed})
+    parts, rounding = [], 0.0
+    for (path, (slide, count, _)), quota in zip(found.items(), quotas, strict=True):
+        features = read_features(path, _sampled_rows(count, quota, seed, slide.slide_id)).features
+        rounding += _squared_rounding(features)
+        parts.append(features.astype(np.float32))
+    numbers = {"num_slides": len(found), "num_tiles": sum(counts), "seed": seed}
+    return _fit(np.concatenate(parts), info, numbers, rounding)
 
 
 def balanced_quotas(counts: Sequence[int], total: int) -> list[int]:
@@ -154,7 +154,22 @@ def load_basis(folder: str | os.PathLike[str]) -> ColorBasis:
         raise FeaturesError(f"{folder}: no whole PCA basis ({error}); run pca.py fit again") from error
 
 
-def _fit(sample: np.ndarray, info: FeatureInfo, numbers: dict[str, int]) -> ColorBasis:
+def rounding_note(info: dict[str, Any]) -> str:
+    """A sentence if features differ so little from tile to tile that their storage blurs it, as of an untrained model.
+
+    Args:
+        info: What basis.json holds.
+    """
+    share = info.get("share_lost_in_rounding", 0.0)
+    if share < 0.01:
+        return ""
+    return (
+        f"the features of model {info['model']} hardly differ from tile to tile, and {100 * share:.0f} % of what "
+        "differs is rounding: extract with dtype float32, or pooling mean"
+    )
+
+
+def _fit(sample: np.ndarray, info: FeatureInfo, numbers: dict[str, int], rounding: float) -> ColorBasis:
     from sklearn.decomposition import PCA
 
     # centred here, in float64, because the covariance solver loses digits when means are large beside the spread
@@ -184,10 +199,16 @@ def _fit(sample: np.ndarray, info: FeatureInfo, numbers: dict[str, int]) -> Colo
             "explained_variance_ratio": [round(float(ratio), 6) for ratio in ratios],
             "explained_by_top_3": round(float(ratios[:3].sum()), 6),
             "explained_by_top_50": round(float(ratios[:50].sum()), 6),
+            "share_lost_in_rounding": round(rounding / float(np.square(sample, dtype=np.float64).sum()), 6),
             "components_file": "basis.npz",
             "versions": _versions(),
         },
     )
+
+
+def _squared_rounding(features: np.ndarray) -> float:
+    """Expected sum of squares of what was lost when the features were stored: a twelfth of a squared step each."""
+    return float(np.square(np.spacing(np.abs(features)), dtype=np.float64).sum()) / 12
 
 
 def _too_flat(info: FeatureInfo) -> FeaturesError:

@@ -177,7 +177,7 @@ def _thousands(number: int) -> str:
 
 
 def _percent(ratio: float) -> str:
-    return f"{100 * ratio:.0f} %"
+    return f"{100 * ratio:.0f}\N{NO-BREAK SPACE}%"
 
 
 def _number(value: float) -> str:

@@ -21,6 +21,7 @@ from dinoscope.errors import RunError
 from dinoscope.files import read_json
 from dinoscope.slides.manifest import read_metadata
 from dinoscope.train.metrics import read_metrics
+from dinoscope.visualize.pca import rounding_note
 
 __all__ = ["ModelFacts", "ReportData", "RunFacts", "SlideFacts", "collect", "without_paths"]
 
@@ -181,7 +182,9 @@ def _collect_slides(results: Path) -> list[SlideFacts]:
         manifests = {name: results / "tiles" / name / f"{slide_id}.parquet" for name in tile_sets}
         tiles = {name: pq.read_metadata(path).num_rows for name, path in manifests.items() if path.is_file()}
         warnings = [str(warning) for warning in properties.get("warnings", [])]
-        slides.append(SlideFacts(slide_id, uses.get(slide_id, ""), properties, tiles, warnings))
+        slides.append(
+            SlideFacts(slide_id, uses.get(slide_id, "features only" if uses else ""), properties, tiles, warnings)
+        )
     return slides
 
 
@@ -251,5 +254,9 @@ def _warnings(slides: list[SlideFacts], runs: list[RunFacts], models: list[Model
             found.append(f"Run {run.name}: not finished; its curves end at iteration {run.num_iterations - 1}.")
         elif not all(math.isfinite(value) for value in run.metrics.get("total_loss", pd.Series([0.0]))):
             found.append(f"Run {run.name}: its total loss was not finite at some iterations.")
-    found += [f"Model {model.name}: there are no PCA maps of its features." for model in models if not model.pca]
+    for model in models:
+        if not model.pca:
+            found.append(f"Model {model.name}: there are no PCA maps of its features.")
+        elif note := rounding_note(model.pca):
+            found.append(f"{note[0].upper()}{note[1:]}.")
     return found

@@ -1,0 +1,61 @@
+"""Pins: exact, complete, and the same wherever they stand."""
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def pins(name):
+    lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if line and not line.startswith(("#", "-r "))]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in found)
+    return dict(line.split("==") for line in found)
+
+
+def needed_by(names):
+    """Names of all installed packages that these need, directly or not, themselves included."""
+    seen, waiting = set(), [canonicalize_name(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or re.match(r"nvidia-|cuda-|triton", name):
+            continue
+        seen.add(name)
+        for text in metadata.requires(name) or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(canonicalize_name(requirement.name))
+    return seen
+
+
+def test_requirements_are_what_the_project_needs():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    direct = [Requirement(text) for text in project["dependencies"]]
+    pinned = pins("requirements.txt")
+    for requirement in direct:
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+    assert needed_by(requirement.name for requirement in direct) - set(pinned) == set()
+
+
+def test_test_requirements_are_complete():
+    tools = pins("requirements-test.txt")
+    assert needed_by(tools) - set(tools) - set(pins("requirements.txt")) == set()
+    assert set(tools).isdisjoint(pins("requirements.txt"))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "envs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_conda_environments_have_the_same_pins(path):
+    environment = yaml.safe_load(path.read_text(encoding="utf-8"))
+    pinned = pins("requirements.txt")
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert len(pip) >= 5
+    for line in pip:
+        name, _, version = line.partition("==")
+        assert pinned[name] == version

@@ -1,0 +1,259 @@
+"""The scripts of the slides part, run as a user runs them, and the overview that one of them draws."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dinoscope.slides.grid import TileSet, make_grid
+from dinoscope.slides.manifest import manifest_digest, read_metadata, read_tiles
+from dinoscope.slides.reader import Slide
+from dinoscope.slides.tissue import detect_tissue
+from dinoscope.visualize.overview import brightened, draw_overview, scale_bar_mm
+from synthetic_slides import blobs, write_lossless
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "workflow_scripts"
+NAME = "S 1 [ß]; $(x)"
+
+
+def run(script: str, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(SCRIPTS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode != 0) == fails, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    image = blobs(1500, 2000, [(700, 700, 500), (1600, 1000, 300)], (200, 120, 160), (243, 242, 244))
+    return write_lossless(tmp_path_factory.mktemp("in put") / "Smith^John 1950.tiff", image, 1.0, (1, 4))
+
+
+def tile(slide: Path, folder: Path, *more: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    sets = ["--set", "train", 256, 2.0, folder / "train.parquet", "--set", "features", 112, 1.5, folder / "f.parquet"]
+    options = ["--slide", slide, "--slide-id", NAME, "--overview", folder / "o.jpg"]
+    return run("tile_slide.py", *options, *sets, *more, fails=fails)
+
+
+def test_manifests_of_both_sets(slide: Path, tmp_path: Path) -> None:
+    done = tile(slide, tmp_path)
+    assert "tiles kept" in done.stderr
+    with Slide(slide, NAME) as opened:
+        tissue = detect_tissue(opened)
+        for name, tile_px, mpp, path in (("train", 256, 2.0, "train.parquet"), ("features", 112, 1.5, "f.parquet")):
+            grid = make_grid(opened, tissue, TileSet(name, tile_px, mpp))
+            tiles, metadata = read_tiles(tmp_path / path), read_metadata(tmp_path / path)
+            assert tiles.num_rows == len(grid) > 5
+            assert tiles["x"].to_pylist() == grid.x.tolist() and tiles["y"].to_pylist() == grid.y.tolist()
+            constants = {"tile_px": tile_px, "mpp": mpp, "level": 0, "footprint_px": round(tile_px * mpp)}
+            for column, value in constants.items():
+                assert set(tiles[column].to_pylist()) == {value}
+            assert set(tiles["slide_id"].to_pylist()) == {NAME}
+            assert metadata["slide_id"] == NAME and metadata["tile_set"] == name
+            assert (metadata["width"], metadata["height"], metadata["num_levels"]) == (2000, 1500, 2)
+            assert (metadata["mpp_x"], metadata["mpp_y"], metadata["mpp_source"]) == (1.0, 1.0, "file")
+            assert (metadata["requested_mpp"], metadata["stride_px"], metadata["min_tissue"]) == (mpp, tile_px, 0.5)
+            assert metadata["tissue_method"] == "otsu" and metadata["tissue_method_reason"]
+            assert set(metadata["software"]) == {"dinoscope", "openslide"}
+    overview = Image.open(tmp_path / "o.jpg")
+    assert overview.format == "JPEG" and min(overview.size) > 700
+
+
+def test_options_reach_the_grid(slide: Path, tmp_path: Path) -> None:
+    tile(slide, tmp_path, "--min-tissue", "train=0.9", "features=0.1", "--stride", "train=128", "--slide-mpp", 1.02)
+    train, features = (read_metadata(tmp_path / name) for name in ("train.parquet", "f.parquet"))
+    assert (train["min_tissue"], train["stride_px"], train["mpp_source"]) == (0.9, 128, "table")
+    assert (features["min_tissue"], features["stride_px"], features["mpp_x"]) == (0.1, 112, 1.02)
+    tiles = read_tiles(tmp_path / "train.parquet")
+    assert min(tiles["tissue_fraction"].to_pylist()) >= 0.9
+    assert min(set(np.diff(sorted(set(tiles["x"].to_pylist()))))) == round(128 * 2 / 1.02)
+
+
+def test_results_hold_no_path_and_no_file_name(slide: Path, tmp_path: Path) -> None:
+    tile(slide, tmp_path)
+    run("inspect_slide.py", "--slide", slide, "--slide-id", "S", "--output", tmp_path / "s.json", "--thumbnail", tmp_path / "s.jpg")  # fmt: skip
+    for path in tmp_path.iterdir():
+        content = path.read_bytes()
+        for secret in (b"Smith", str(slide.parent).encode(), b"1950"):
+            assert secret not in content, path.name
+
+
+def test_a_set_without_tiles_is_a_warning_and_an_empty_table(slide: Path, tmp_path: Path) -> None:
+    image = blobs(1500, 2000, [(700, 700, 60)], (200, 120, 160), (243, 242, 244))
+    done = tile(write_lossless(tmp_path / "small.tiff", image, 1.0), tmp_path)
+    assert "tile set train: no tile of 256 px at mpp 2 has at least 0.5 tissue" in done.stderr
+    assert read_tiles(tmp_path / "train.parquet").num_rows == 0 and (tmp_path / "o.jpg").exists()
+
+
+def test_errors_are_one_sentence_and_leave_nothing(slide: Path, tmp_path: Path) -> None:
+    blank = write_lossless(tmp_path / "blank.tiff", np.full((1000, 1000, 3), 240, np.uint8), 1.0)
+    no_mpp = write_lossless(tmp_path / "no_mpp.tiff", np.full((1000, 1000, 3), 240, np.uint8), None)
+    output = tmp_path / "out"
+    cases = {
+        "no tissue found": tile(blank, output, fails=True),
+        "column mpp of slides.tsv": tile(no_mpp, output, fails=True),
+        "does not exist": tile(tmp_path / "nothing.svs", output, fails=True),
+        "would have to be enlarged": tile(slide, output, "--set", "x", 64, 0.5, output / "x", fails=True),
+        "only 2000 x 1500": tile(slide, output, "--set", "x", 3000, 1.0, output / "x", fails=True),
+        "there is no --set of this name": tile(slide, output, "--min-tissue", "trian=0.5", fails=True),
+        "wanted NAME=a share": tile(slide, output, "--min-tissue", "train=1.5", fails=True),
+        "wanted whole pixels": tile(slide, output, "--set", "x", "big", 0.5, output / "x", fails=True),
+    }
+    for sentence, done in cases.items():
+        assert sentence in done.stderr and "error: " in done.stderr, done.stderr
+    assert not output.exists()
+
+
+def test_tiling_imports_nothing_heavy(slide: Path, tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
+        "heavy = {'torch', 'pandas', 'sklearn', 'matplotlib', 'scipy', 'snakemake'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    arguments = ["--slide", slide, "--slide-id", "S", "--set", "t", "256", "2", tmp_path / "t", "--overview", tmp_path / "o.jpg"]  # fmt: skip
+    command = [sys.executable, "-c", code, SCRIPTS / "tile_slide.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(SCRIPTS)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_and_report(slide: Path, tmp_path: Path) -> None:
+    image = np.full((600, 500, 3), 240, np.uint8)
+    slides = {
+        "good": slide,
+        "no mpp": write_lossless(tmp_path / "a.tiff", image, None),
+        "uneven": write_lossless(tmp_path / "b.tiff", image, (0.5, 0.6)),
+        "missing": tmp_path / "secret name.svs",
+        "text": tmp_path / "t.svs",
+    }
+    slides["text"].write_text("no slide")
+    documents = []
+    for name, path in slides.items():
+        documents.append(tmp_path / f"{name}.json")
+        outputs = ["--output", documents[-1], "--thumbnail", tmp_path / f"{name}.jpg"]
+        run("inspect_slide.py", "--slide", path, "--slide-id", name, *outputs, "--keep-going")
+        assert Image.open(tmp_path / f"{name}.jpg").format == "JPEG"
+    good = json.loads(documents[0].read_text())
+    assert good == {
+        "slide_id": "good",
+        "width": 2000,
+        "height": 1500,
+        "mpp_x": 1.0,
+        "mpp_y": 1.0,
+        "mpp_source": "file",
+        "vendor": "generic-tiff",
+        "num_levels": 2,
+        "level_dimensions": [[2000, 1500], [500, 375]],
+        "level_downsamples": [1.0, 4.0],
+        "objective_power": None,
+        "has_icc_profile": False,
+        "warnings": [],
+    }
+    assert json.loads((tmp_path / "no mpp.json").read_text())["mpp_x"] is None
+    missing = json.loads((tmp_path / "missing.json").read_text())
+    assert missing == {
+        "slide_id": "missing",
+        "error": "slide 'missing' does not exist: correct column path of slides.tsv",
+    }
+    (tmp_path / "list.txt").write_text("\n".join(map(str, documents)))
+    done = run("report_slides.py", "--output", tmp_path / "r.tsv", f"@{tmp_path / 'list.txt'}")
+    assert "5 slides inspected, 4 with problems" in done.stderr
+    header, *rows = [line.split("\t") for line in (tmp_path / "r.tsv").read_text().splitlines()]
+    assert header[:2] == ["slide_id", "problems"] and len(rows) == 5 and all(len(row) == len(header) for row in rows)
+    problems = {row[0]: row[1] for row in rows}
+    assert problems["good"] == "none" and "column mpp" in problems["no mpp"] and "0.6 vertically" in problems["uneven"]
+    assert "does not exist" in problems["missing"] and "not a slide that OpenSlide can open" in problems["text"]
+    assert str(tmp_path) not in (tmp_path / "r.tsv").read_text() and "secret" not in (tmp_path / "r.tsv").read_text()
+
+
+def test_inspect_fails_without_keep_going(tmp_path: Path) -> None:
+    outputs = ["--output", tmp_path / "a.json", "--thumbnail", tmp_path / "a.jpg"]
+    done = run("inspect_slide.py", "--slide", tmp_path / "a.svs", "--slide-id", "A", *outputs, fails=True)
+    assert done.stderr == "error: slide 'A' (file a.svs) does not exist: correct column path of slides.tsv\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_merge(slide: Path, tmp_path: Path) -> None:
+    table = tmp_path / "slides.tsv"
+    table.write_text(f"slide_id\tpath\tcase_id\tstain\nA\t{slide}\tcase 1\tHE\nB\t{slide}\tcase 2\tHE\n")
+    for name in "AB":
+        sets = ["--set", "train", 256, 2.0, tmp_path / f"{name}.parquet"]
+        run("tile_slide.py", "--slide", slide, "--slide-id", name, *sets, "--overview", tmp_path / "o.jpg")
+    inputs = [tmp_path / "B.parquet", tmp_path / "A.parquet"]
+    more = ["--slides-output", tmp_path / "slides.parquet", "--slides", table]
+    run("merge_manifest.py", "--output", tmp_path / "m.parquet", *more, *inputs)
+    merged = read_tiles(tmp_path / "m.parquet")
+    assert merged["slide_id"].unique().to_pylist() == ["A", "B"]
+    rows = pq.read_table(tmp_path / "slides.parquet").to_pylist()
+    assert [(row["slide_id"], row["use"], row["num_tiles"]) for row in rows] == [
+        (name, "train,features", merged.num_rows // 2) for name in "AB"
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, inputs[::-1])))
+    run("merge_manifest.py", "--output", tmp_path / "n.parquet", f"@{tmp_path / 'list.txt'}")
+    assert manifest_digest(tmp_path / "n.parquet") == manifest_digest(tmp_path / "m.parquet")
+    done = run("merge_manifest.py", "--output", tmp_path / "n.parquet", *inputs, inputs[0], fails=True)
+    assert "slide 'B' is in both" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", ["make_demo_slides", "inspect_slide", "report_slides", "tile_slide", "merge_manifest"]
+)
+def test_help(script: str) -> None:
+    assert "usage:" in run(f"{script}.py", "--help").stdout
+
+
+# the overview
+
+
+def test_tiles_and_outline_are_drawn_where_they_are(slide: Path) -> None:
+    with Slide(slide, "S") as opened:
+        tissue = detect_tissue(opened)
+        grid = make_grid(opened, tissue, TileSet("t", 256, 2.0))
+        with_tiles, without = draw_overview(opened, tissue, [grid]), draw_overview(opened, tissue, [])
+        scale = 1600 / opened.width
+    left, top = 16, 2 * 16 + 24
+    picture = with_tiles[top : top + 1200, left : left + 1600].astype(int)
+    plain = without[top : top + 1200, left : left + 1600].astype(int)
+    changed = np.abs(picture - plain).max(axis=2) > 40
+    expected = np.zeros((1200, 1600), np.uint8)
+    side = 512 * scale
+    for x, y in zip(grid.x * scale, grid.y * scale, strict=True):
+        cv2.rectangle(expected, (round(x), round(y)), (round(x + side) - 1, round(y + side) - 1), 1, 1)
+    assert (changed & (expected == 0)).sum() == 0
+    assert changed.sum() > 0.8 * expected.sum()
+    green = (np.abs(plain - (0, 158, 115)).max(axis=2) < 12).nonzero()
+    distance = np.hypot(green[1] - 700 * scale, green[0] - 700 * scale)
+    ring = np.abs(distance - 500 * scale) < 25
+    other = np.abs(np.hypot(green[1] - 1600 * scale, green[0] - 1000 * scale) - 300 * scale) < 25
+    assert len(green[0]) > 3000 and (ring | other).all()
+
+
+@pytest.mark.parametrize(
+    ("width_mm", "bar_mm"), [(2.8, 0.5), (33.0, 5.0), (4.0, 1.0), (0.9, 0.2), (0.35, 0.05), (150.0, 20.0)]
+)
+def test_scale_bar(width_mm: float, bar_mm: float) -> None:
+    assert scale_bar_mm(width_mm) == pytest.approx(bar_mm)
+
+
+def test_dark_slides_are_brightened() -> None:
+    dark = np.random.default_rng(0).integers(0, 30, (50, 60, 3), dtype=np.uint8)
+    assert brightened(dark).mean() > 100 and brightened(np.zeros((5, 5, 3), np.uint8)).max() == 0
+
+
+def test_real_slides(shared: Path, tmp_path: Path) -> None:
+    for name, slide_id, train, features in (
+        ("CMU-1-Small-Region.svs", "CMU", (6, 12), (40, 65)),
+        ("test3-DAPI-2-(387).ndpi", "test3-DAPI-2-(387)", (8, 12), (55, 72)),
+    ):
+        outputs = [tmp_path / "t.parquet", tmp_path / "f.parquet"]
+        sets = ["--set", "train", 512, 0.5, outputs[0], "--set", "features", 224, 0.5, outputs[1]]
+        path = shared / "data" / "wsi" / name
+        run("tile_slide.py", "--slide", path, "--slide-id", slide_id, *sets, "--overview", tmp_path / "o.jpg")
+        for output, (least, most) in zip(outputs, (train, features), strict=True):
+            assert least <= read_metadata(output)["num_tiles"] <= most

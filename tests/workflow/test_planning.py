@@ -1,0 +1,281 @@
+"""Snakemake's plans: what runs, what does not, and what is said when the input is wrong. No job runs in these tests."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dinoscope.config import load_recipe
+from dinoscope.files import write_json
+from dinoscope.plan import DEMO_SLIDES
+from dinoscope.train.seal import seal_or_compare
+from snakemake_runs import REPOSITORY, plan, snakemake
+
+WHOLE_DEMO = {
+    "demo_slides": 1, "inspect_slide": 5, "slides_report": 1, "tile_slide": 5, "split_slides": 1, "slide_table": 1,
+    "merge_manifest": 1, "initial_weights": 1, "train": 2, "convert": 2, "extract_features": 15, "pca_fit": 3,
+    "pca_map": 15, "plot_metrics": 2, "report": 1, "all": 1,
+}  # fmt: skip
+
+
+def new_folder(path):
+    """A working directory with a copy of the config that comes along."""
+    shutil.copytree(REPOSITORY / "config", path / "config")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return new_folder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory):
+    """A folder in which Snakemake believes that everything was made: all outputs exist, with their provenance."""
+    folder = new_folder(tmp_path_factory.mktemp("finished"))
+    _, text = plan(folder)
+    outputs = [name for line in re.findall(r"^    output: (.*)$", text, re.MULTILINE) for name in line.split(", ")]
+    assert len(outputs) > 60
+    for name in outputs:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    slides = [slide_id for slide_id in DEMO_SLIDES if slide_id != "demo_he_1"]
+    for model in ("base", "pretrain", "gram"):
+        write_json(folder / "results" / "pca" / model / "basis.json", {"slides": slides})
+    snakemake(folder, "--touch", "--forceall")
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    return shutil.copytree(finished_once, tmp_path / "finished", symlinks=True)
+
+
+def change_config(folder, **changes):
+    """Sets dotted keys of the folder's config."""
+    path = folder / "config" / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for dotted, value in changes.items():
+        *sections, key = dotted.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def add_slide(folder, slide_id, use):
+    """Appends a slide to the folder's table, which gets a column use."""
+    table = folder / "config" / "slides.tsv"
+    header, *rows = table.read_text(encoding="utf-8").splitlines()
+    rows = [f"{row}\ttrain,features" for row in rows]
+    (folder / f"{slide_id}.svs").touch()
+    rows.append(f"{slide_id}\t{slide_id}.svs\tnew case\tHE\t{use}")
+    table.write_text("\n".join([f"{header}\tuse", *rows]) + "\n", encoding="utf-8")
+
+
+def test_the_demo_plans_every_stage(folder):
+    jobs, text = plan(folder)
+    assert jobs == WHOLE_DEMO
+    assert "gram_teacher" not in text
+    assert "--gram-teacher last" in text
+
+
+def test_a_single_target_plans_only_its_chain(folder):
+    jobs, _ = plan(folder, "results/tiles/features/demo_ihc_1.parquet")
+    assert jobs == {"demo_slides": 1, "tile_slide": 1}
+    jobs, _ = plan(folder, "results/features/base/demo_ihc_1.h5")
+    assert jobs == {"demo_slides": 1, "tile_slide": 1, "initial_weights": 1, "extract_features": 1}
+
+
+@pytest.mark.parametrize(
+    ("target", "jobs"),
+    [
+        ("inspect", {"demo_slides": 1, "inspect_slide": 5, "slides_report": 1}),
+        ("tiles", {"demo_slides": 1, "tile_slide": 5}),
+        ("manifest", {"demo_slides": 1, "tile_slide": 5, "split_slides": 1, "slide_table": 1, "merge_manifest": 1}),
+        (
+            "pretrain",
+            {"demo_slides": 1, "tile_slide": 4, "merge_manifest": 1, "initial_weights": 1, "train": 1, "convert": 1},
+        ),
+        (
+            "gram",
+            {"demo_slides": 1, "tile_slide": 4, "merge_manifest": 1, "initial_weights": 1, "train": 2, "convert": 1},
+        ),
+    ],
+)
+def test_a_stage_is_a_target(folder, target, jobs):
+    assert plan(folder, target)[0] == jobs | {target: 1}
+
+
+def test_nothing_is_done_twice(finished):
+    jobs, text = plan(finished)
+    assert jobs == {}
+    assert "Nothing to be done" in text
+
+
+def test_what_changes_no_result_reruns_nothing(finished):
+    changes = {"launch.processes": 3, "features.batch_size": 7, "features.workers": 0}
+    change_config(finished, **changes)
+    assert plan(finished)[0] == {}
+
+
+def test_a_features_slide_plans_only_its_own_jobs(finished):
+    add_slide(finished, "new [1]", "features")
+    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3}
+    assert plan(finished)[0] == own | {"slides_report": 1, "slide_table": 1, "report": 1, "all": 1}
+
+
+def test_a_training_slide_leaves_finished_runs_and_colours_alone(finished):
+    add_slide(finished, "new", "train,features")
+    jobs, _ = plan(finished)
+    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3}
+    joins = {"split_slides": 1, "merge_manifest": 1, "slides_report": 1, "slide_table": 1, "report": 1, "all": 1}
+    assert jobs == own | joins
+
+
+def test_changed_pooling_redoes_features_and_maps(finished):
+    change_config(finished, **{"features.pooling": "mean"})
+    assert plan(finished)[0] == {"extract_features": 15, "pca_fit": 3, "pca_map": 15, "report": 1, "all": 1}
+
+
+def test_a_longer_run_goes_on_and_the_start_stays(finished):
+    recipe = finished / "config" / "runs" / "tiny_gram.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("epochs: 4", "epochs: 5"), encoding="utf-8")
+    jobs, _ = plan(finished)
+    assert jobs == {
+        "train": 1, "convert": 1, "extract_features": 5, "pca_fit": 1, "pca_map": 5, "plot_metrics": 1, "report": 1,
+        "all": 1,
+    }  # fmt: skip
+
+
+def test_published_weights_are_an_input_of_the_start(finished):
+    recipe = finished / "config" / "runs" / "tiny.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8") + "\nMODEL: {WEIGHTS: published.pth}\n", encoding="utf-8")
+    (finished / "published.pth").touch()
+    jobs, text = plan(finished, "results/features/base/demo_he_1.h5")
+    assert jobs == {"initial_weights": 1, "extract_features": 1}
+    assert "published.pth" in text
+
+
+def test_other_settings_than_the_run_was_started_with_are_refused_and_nothing_is_lost(finished):
+    run_dir = finished / "results" / "runs" / "pretrain"
+    recipe = finished / "config" / "runs" / "tiny.yaml"
+    inputs = dict.fromkeys(["manifest", "weights", "continues", "gram_teacher"])
+    seal_or_compare(run_dir, load_recipe(recipe), inputs, "a seed")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("lr: 2e-3", "lr: 3e-3"), encoding="utf-8")
+    before = sorted(path.relative_to(run_dir) for path in run_dir.rglob("*"))
+    done = snakemake(finished, check=False)
+    assert_only_sentences(done, "run pretrain was started with other settings: optim.lr was 0.002 and is now 0.003")
+    assert sorted(path.relative_to(run_dir) for path in run_dir.rglob("*")) == before
+    assert plan(finished, "inspect")[0] == {}
+
+
+def assert_only_sentences(done, *sentences):
+    """Snakemake ended with these sentences, one line each, and without a traceback."""
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(sentences), done.stderr
+    for error, sentence in zip(errors, sentences, strict=True):
+        assert sentence in error
+    for wall in ("Traceback", 'File "', "Exception"):
+        assert wall not in done.stdout + done.stderr
+
+
+BAD_TABLES = [
+    ("demo_he_2", "demo_he_1", "config/slides.tsv line 3: slide_id 'demo_he_1' stands in line 2 already"),
+    ("results/demo/demo_he_2.tiff", "gone.tiff", "slide demo_he_2: gone.tiff does not exist"),
+    ("stain", "label", "unknown column 'label'; labels live in config/labels.tsv"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "sentence"), BAD_TABLES)
+def test_a_bad_slide_table_is_explained(folder, old, new, sentence):
+    table = folder / "config" / "slides.tsv"
+    table.write_text(table.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    assert_only_sentences(snakemake(folder, "--dry-run", check=False), sentence)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "sentence"),
+    [
+        ("case_id\tuse", "case_1\teval", "case case_1 is in both train (slide a) and eval (slide b)"),
+        ("use", "test", "line 3: use 'test' (slide b) is unknown; give a comma list of train, eval, features"),
+        ("mpp", "20x", "line 3: mpp '20x' (slide b) is not a positive number of micrometres a pixel"),
+    ],
+)
+def test_a_bad_row_is_explained(folder, columns, row, sentence):
+    first = {"case_id\tuse": "case_1\ttrain", "use": "train", "mpp": "0.25"}[columns]
+    (folder / "a.svs").touch()
+    (folder / "config" / "slides.tsv").write_text(f"slide_id\tpath\t{columns}\na\ta.svs\t{first}\nb\ta.svs\t{row}\n")
+    assert_only_sentences(snakemake(folder, "--dry-run", check=False), sentence)
+
+
+def test_mistyped_keys_are_explained_each_in_a_line(folder):
+    config = folder / "config" / "config.yaml"
+    text = config.read_text(encoding="utf-8").replace("\ntissue:", "\ntisue:").replace("pooling: cls", "pooling: max")
+    config.write_text(text, encoding="utf-8")
+    done = snakemake(folder, "--dry-run", check=False)
+    assert_only_sentences(
+        done,
+        "config: unknown key tisue; did you mean tissue?",
+        "config: features.pooling is 'max', but must be one of cls, mean, cls+mean, cls+storage",
+    )
+
+
+def test_a_mistyped_slide_in_a_target_is_explained(folder):
+    done = snakemake(folder, "--dry-run", "results/tiles/features/demo_he1.parquet", check=False)
+    assert_only_sentences(done, "slide 'demo_he1' is not in config/slides.tsv; did you mean demo_he_1?")
+
+
+def test_training_without_training_slides_is_explained(folder):
+    (folder / "a.svs").touch()
+    (folder / "config" / "slides.tsv").write_text("slide_id\tpath\tuse\na\ta.svs\tfeatures\n")
+    done = snakemake(folder, "--dry-run", check=False)
+    assert_only_sentences(done, "config/slides.tsv has no slide to train on")
+    assert plan(folder, "results/features/base/a.h5")[0] == {
+        "tile_slide": 1,
+        "initial_weights": 1,
+        "extract_features": 1,
+    }
+
+
+def test_slides_of_a_folder_need_no_table(folder):
+    for name in ("b 1.svs", "sub/c'2.mrxs", "sub/c'2/Data0.dat"):
+        (folder / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "scans" / name).touch()
+    change_config(folder, **{"slides.source": "scans", "demo.enabled": False})
+    jobs, text = plan(folder, "inspect", "--printshellcmds")
+    assert jobs == {"inspect_slide": 2, "slides_report": 1, "inspect": 1}
+    assert "--slide 'scans/b 1.svs' --slide-id 'b 1'" in text
+    assert """--slide 'scans/sub/c'"'"'2.mrxs' --slide-id 'c'"'"'2'""" in text
+    assert "scans/sub/c'2/Data0.dat" in text
+
+
+def test_the_workflow_is_found_without_its_own_folder(folder):
+    for recipe in (folder / "config" / "runs").iterdir():
+        recipe.unlink()
+    assert plan(folder)[0] == WHOLE_DEMO
+
+
+def test_every_rule_logs_and_quotes():
+    for path in (REPOSITORY / "rules").glob("*.smk"):
+        for rule in re.split(r"^ *rule \w*:", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            if "shell:" not in rule:
+                continue
+            assert "log:" in rule
+            shell = rule[rule.index("shell:") :]
+            assert len([line for line in shell.splitlines() if '"' in line]) <= 4
+            unquoted = set(re.findall(r"{[\w.]+}", shell))
+            assert unquoted <= {
+                "{threads}", "{params.seed}", "{params.fraction}", "{params.pooling}", "{params.dtype}",
+                "{params.batch_size}", "{params.workers}",
+            }  # fmt: skip
+
+
+def test_profile_entries_are_commented():
+    profile = Path(REPOSITORY / "profiles/default/profile.v9+.yaml").read_text(encoding="utf-8")
+    for entry in profile.split("\n\n"):
+        assert entry.startswith("# ")
