@@ -30,6 +30,12 @@ def run(script: str, *arguments: object, fails: bool = False) -> subprocess.Comp
     return done
 
 
+def jpeg_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        assert image.format == "JPEG"
+        return image.size
+
+
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image = blobs(1500, 2000, [(700, 700, 500), (1600, 1000, 300)], (200, 120, 160), (243, 242, 244))
@@ -50,7 +56,7 @@ def test_manifests_of_both_sets(slide: Path, tmp_path: Path) -> None:
         for name, tile_px, mpp, path in (("train", 256, 2.0, "train.parquet"), ("features", 112, 1.5, "f.parquet")):
             grid = make_grid(opened, tissue, TileSet(name, tile_px, mpp))
             tiles, metadata = read_tiles(tmp_path / path), read_metadata(tmp_path / path)
-            assert tiles.num_rows == len(grid) > 5
+            assert tiles.num_rows == len(grid) > 3
             assert tiles["x"].to_pylist() == grid.x.tolist() and tiles["y"].to_pylist() == grid.y.tolist()
             constants = {"tile_px": tile_px, "mpp": mpp, "level": 0, "footprint_px": round(tile_px * mpp)}
             for column, value in constants.items():
@@ -62,8 +68,7 @@ def test_manifests_of_both_sets(slide: Path, tmp_path: Path) -> None:
             assert (metadata["requested_mpp"], metadata["stride_px"], metadata["min_tissue"]) == (mpp, tile_px, 0.5)
             assert metadata["tissue_method"] == "otsu" and metadata["tissue_method_reason"]
             assert set(metadata["software"]) == {"dinoscope", "openslide"}
-    overview = Image.open(tmp_path / "o.jpg")
-    assert overview.format == "JPEG" and min(overview.size) > 700
+    assert min(jpeg_size(tmp_path / "o.jpg")) > 700
 
 
 def test_options_reach_the_grid(slide: Path, tmp_path: Path) -> None:
@@ -78,7 +83,8 @@ def test_options_reach_the_grid(slide: Path, tmp_path: Path) -> None:
 
 def test_results_hold_no_path_and_no_file_name(slide: Path, tmp_path: Path) -> None:
     tile(slide, tmp_path)
-    run("inspect_slide.py", "--slide", slide, "--slide-id", "S", "--output", tmp_path / "s.json", "--thumbnail", tmp_path / "s.jpg")  # fmt: skip
+    outputs = ["--output", tmp_path / "s.json", "--thumbnail", tmp_path / "s.jpg"]
+    run("inspect_slide.py", "--slide", slide, "--slide-id", "S", *outputs)
     for path in tmp_path.iterdir():
         content = path.read_bytes()
         for secret in (b"Smith", str(slide.parent).encode(), b"1950"):
@@ -117,7 +123,8 @@ def test_tiling_imports_nothing_heavy(slide: Path, tmp_path: Path) -> None:
         "heavy = {'torch', 'pandas', 'sklearn', 'matplotlib', 'scipy', 'snakemake'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    arguments = ["--slide", slide, "--slide-id", "S", "--set", "t", "256", "2", tmp_path / "t", "--overview", tmp_path / "o.jpg"]  # fmt: skip
+    arguments = ["--slide", slide, "--slide-id", "S", "--set", "t", "256", "2", tmp_path / "t.parquet"]
+    arguments += ["--overview", tmp_path / "o.jpg"]
     command = [sys.executable, "-c", code, SCRIPTS / "tile_slide.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(SCRIPTS)})
     assert done.returncode == 0, done.stderr
@@ -138,7 +145,7 @@ def test_inspect_and_report(slide: Path, tmp_path: Path) -> None:
         documents.append(tmp_path / f"{name}.json")
         outputs = ["--output", documents[-1], "--thumbnail", tmp_path / f"{name}.jpg"]
         run("inspect_slide.py", "--slide", path, "--slide-id", name, *outputs, "--keep-going")
-        assert Image.open(tmp_path / f"{name}.jpg").format == "JPEG"
+        assert max(jpeg_size(tmp_path / f"{name}.jpg")) <= 2048
     good = json.loads(documents[0].read_text())
     assert good == {
         "slide_id": "good",

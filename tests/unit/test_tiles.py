@@ -75,14 +75,14 @@ def sizes(**changes) -> CropSizes:
 
 def test_effective_resolution_of_crops() -> None:
     """A 96-px crop of a quarter to all of a 192-px window at 0.5: 96 to 192 px at 0.5 in 96 px."""
-    (whole, local) = crop_ranges([TileKind("a", 0, 192, 192, 0.5)], sizes())
+    (whole, local) = crop_ranges([TileKind("a", 0, 192, 192, 0.5, 192)], sizes())
     assert (whole.finest_mpp, whole.coarsest_mpp, whole.upsampled) == (0.5, 1.0, False)
     assert (local.finest_mpp, local.coarsest_mpp, local.upsampled) == (0.5, 1.0, False)
-    (enlarged, _) = crop_ranges([TileKind("a", 0, 128, 128, 0.5)], sizes())
+    (enlarged, _) = crop_ranges([TileKind("a", 0, 128, 128, 0.5, 128)], sizes())
     assert enlarged.upsampled
     assert enlarged.finest_mpp == pytest.approx(0.5 * 64 / 96)
 
 
 def test_a_crop_larger_than_its_window_is_refused() -> None:
     with pytest.raises(ConfigError, match="gram teacher crops are 256 px but the tiles only 192 px"):
-        crop_ranges([TileKind("a", 0, 192, 192, 0.5)], sizes(gram_px=256))
+        crop_ranges([TileKind("a", 0, 192, 192, 0.5, 192)], sizes(gram_px=256))

@@ -202,7 +202,8 @@ def test_the_report_is_self_contained(finished):
     page = (finished / "results" / "report.html").read_text(encoding="utf-8")
     for model in MODELS:
         assert model in page
-    assert len(re.findall(r'src="data:image/', page)) >= 2 * (2 + len(MODELS))
+    pictures = len(SLIDES) * (1 + len(MODELS)) + 1
+    assert len(re.findall(r'src="data:image/', page)) == pictures
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 

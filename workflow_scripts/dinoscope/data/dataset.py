@@ -39,7 +39,8 @@ class SlideCrops(Dataset):
     def __getitem__(self, sample: int) -> tuple[int, Crops]:
         tile = self.tiles[tile_of_sample(sample, len(self.tiles), self.seed)]
         kind = tile.kind
-        image = self.slides[kind.slide_id].read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px)
+        slide = self.slides[kind.slide_id]
+        image = slide.read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
         return sample, make_crops(image, self.sizes, self.augmentation, sample_rng(self.seed, sample))
 
 

@@ -20,7 +20,7 @@ from dinoscope.slides.manifest import manifest_digest
 __all__ = ["MappedTiles", "Tile", "TileKind", "map_manifest"]
 
 _SCHEMA = pa.schema([("kind", pa.int32()), ("x", pa.int32()), ("y", pa.int32())])
-_KIND_COLUMNS = ["level", "read_px", "tile_px", "mpp"]
+_KIND_COLUMNS = ["level", "read_px", "tile_px", "mpp", "footprint_px"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TileKind:
     read_px: int
     tile_px: int
     mpp: float
+    footprint_px: int
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,8 @@ def map_manifest(manifest: Path, folder: Path) -> MappedTiles:
 
 def _write_arrow(manifest: Path, target: Path) -> None:
     """Two streaming passes: the kinds, which stand in the file's header, and the rows."""
-    codes = {
-        kind: code
-        for code, kind in enumerate(sorted(set(_kinds(manifest)), key=lambda kind: tuple(asdict(kind).values())))
-    }
+    kinds = sorted(set(_kinds(manifest)), key=lambda kind: tuple(asdict(kind).values()))
+    codes = {kind: code for code, kind in enumerate(kinds)}
     header = json.dumps([asdict(kind) for kind in codes])
     with (
         pa.OSFile(str(target), "wb") as sink,
@@ -123,21 +122,16 @@ def _batches(manifest: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 
 def _batch_kinds(batch: pa.RecordBatch) -> tuple[list[TileKind], np.ndarray]:
     """The distinct kinds of a batch and, for every row, which of them it is."""
-    slides = (
-        batch["slide_id"].dictionary_encode()
-        if not pa.types.is_dictionary(batch["slide_id"].type)
-        else batch["slide_id"]
-    )
-    rows = np.empty(
-        batch.num_rows, dtype=[("slide", "i4"), ("level", "i4"), ("read_px", "i4"), ("tile_px", "i4"), ("mpp", "f4")]
-    )
+    slides = batch["slide_id"]
+    slides = slides if pa.types.is_dictionary(slides.type) else slides.dictionary_encode()
+    rows = np.empty(batch.num_rows, dtype=[("slide", "i4"), *((name, "f8") for name in _KIND_COLUMNS)])
     rows["slide"] = slides.indices.to_numpy()
     for name in _KIND_COLUMNS:
         rows[name] = batch[name].to_numpy()
     unique, inverse = np.unique(rows, return_inverse=True)
     names = slides.dictionary.to_pylist()
+    whole = {name: int for name in _KIND_COLUMNS} | {"mpp": float}
     kinds = [
-        TileKind(names[row["slide"]], int(row["level"]), int(row["read_px"]), int(row["tile_px"]), float(row["mpp"]))
-        for row in unique
+        TileKind(names[row["slide"]], **{name: convert(row[name]) for name, convert in whole.items()}) for row in unique
     ]
     return kinds, inverse.ravel()

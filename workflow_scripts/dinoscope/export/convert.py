@@ -4,6 +4,7 @@
 """
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,9 @@ def _read_backbone(folder: Path, branch: str) -> dict[str, Tensor]:
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
     except (Exception, dcp.api.CheckpointException) as error:  # cut short, missing or damaged shards
         reason = " ".join(str(error).split())[-120:]
         raise CheckpointError(f"checkpoint {folder} is damaged: its tensors cannot be read (… {reason})") from None

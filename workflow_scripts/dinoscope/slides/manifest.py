@@ -67,12 +67,14 @@ def tile_table(slide_id: str, columns: dict[str, Any]) -> pa.Table:
         columns: Of every other column its values, or one value for all rows; at least one column is a sequence.
     """
     count = max(len(values) for values in columns.values() if np.ndim(values))
-    arrays = [pa.array([slide_id] * count, pa.string()).dictionary_encode()]
-    for name in _ROW.names:
-        values = np.broadcast_to(np.asarray(columns[name]), (count,))
-        arrays.append(pa.array(values.astype(_ROW[name])))
-    table = pa.Table.from_arrays(arrays, schema=TILE_SCHEMA)
-    return table.sort_by([("mpp", "ascending"), ("y", "ascending"), ("x", "ascending")])
+    values = {name: np.broadcast_to(columns[name], (count,)).astype(_ROW[name]) for name in _ROW.names}
+    order = np.lexsort((values["x"], values["y"], values["mpp"]))
+    # built from buffers, because pa.array imports pandas, which takes longer than tiling a slide
+    name_end = np.array([0, len(slide_id.encode())], "<i4")
+    names = pa.StringArray.from_buffers(1, pa.py_buffer(name_end), pa.py_buffer(slide_id.encode()))
+    codes = _array(pa.int32(), np.zeros(count, "<i4"))
+    numbers = [_array(TILE_SCHEMA.field(name).type, values[name][order]) for name in _ROW.names]
+    return pa.Table.from_arrays([pa.DictionaryArray.from_arrays(codes, names), *numbers], schema=TILE_SCHEMA)
 
 
 def write_tiles(path: str | Path, tiles: pa.Table, metadata: dict[str, Any]) -> None:
@@ -85,7 +87,7 @@ def write_tiles(path: str | Path, tiles: pa.Table, metadata: dict[str, Any]) -> 
             `stride_px`.
     """
     document = {"schema_version": SCHEMA_VERSION, **metadata, "num_tiles": tiles.num_rows}
-    tiles = tiles.cast(TILE_SCHEMA).replace_schema_metadata({_KEY: json.dumps(document, ensure_ascii=False)})
+    tiles = tiles.replace_schema_metadata({_KEY: json.dumps(document, ensure_ascii=False)})
     with atomic_path(path) as temporary:
         pq.write_table(tiles, temporary, compression="zstd", row_group_size=_ROW_GROUP)
 
@@ -186,6 +188,10 @@ class _RowDigest:
         if self._slide_id is not None:
             self._all.update(hashlib.sha256(self._slide_id.encode()).digest() + self._slide.digest())
         self._slide, self._slide_id = hashlib.sha256(), None
+
+
+def _array(kind: pa.DataType, values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def _digest(batches: Iterable[pa.Table]) -> str:
