@@ -100,8 +100,8 @@ def _write_arrow(manifest: Path, target: Path) -> None:
         pa.ipc.new_file(sink, _SCHEMA.with_metadata({"kinds": header})) as writer,
     ):
         for batch in _batches(manifest, ["slide_id", *_KIND_COLUMNS, "x", "y"]):
-            kinds, inverse = _batch_kinds(batch)
-            column = np.array([codes[kind] for kind in kinds], dtype=np.int32)[inverse]
+            present, inverse = _batch_kinds(batch)
+            column = np.array([codes[kind] for kind in present], dtype=np.int32)[inverse]
             writer.write_batch(pa.record_batch([pa.array(column), batch["x"], batch["y"]], schema=_SCHEMA))
 
 
@@ -130,7 +130,7 @@ def _batch_kinds(batch: pa.RecordBatch) -> tuple[list[TileKind], np.ndarray]:
         rows[name] = batch[name].to_numpy()
     unique, inverse = np.unique(rows, return_inverse=True)
     names = slides.dictionary.to_pylist()
-    whole = {name: int for name in _KIND_COLUMNS} | {"mpp": float}
+    whole = dict.fromkeys(_KIND_COLUMNS, int) | {"mpp": float}
     kinds = [
         TileKind(names[row["slide"]], **{name: convert(row[name]) for name, convert in whole.items()}) for row in unique
     ]
