@@ -3,7 +3,7 @@
 # make help    the rest
 #
 # PYTHON=/path/to/python3.12 takes another Python for the environment (3.11 or newer).
-# WHEELHOUSE=dir installs from a folder of wheels, without a network (fill it with `pip download -d dir -r requirements-test.txt`).
+# WHEELHOUSE=dir installs from a folder of wheels, without a network (filled by `pip wheel -w dir -r requirements-test.txt`).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

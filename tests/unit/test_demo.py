@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dinoscope.slides.demo import DEMO_SLIDES, draw_demo_slide, make_demo_slide, make_demo_slides
+from dinoscope.slides.demo import DEMO_SLIDES, make_demo_slide, make_demo_slides
 from dinoscope.slides.demo_cytology import draw_smear
 from dinoscope.slides.demo_histology import Section, draw_section
 from dinoscope.slides.demo_texture import STAINS, stain, tiling_noise, wrapped
@@ -45,17 +45,17 @@ def test_levels_are_averages_of_level_0(demo: dict[str, Path]) -> None:
             region = slide.read_region(2048, 1536, level, 1024 // step, 1024 // step)
             fine = slide.read_region(2048, 1536, 0, 1024, 1024)
             wanted = cv2.resize(fine, region.shape[1::-1], interpolation=cv2.INTER_AREA)
-            assert np.abs(region.astype(int) - wanted).mean() < 6, level  # what JPEG takes away
+            assert np.abs(region.astype(int) - wanted).mean() < 4, level  # what JPEG takes away
             shift = cv2.phaseCorrelate(region[..., 1].astype(np.float32), wanted[..., 1].astype(np.float32))[0]
             assert np.hypot(*shift) < 0.1
 
 
 def test_neither_processes_nor_repetition_change_the_bytes(demo: dict[str, Path], tmp_path: Path) -> None:
-    assert digest(make_demo_slide("demo_cyto_1", tmp_path)) == digest(demo["demo_cyto_1"])
     threads = cv2.getNumThreads()
     try:
         cv2.setNumThreads(1)
-        assert digest(make_demo_slide("demo_ihc_1", tmp_path)) == digest(demo["demo_ihc_1"])
+        for name in ("demo_cyto_1", "demo_he_3"):
+            assert digest(make_demo_slide(name, tmp_path)) == digest(demo[name])
     finally:
         cv2.setNumThreads(threads)
 
@@ -65,7 +65,6 @@ def test_the_seed_changes_the_tissue() -> None:
     smears = [draw_smear(512, 640, 10, 1, (seed, 0)) for seed in (0, 0, 1)]
     for first, again, other in (sections, smears):
         assert np.array_equal(first, again) and not np.array_equal(first, other)
-    assert draw_demo_slide("demo_cyto_1", 3).shape == (4096, 4608, 3)
 
 
 @pytest.mark.parametrize(

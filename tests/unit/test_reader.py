@@ -95,6 +95,13 @@ def test_uneven_levels_have_no_transparent_edges(tmp_path: Path) -> None:
         assert np.abs(tile.astype(int) - 40).max() <= 1
 
 
+def test_a_tile_larger_than_the_slide_is_filled_with_background(tmp_path: Path) -> None:
+    path = write_lossless(tmp_path / "small.tiff", np.full((300, 400, 3), 80, np.uint8), 0.5)
+    with Slide(path, "S") as slide:
+        tile = slide.read_tile(0, 0, 0, 800, 80, 800)
+    assert (tile[:30, :40] == 80).all() and (tile[30:] == 255).all() and (tile[:, 40:] == 255).all()
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_regions_over_the_edge_are_filled_with_background(pyramid: Path, level: int) -> None:
     with Slide(pyramid, "S") as slide:

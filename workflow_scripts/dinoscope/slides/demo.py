@@ -68,8 +68,14 @@ def make_demo_slide(name: str, folder: str | Path, seed: int = 0) -> Path:
         height, width = levels[-1].shape[:2]
         levels.append(cv2.resize(levels[-1], (width // 2, height // 2), interpolation=cv2.INTER_AREA))
     path = Path(folder) / f"{name}.tiff"
+    # the coarser a level, the finer its detail in pixels and the more JPEG would take away
+    qualities = (85, *[95] * (_NUM_LEVELS - 1))
+    encoded = [
+        (level.shape[1], level.shape[0], encode_tiles(level, quality=quality))
+        for level, quality in zip(levels, qualities, strict=True)
+    ]
     with atomic_path(path) as temporary:
-        write_pyramid(temporary, [(level.shape[1], level.shape[0], encode_tiles(level)) for level in levels], DEMO_MPP)
+        write_pyramid(temporary, encoded, DEMO_MPP)
     return path
 
 

@@ -57,8 +57,7 @@ def describe_slide(slide: Slide) -> dict[str, Any]:
 def without_file_name(error: SlideError, path: str | Path) -> str:
     """The message of an error without the file's name and folder, fit for results that may be passed on."""
     path = Path(path)
-    text = str(error).replace(f" (file {path.name})", "")
-    return text.replace(f"{path.parent}/", "") if path.is_absolute() else text
+    return str(error).replace(f" (file {path.name})", "").replace(f"{path.stem}/", "")
 
 
 def report_rows(documents: Iterable[dict[str, Any]]) -> list[dict[str, str]]:

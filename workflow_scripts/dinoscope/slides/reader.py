@@ -253,7 +253,7 @@ class Slide:
         return image
 
     def _damaged(self, what: str, error: Exception) -> SlideError:
-        reason = str(error).replace(f"{self._file.parent}/", "").replace(self._file.name, "the file")
+        reason = str(error).replace(str(self._file), "the file").replace(f"{self._file.parent}/", "")
         return SlideError(f"{self._name} {what}, it is damaged or cut short ({reason}): copy it again from the scanner")
 
     def _property(self, name: str) -> str | None:
@@ -336,6 +336,8 @@ def _span(start: float, side: float, length: int, downsample: float) -> tuple[in
     Returns:
         First pixel in level-0 pixels, number of pixels, and where among them `start` is.
     """
+    if side > length + 1:  # larger than the slide: what is missing will be background
+        return round(start * downsample), math.ceil(side), 0.0
     # levels are rounded to whole pixels: a tile at the slide's edge may end a fraction outside its level
     start = max(0.0, min(start, length - side))
     level0 = math.floor(math.floor(start + 1e-6) * downsample + 1e-6)

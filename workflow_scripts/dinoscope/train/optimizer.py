@@ -17,7 +17,7 @@ __all__ = [
     "apply_schedule",
     "build_optimizer",
     "clip_gradients",
-    "copy_parameters",
+    "copy_state",
     "multipliers",
     "update_ema",
 ]
@@ -100,9 +100,10 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 @torch.no_grad()
-def copy_parameters(target: nn.Module, source: nn.Module) -> None:
-    """Makes all parameters of `target` equal to those of `source` (local shards alone)."""
-    torch._foreach_copy_([_local(p) for p in target.parameters()], [_local(p) for p in source.parameters()])
+def copy_state(target: nn.Module, source: nn.Module) -> None:
+    """Makes all parameters and buffers of `target` equal to those of `source` (local shards alone)."""
+    targets, sources = (list(map(_local, module.state_dict().values())) for module in (target, source))
+    torch._foreach_copy_(targets, sources)
 
 
 def _local(tensor: Tensor) -> Tensor:

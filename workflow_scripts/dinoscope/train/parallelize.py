@@ -14,15 +14,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from dinoscope.train.ssl_step import SSLModel
+from dinoscope.train.ssl_step import SSLModel, compute_dtype
 
 if TYPE_CHECKING:
-    from dinoscope.config import ComputePrecisionConfig
+    from dinoscope.config import RunConfig
     from dinoscope.train.distributed import World
 
 __all__ = ["parallelize"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def parallelize(model: SSLModel, world: "World") -> None:
@@ -40,22 +38,27 @@ def parallelize(model: SSLModel, world: "World") -> None:
             blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)
     for network in (model.student, *model.frozen_networks()):
         for block in network["backbone"].blocks:
-            if train.compile and world.device.type != "cpu":
+            if _compiles(model.config, world.device.type):
                 block.compile()
         trained = network is model.student
         for part in network.values():
-            _shard(part, mesh, model.config.compute_precision, trained)
+            _shard(part, mesh, model.config, trained)
     model.to_empty(device=world.device)
     for tensor in model.state_dict().values():
         tensor.fill_(float("nan"))
 
 
-def _shard(part: nn.Module, mesh: DeviceMesh, precision: "ComputePrecisionConfig", trained: bool) -> None:
-    reduced = mesh.device_type != "cpu"
+def _compiles(config: "RunConfig", device_type: str) -> bool:
+    """Whether blocks are compiled: on GPUs as configured; on CPUs it would need a C++ compiler at the user's."""
+    return config.train.compile and device_type != "cpu"
+
+
+def _shard(part: nn.Module, mesh: DeviceMesh, config: "RunConfig", trained: bool) -> None:
+    precision = config.compute_precision
     # activations are cast once, where images are normalised; casting at every block would also cast the RoPE angles
     policy = MixedPrecisionPolicy(
-        param_dtype=_DTYPES[precision.param_dtype] if reduced else None,
-        reduce_dtype=_DTYPES[precision.reduce_dtype] if reduced else None,
+        param_dtype=compute_dtype(config, mesh.device_type),
+        reduce_dtype=torch.bfloat16 if precision.reduce_dtype == "bf16" else torch.float32,
         cast_forward_inputs=False,
     )
     # without a backward nothing would give gathered weights of a teacher back

@@ -22,7 +22,7 @@ from dinoscope.models.vit import BackboneOutput, DinoVisionTransformer
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["SSLModel", "StepLosses", "build_heads"]
+__all__ = ["SSLModel", "StepLosses", "build_heads", "compute_dtype", "parameters_by_part"]
 
 StepLosses = dict[str, Tensor]
 
@@ -94,11 +94,7 @@ class SSLModel(nn.Module):
             for values in (self.config.crops.rgb_mean, self.config.crops.rgb_std)
         )
         images = (crops.float() / 255 - mean) / std
-        return images.permute(0, 3, 1, 2).to(self._compute_dtype(crops.device))
-
-    def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        reduced = device.type != "cpu" and self.config.compute_precision.param_dtype == "bf16"
-        return torch.bfloat16 if reduced else torch.float32
+        return images.permute(0, 3, 1, 2).to(compute_dtype(self.config, crops.device.type))
 
     @torch.no_grad()
     def _targets(self, images: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, BackboneOutput]:
@@ -187,6 +183,12 @@ class SSLModel(nn.Module):
             method=self.config.gram.global_teacher_resize_method,
             antialias=self.config.gram.global_teacher_resize_antialias,
         )
+
+
+def compute_dtype(config: "RunConfig", device_type: str) -> torch.dtype:
+    """Number format of forward and backward: as configured, but always float32 on CPUs, where bf16 is slower."""
+    reduced = device_type != "cpu" and config.compute_precision.param_dtype == "bf16"
+    return torch.bfloat16 if reduced else torch.float32
 
 
 def build_heads(config: "RunConfig", settings: ViTSettings) -> dict[str, DINOHead]:

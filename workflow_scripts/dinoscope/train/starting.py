@@ -14,6 +14,7 @@ from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
 from dinoscope.train.checkpoint import fill_from_full_state, load_checkpoint, teacher_export_path
+from dinoscope.train.optimizer import copy_state
 from dinoscope.train.seal import SEAL_NAME, read_seal
 from dinoscope.train.ssl_step import SSLModel, build_heads
 
@@ -187,10 +188,11 @@ def _same_shapes(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def _fill_gram_teacher(model: SSLModel, start: Start, world: "World") -> str:
+    if start.gram_teacher is None:  # gram.it_load_ema_teacher says when it takes the EMA teacher again
+        copy_state(model.gram_teacher["backbone"], model.teacher["backbone"])
+        return "; gram teacher is the EMA teacher of the start"
     backbone, story = None, ""
     if world.is_main:
-        if start.gram_teacher is None:  # it_load_ema_teacher fills it later; until then it equals the teacher
-            raise ConfigError("gram.it_load_ema_teacher without gram.ckpt needs a run that is continued")
         file = read_model_file(start.gram_teacher)
         check_fit(file, model.settings)
         backbone = _with_untold(file, model)

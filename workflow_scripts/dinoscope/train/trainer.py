@@ -42,7 +42,7 @@ from dinoscope.train.distributed import World
 from dinoscope.train.draws import step_draws
 from dinoscope.train.lock import run_lock
 from dinoscope.train.metrics import append_metrics
-from dinoscope.train.optimizer import apply_schedule, build_optimizer, clip_gradients, copy_parameters, update_ema
+from dinoscope.train.optimizer import apply_schedule, build_optimizer, clip_gradients, copy_state, update_ema
 from dinoscope.train.parallelize import parallelize
 from dinoscope.train.schedule import ScheduleValues, build_schedules
 from dinoscope.train.seal import seal_or_compare
@@ -128,7 +128,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.student, self.config, self.settings.depth)
         self.parts = parameters_by_part(self.model.student)
         self.window = MetricWindow(world)
-        self.gram_updates = 0
         self.next_iteration = self._restore(inputs.start)
         self.dataset = self._dataset(slides)
 
@@ -239,7 +238,6 @@ class Trainer:
         self.optimizer.step()
         update_ema(self.model.teacher, self.model.student, values.momentum)
         if self._gram_refresh_due(iteration):
-            self.gram_updates += 1
             self._refresh_gram_teacher(iteration + 1)
         self.window.add(terms | norms)
 
@@ -264,7 +262,7 @@ class Trainer:
         return done % gram.update_frequency == 0 and within
 
     def _refresh_gram_teacher(self, iteration: int) -> None:
-        copy_parameters(self.model.gram_teacher["backbone"], self.model.teacher["backbone"])
+        copy_state(self.model.gram_teacher["backbone"], self.model.teacher["backbone"])
         self._event(
             "gram_teacher_update", iteration, f"takes the EMA teacher as gram teacher from iteration {iteration}"
         )
