@@ -1,7 +1,7 @@
 """Turns a training checkpoint (a DCP folder) into one torch file that every tool can open, and a model card beside it.
 
-Reads only the tensors that are wanted, on the CPU, without a process group; a run that is still training can be converted
-from its newest complete checkpoint.
+Reads only the tensors that are wanted, on the CPU, without a process group; a run that is still training can be
+converted from its newest complete checkpoint.
 """
 
 import argparse

@@ -16,8 +16,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="teacher.pth to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
     arguments = parser.parse_args()
-    from dinoscope.config import load_recipe
     from dinoscope.export.convert import write_initial_weights
+    from dinoscope.recipe import load_recipe
 
     write_initial_weights(load_recipe(arguments.config, arguments.overrides), arguments.output)
 

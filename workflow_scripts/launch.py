@@ -37,7 +37,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from dinoscope.train.launching import num_processes, run_torchrun
 
     processes = num_processes(arguments.processes)
-    threads = arguments.threads or len(os.sched_getaffinity(0))
+    threads = arguments.threads or os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads // processes))
     command = [arguments.script, *arguments.arguments]
     return run_torchrun(command, processes, arguments.log_dir, ERROR_FILE_VARIABLE)

@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Joins the process group and trains."""
     arguments = parse_arguments()
-    from dinoscope.config import load_recipe
+    from dinoscope.recipe import load_recipe
     from dinoscope.train.distributed import joined_world
     from dinoscope.train.starting import resolve_start
     from dinoscope.train.trainer import RunInputs, train_run

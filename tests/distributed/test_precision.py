@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dinoscope.config import load_recipe
 from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.crops import Crops
 from dinoscope.models.registry import settings_from_config
+from dinoscope.recipe import load_recipe
 from dinoscope.train import parallelize as parallelize_module
 from dinoscope.train import ssl_step
 from dinoscope.train.distributed import World, joined_world

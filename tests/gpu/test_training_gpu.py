@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_slides import write_manifest, write_slide
 
 from dinoscope.files import read_json
 from dinoscope.train.metrics import read_metrics
+from tiny_slides import write_manifest, write_slide
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch sees no GPU here")
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dinoscope.config import load_recipe
 from dinoscope.data.collate import Collate, mask_tensors
 from dinoscope.data.dataset import SlideCrops, build_loader, crop_settings
 from dinoscope.data.tiles import map_manifest
 from dinoscope.models.registry import ViTSettings
+from dinoscope.recipe import load_recipe
 from dinoscope.train.draws import step_draws
 from tiny_slides import write_manifest, write_slide
 

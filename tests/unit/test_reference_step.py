@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dinoscope.config import resolve_recipe
 from dinoscope.data.collate import Batch
 from dinoscope.models.registry import ViTSettings
+from dinoscope.recipe import resolve_recipe
 from dinoscope.train.optimizer import apply_schedule, build_optimizer, clip_gradients, multipliers, update_ema
 from dinoscope.train.schedule import ScheduleValues
 from dinoscope.train.ssl_step import SSLModel, parameters_by_part

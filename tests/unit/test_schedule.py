@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dinoscope.config import resolve_recipe
 from dinoscope.errors import ConfigError
+from dinoscope.recipe import resolve_recipe
 from dinoscope.train.schedule import Schedules, build_schedules, cosine_schedule, linear_warmup_cosine, scaled_lr
 from reference_numbers import load_reference
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dinoscope.config import load_recipe
 from dinoscope.errors import SealError
-from dinoscope.train.seal import check_seal, seal_or_compare
+from dinoscope.recipe import load_recipe
+from dinoscope.train.seal import check_seal, read_seal, seal_or_compare
 
 RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny.yaml"
 INPUTS = {"manifest": "abc", "weights": "def", "continues": None, "gram_teacher": None}
@@ -15,7 +15,19 @@ INPUTS = {"manifest": "abc", "weights": "def", "continues": None, "gram_teacher"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     seal_or_compare(tmp_path / "run", load_recipe(RECIPE), INPUTS, "somewhere")
+    (tmp_path / "run/ckpt/9").mkdir(parents=True)
+    (tmp_path / "run/ckpt/9/.metadata").touch()
     return tmp_path / "run"
+
+
+def test_a_run_without_a_checkpoint_is_sealed_anew(run: Path) -> None:
+    (run / "ckpt/9/.metadata").unlink()
+    (run / "training_metrics.json").touch()
+    changed = ["optim.lr=5e-3"]
+    check_seal(run, RECIPE, changed)
+    seal_or_compare(run, load_recipe(RECIPE, changed), INPUTS, "somewhere")
+    assert read_seal(run)["settings"]["optim.lr"] == 5e-3
+    assert not (run / "training_metrics.json").exists()
 
 
 def test_a_run_never_started_passes(tmp_path: Path) -> None:
@@ -29,14 +41,14 @@ def test_unchanged_and_harmless_changes_pass(run: Path) -> None:
 
 
 def test_a_changed_setting_is_refused_and_nothing_is_lost(run: Path) -> None:
-    before = {path: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     for refuse in (
         lambda: check_seal(run, RECIPE, ["optim.lr=5e-3"]),
         lambda: seal_or_compare(run, load_recipe(RECIPE, ["optim.lr=5e-3"]), INPUTS, "somewhere"),
     ):
-        with pytest.raises(SealError, match=r"optim\.lr was 0\.002 and is now 0\.005.*new run name"):
+        with pytest.raises(SealError, match=r"optim\.lr was 0\.004 and is now 0\.005.*new run name"):
             refuse()
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
 def test_another_manifest_is_refused(run: Path) -> None:

@@ -112,8 +112,8 @@ def test_names_are_those_of_the_published_files() -> None:
      ("vit_7b", 6716.0)],
 )  # fmt: skip
 def test_parameter_counts_of_published_models(arch: str, millions: float) -> None:
-    from dinoscope.config import resolve_recipe
     from dinoscope.models.registry import settings_from_config
+    from dinoscope.recipe import resolve_recipe
 
     student = {"arch": arch, "n_storage_tokens": 4, "qkv_bias": arch != "vit_7b"}
     settings = settings_from_config(resolve_recipe([("test", {"student": student})], "test").student)

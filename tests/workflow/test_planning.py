@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dinoscope.config import load_recipe
 from dinoscope.files import write_json
 from dinoscope.plan import DEMO_SLIDES
+from dinoscope.recipe import load_recipe
 from dinoscope.train.seal import seal_or_compare
 from snakemake_runs import REPOSITORY, plan, snakemake
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from dinoscope.config import RunConfig, flatten, load_recipe, recipe_chain
+from dinoscope.config import RunConfig
 from dinoscope.errors import ConfigError, DinoscopeError, ManifestError
 from dinoscope.files import read_json
 from dinoscope.models.registry import settings_from_config
 from dinoscope.names import nearest
 from dinoscope.plan_checks import BASE, base_problems, check_config, file_problems, window_problems
+from dinoscope.recipe import flatten, load_recipe, recipe_chain
 from dinoscope.slides.find import slide_files
 from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
 from dinoscope.train.seal import read_seal

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoscope.config import flatten
 from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
+from dinoscope.recipe import flatten
 from dinoscope.schema import problems, read_schema, with_defaults
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinoscope import __version__
-from dinoscope.config import load_recipe
 from dinoscope.errors import CheckpointError
 from dinoscope.files import atomic_path, read_json, sha256_file, write_json
 from dinoscope.models.registry import ViTSettings, settings_from_config
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, load_strictly, read_model_file, state_digest
-from dinoscope.train.checkpoint import complete_checkpoints
+from dinoscope.recipe import load_recipe
+from dinoscope.train.run_folder import complete_checkpoints
 from dinoscope.train.seal import SEAL_NAME, read_seal
 from dinoscope.train.starting import PUBLISHED_ORIGIN, check_fit, fresh_backbone
 

@@ -6,7 +6,6 @@ iteration. It is written under a dot-prefixed name and renamed when complete; `.
 it as complete.
 """
 
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from dinoscope.errors import CheckpointError
 from dinoscope.files import atomic_path, sync_folder
+from dinoscope.train.run_folder import complete_checkpoints, teacher_export_path
 from dinoscope.train.ssl_step import SSLModel
 
 if TYPE_CHECKING:
@@ -27,25 +27,13 @@ if TYPE_CHECKING:
     from dinoscope.train.distributed import World
 
 __all__ = [
-    "complete_checkpoints",
     "export_teacher",
     "fill_from_full_state",
     "load_checkpoint",
     "save_checkpoint",
-    "teacher_export_path",
 ]
 
 _WRAPPER = "_checkpoint_wrapped_module."  # the name that activation checkpointing inserts
-
-
-def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """Iteration -> folder of the complete checkpoints of a run, the oldest first."""
-    found = {}
-    for folder in (run_dir / "ckpt").glob("*"):
-        match = re.fullmatch(r"(\d+)(_keep)?", folder.name)
-        if match and (folder / ".metadata").is_file():
-            found[int(match[1])] = folder
-    return dict(sorted(found.items()))
 
 
 def save_checkpoint(
@@ -119,11 +107,6 @@ def _prune(run_dir: Path, max_to_keep: int | None) -> None:
         doomed = folder.with_name(f".{folder.name}.partial")
         folder.rename(doomed)  # a kill halfway through the deletion must not leave a half checkpoint under its name
         shutil.rmtree(doomed)
-
-
-def teacher_export_path(run_dir: Path, iteration: int) -> Path:
-    """Where the teacher of an iteration is exported to."""
-    return run_dir / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
 
 
 def export_teacher(run_dir: Path, iteration: int, model: SSLModel, world: "World") -> Path:

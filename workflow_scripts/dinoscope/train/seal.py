@@ -10,9 +10,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dinoscope.config import RunConfig, flatten, load_recipe
+from dinoscope.config import RunConfig
 from dinoscope.errors import SealError
 from dinoscope.files import read_json, write_json, write_text
+from dinoscope.recipe import flatten, load_recipe
+from dinoscope.train.metrics import METRICS_NAME
+from dinoscope.train.run_folder import complete_checkpoints
 
 __all__ = ["SEAL_NAME", "check_seal", "read_seal", "seal_or_compare", "sealed_settings"]
 
@@ -49,7 +52,7 @@ def read_seal(run_dir: Path) -> dict[str, Any] | None:
 
 
 def check_seal(run_dir: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Compares a recipe with the settings that a run was started with; a run never started passes.
+    """Compares a recipe with the settings that a run was started with; a run without a checkpoint passes.
 
     Raises:
         SealError: Names the key, the old and the new value, and the way out.
@@ -57,12 +60,14 @@ def check_seal(run_dir: str | Path, recipe: str | Path, overrides: Sequence[str]
     """
     seal = read_seal(Path(run_dir))
     config = load_recipe(recipe, overrides)
-    if seal is not None:
+    if seal is not None and complete_checkpoints(Path(run_dir)):
         _compare_settings(Path(run_dir).name, seal["settings"], sealed_settings(config))
 
 
 def seal_or_compare(run_dir: Path, config: RunConfig, inputs: dict[str, str | None], origin: str) -> None:
     """Seals a new run, or refuses to go on with one that was started otherwise.
+
+    A run that has no checkpoint yet has nothing to lose and is sealed anew.
 
     Args:
         run_dir: The run's folder; nothing in it is changed when the run is refused.
@@ -72,7 +77,8 @@ def seal_or_compare(run_dir: Path, config: RunConfig, inputs: dict[str, str | No
     """
     settings = sealed_settings(config)
     seal = read_seal(run_dir)
-    if seal is None:
+    if seal is None or not complete_checkpoints(run_dir):
+        (run_dir / METRICS_NAME).unlink(missing_ok=True)  # of an attempt that came to nothing
         write_text(run_dir / "config.yaml", _without_folders(config))
         write_json(run_dir / SEAL_NAME, {"version": 1, "origin": origin, "inputs": inputs, "settings": settings})
         return

@@ -13,8 +13,9 @@ from dinoscope.files import read_json
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
-from dinoscope.train.checkpoint import fill_from_full_state, load_checkpoint, teacher_export_path
+from dinoscope.train.checkpoint import fill_from_full_state, load_checkpoint
 from dinoscope.train.optimizer import copy_state
+from dinoscope.train.run_folder import teacher_export_path
 from dinoscope.train.seal import SEAL_NAME, read_seal
 from dinoscope.train.ssl_step import SSLModel, build_heads
 

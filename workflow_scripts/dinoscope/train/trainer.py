@@ -32,22 +32,22 @@ from dinoscope.progress import Progress, progress
 from dinoscope.slides.manifest import manifest_digest
 from dinoscope.slides.table import SlideRecord, read_slide_table
 from dinoscope.train.checkpoint import (
-    complete_checkpoints,
     export_teacher,
     load_checkpoint,
     save_checkpoint,
-    teacher_export_path,
 )
 from dinoscope.train.distributed import World
 from dinoscope.train.draws import step_draws
 from dinoscope.train.lock import run_lock
-from dinoscope.train.metrics import append_metrics
+from dinoscope.train.metrics import append_metrics, read_metrics
 from dinoscope.train.optimizer import apply_schedule, build_optimizer, clip_gradients, copy_state, update_ema
 from dinoscope.train.parallelize import parallelize
+from dinoscope.train.run_folder import complete_checkpoints, teacher_export_path
 from dinoscope.train.schedule import ScheduleValues, build_schedules
 from dinoscope.train.seal import seal_or_compare
 from dinoscope.train.ssl_step import SSLModel, parameters_by_part
 from dinoscope.train.starting import Start, start_model
+from dinoscope.train.window import MetricWindow
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
@@ -325,54 +325,6 @@ class Trainer:
         }
 
 
-class MetricWindow:
-    """Means over the iterations since the last logged line, taken over all ranks only when a line is due."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.last: dict[str, Any] = {}
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.count, self.data_time, self.started = 0, 0.0, time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        """Counts time that the training waited for its data."""
-        self.data_time += seconds
-
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
-        """Adds one iteration."""
-        for name, value in terms.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-
-    def require_finite(self, iteration: int) -> None:
-        """Raises RunError, on all ranks, when a loss since the last line was not finite."""
-        finite = all(bool(torch.isfinite(value)) for value in self.sums.values())
-        if self.world.any(not finite):
-            raise RunError(
-                f"the loss is not finite at iteration {iteration} or a few before; nothing was saved since. "
-                "Lower optim.lr, or lengthen its warm-up, under a new run name"
-            )
-
-    def close(self, iteration: int, global_batch: int) -> dict[str, Any]:
-        """One line of metrics; the CPU waits for the device here."""
-        self.require_finite(iteration)
-        names = sorted(self.sums)
-        means = self.world.mean(torch.stack([self.sums[name] for name in names]).cpu()) / self.count
-        seconds = (time.perf_counter() - self.started) / self.count
-        self.last = {"iteration": iteration, **dict(zip(names, means.tolist(), strict=True))}
-        self.last |= {
-            "iter_time": seconds,
-            "data_time": self.data_time / self.count,
-            "samples_per_second": global_batch / seconds,
-        }
-        self._reset()
-        return self.last
-
-
 def _schedule_line(values: ScheduleValues) -> dict[str, float]:
     line = {
         "lr": values.lr,
@@ -387,8 +339,6 @@ def _schedule_line(values: ScheduleValues) -> dict[str, float]:
 
 
 def _last_metrics(run_dir: Path) -> dict[str, Any]:
-    from dinoscope.train.metrics import read_metrics
-
     return {key: value for key, value in read_metrics(run_dir).iloc[-1].items() if value == value}
 
 

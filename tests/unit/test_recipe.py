@@ -6,8 +6,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from dinoscope.config import RunConfig, flatten, load_recipe, recipe_chain
+from dinoscope.config import RunConfig
 from dinoscope.errors import ConfigError
+from dinoscope.recipe import flatten, load_recipe, recipe_chain
 
 RUNS = Path(__file__).resolve().parents[2] / "config" / "runs"
 
