@@ -53,17 +53,20 @@ def finished(finished_once, tmp_path):
     return shutil.copytree(finished_once, tmp_path / "finished", symlinks=True)
 
 
-def change_config(folder, **changes):
-    """Sets dotted keys of the folder's config."""
-    path = folder / "config" / "config.yaml"
+def change(path, **changes):
+    """Sets dotted keys of a YAML file."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     for dotted, value in changes.items():
         *sections, key = dotted.split(".")
         section = config
         for name in sections:
-            section = section[name]
+            section = section.setdefault(name, {})
         section[key] = value
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def change_config(folder, **changes):
+    change(folder / "config" / "config.yaml", **changes)
 
 
 def add_slide(folder, slide_id, use):
@@ -143,7 +146,7 @@ def test_changed_pooling_redoes_features_and_maps(finished):
 
 def test_a_longer_run_goes_on_and_the_start_stays(finished):
     recipe = finished / "config" / "runs" / "tiny_gram.yaml"
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("epochs: 4", "epochs: 5"), encoding="utf-8")
+    change(recipe, **{"optim.epochs": load_recipe(recipe).optim.epochs + 1})
     jobs, _ = plan(finished)
     assert jobs == {
         "train": 1, "convert": 1, "extract_features": 5, "pca_fit": 1, "pca_map": 5, "plot_metrics": 1, "report": 1,
@@ -153,7 +156,7 @@ def test_a_longer_run_goes_on_and_the_start_stays(finished):
 
 def test_published_weights_are_an_input_of_the_start(finished):
     recipe = finished / "config" / "runs" / "tiny.yaml"
-    recipe.write_text(recipe.read_text(encoding="utf-8") + "\nMODEL: {WEIGHTS: published.pth}\n", encoding="utf-8")
+    change(recipe, **{"MODEL.WEIGHTS": "published.pth"})
     (finished / "published.pth").touch()
     jobs, text = plan(finished, "results/features/base/demo_he_1.h5")
     assert jobs == {"initial_weights": 1, "extract_features": 1}
@@ -165,10 +168,11 @@ def test_other_settings_than_the_run_was_started_with_are_refused_and_nothing_is
     recipe = finished / "config" / "runs" / "tiny.yaml"
     inputs = dict.fromkeys(["manifest", "weights", "continues", "gram_teacher"])
     seal_or_compare(run_dir, load_recipe(recipe), inputs, "a seed")
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("lr: 2e-3", "lr: 3e-3"), encoding="utf-8")
+    old = load_recipe(recipe).optim.lr
+    change(recipe, **{"optim.lr": 0.125})
     before = sorted(path.relative_to(run_dir) for path in run_dir.rglob("*"))
     done = snakemake(finished, check=False)
-    assert_only_sentences(done, "run pretrain was started with other settings: optim.lr was 0.002 and is now 0.003")
+    assert_only_sentences(done, f"run pretrain was started with other settings: optim.lr was {old} and is now 0.125")
     assert sorted(path.relative_to(run_dir) for path in run_dir.rglob("*")) == before
     assert plan(finished, "inspect")[0] == {}
 

@@ -1,5 +1,6 @@
 """Tiles of slides as training samples."""
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -80,4 +81,7 @@ def build_loader(
 
 def _start_worker(worker: int) -> None:
     die_with_parent()
+    # requests to stop reach the whole family; the trainer needs its loaders to the end of the step
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
