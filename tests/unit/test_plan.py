@@ -321,7 +321,10 @@ def test_a_run_that_keeps_its_manifest_says_so(config):
     manifest.parent.mkdir(parents=True)
     digest = write_manifest(manifest, ["s0", "s1"], 512, 256)
     assert plan.manifest_notes() == []
-    seal_or_compare(Path("results/runs/pretrain"), plan.runs["pretrain"].settings, {"manifest": digest}, "a seed")
+    run_dir = Path("results/runs/pretrain")
+    seal_or_compare(run_dir, plan.runs["pretrain"].settings, {"manifest": digest}, "a seed")
+    (run_dir / "ckpt" / "7").mkdir(parents=True)
+    (run_dir / "ckpt" / "7" / ".metadata").touch()
     assert plan.manifest_notes() == []
     current = write_manifest(manifest, ["s0", "s1", "s2"], 512, 256)
     (note,) = plan.manifest_notes()

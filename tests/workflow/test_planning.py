@@ -168,6 +168,8 @@ def test_other_settings_than_the_run_was_started_with_are_refused_and_nothing_is
     recipe = finished / "config" / "runs" / "tiny.yaml"
     inputs = dict.fromkeys(["manifest", "weights", "continues", "gram_teacher"])
     seal_or_compare(run_dir, load_recipe(recipe), inputs, "a seed")
+    (run_dir / "ckpt" / "7").mkdir(parents=True)
+    (run_dir / "ckpt" / "7" / ".metadata").touch()
     old = load_recipe(recipe).optim.lr
     change(recipe, **{"optim.lr": 0.125})
     before = sorted(path.relative_to(run_dir) for path in run_dir.rglob("*"))

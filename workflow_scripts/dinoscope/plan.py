@@ -21,6 +21,7 @@ from dinoscope.plan_checks import BASE, base_problems, check_config, file_proble
 from dinoscope.recipe import flatten, load_recipe, recipe_chain
 from dinoscope.slides.find import slide_files
 from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
+from dinoscope.train.run_folder import complete_checkpoints
 from dinoscope.train.seal import read_seal
 
 __all__ = ["DEMO_SLIDES", "Plan", "Run", "make_plan", "one_sentence"]
@@ -220,8 +221,9 @@ class Plan:
         notes = []
         for run in self.runs.values():
             manifest = self.results / "manifests" / f"{run.tile_set}.parquet"
-            seal = read_seal(self.results / "runs" / run.name)
-            if seal is None or not manifest.is_file():
+            run_dir = self.results / "runs" / run.name
+            seal = read_seal(run_dir)
+            if seal is None or not complete_checkpoints(run_dir) or not manifest.is_file():
                 continue
             from dinoscope.slides.manifest import manifest_digest  # pyarrow takes its time
 

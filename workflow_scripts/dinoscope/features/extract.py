@@ -3,6 +3,7 @@
 Shapes: B tiles a batch, D embedding width, R storage tokens, P = h·w patches a tile.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -130,8 +131,9 @@ class Extractor:
             progress(f"features of {tiles.slide_id} by {self.model_name}", len(tiles), unit="tiles") as shown,
         ):
             _check_same_slide(slide, tiles)
-            for num_done in self._embed_and_write(slide, tiles, writer, stats):
-                shown.advance(num_done)
+            with contextlib.closing(self._embed_and_write(slide, tiles, writer, stats)) as batches:
+                for num_done in batches:
+                    shown.advance(num_done)
         return stats
 
     def is_finished(self, tiles_path: Path, output: Path) -> bool:
@@ -181,7 +183,8 @@ class Extractor:
             slide, tiles, settings.batch_size, settings.workers, pin_memory=self.device.type == "cuda"
         )
         launched: HostCopy | None = None
-        with BackgroundThread() as background:
+        # whatever happens, the reading threads end before the slide is closed beneath them
+        with BackgroundThread() as background, contextlib.closing(batches):
             for rows, images in batches:
                 clock.lap("reading")
                 previous, launched = launched, HostCopy(rows, *self.embed(images))
