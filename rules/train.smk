@@ -38,7 +38,6 @@ rule train:
         "<logs>/train/{run}.log",
     benchmark:
         "<benchmarks>/train/{run}.tsv"
-    retries: 2
     conda:
         "../envs/torch.yaml"
     # As many as the machine has; on a cluster the profile says.

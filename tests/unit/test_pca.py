@@ -55,6 +55,8 @@ def test_basis_is_the_svd_of_the_centred_features(slides, basis):
     assert basis.info["explained_by_top_3"] == pytest.approx(ratios[:3].sum(), abs=1e-5)
     assert basis.info["explained_by_top_50"] == pytest.approx(1, abs=1e-5)
     assert (basis.info["num_tiles"], basis.info["num_slides"], basis.info["model"]) == (300, 3, "gram")
+    assert basis.info["slides"] == sorted(basis.info["slides"])
+    assert len(set(basis.info["slides"])) == 3
 
 
 def test_colours_are_the_scores_between_the_percentiles(slides, basis):

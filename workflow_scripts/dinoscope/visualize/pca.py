@@ -116,7 +116,8 @@ def fit_basis(paths: Sequence[str | os.PathLike[str]], *, seed: int = 0, max_til
         features = read_features(path, _sampled_rows(count, quota, seed, slide.slide_id)).features
         rounding += _squared_rounding(features)
         parts.append(features.astype(np.float32))
-    numbers = {"num_slides": len(found), "num_tiles": sum(counts), "seed": seed}
+    slides = [slide.slide_id for slide, _, _ in found.values()]  # planning fits on the same ones again
+    numbers = {"slides": slides, "num_slides": len(found), "num_tiles": sum(counts), "seed": seed}
     return _fit(np.concatenate(parts), info, numbers, rounding)
 
 
@@ -169,7 +170,7 @@ def rounding_note(info: dict[str, Any]) -> str:
     )
 
 
-def _fit(sample: np.ndarray, info: FeatureInfo, numbers: dict[str, int], rounding: float) -> ColorBasis:
+def _fit(sample: np.ndarray, info: FeatureInfo, numbers: dict[str, Any], rounding: float) -> ColorBasis:
     from sklearn.decomposition import PCA
 
     # centred here, in float64, because the covariance solver loses digits when means are large beside the spread
