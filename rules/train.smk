@@ -30,7 +30,7 @@ rule train:
         parents=run_parents,
         manifest=ancient(run_manifest),
         weights=ancient(rules.initial_weights.output.weights),
-        continued=continued_run,
+        continued=ancient(continued_run),
         gram_teacher=gram_teacher_file,
     output:
         final="<results>/runs/{run}/final.json",
@@ -56,7 +56,7 @@ rule train:
     shell:
         "python {params.launcher:q} {params.launch:q} --threads {threads} --stop-with-snakemake -- {params.script:q}"
         " --config {input.recipe:q} --manifest {input.manifest:q} --slides {params.slides:q}"
-        " --weights {input.weights:q} {params.options:q} --run-dir {params.run_dir:q} 2>&1 | tee {log:q}"
+        " --weights {input.weights:q} {params.options:q} --run-dir {params.run_dir:q} 2>&1 | tee -i {log:q}"
 
 
 rule convert:

@@ -8,6 +8,7 @@ A run resumes from its newest complete checkpoint when the same command is given
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
@@ -36,7 +37,7 @@ def main() -> None:
     from dinoscope.train.trainer import RunInputs, train_run
 
     config = load_recipe(arguments.config, arguments.overrides)
-    start = resolve_start(config, arguments.weights, arguments.continues, arguments.gram_teacher)
+    start = functools.partial(resolve_start, config, arguments.weights, arguments.continues, arguments.gram_teacher)
     with joined_world() as world:
         train_run(RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir), world)
 

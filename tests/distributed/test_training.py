@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(place: Path) -> Path:
     """A run that nothing disturbed."""
     assert train(place, "unbroken").returncode == 0
-    return place / "runs/unbroken"
+    return place / "runs/unbroken/main"
 
 
 def script(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -70,8 +71,8 @@ def script(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProc
 def command(run: str, *extra: str, recipe: str = "recipe.yaml", processes: int = 2) -> list[str]:
     launcher = [sys.executable, str(SCRIPTS / "launch.py"), "--processes", str(processes), "--threads", str(processes)]
     inputs = ["--config", recipe, "--manifest", "manifests/train.parquet", "--slides", "slides.tsv"]
-    inputs += ["--weights", "models/base/teacher.pth", "--run-dir", f"runs/{run}"]
-    return [*launcher, "--log-dir", f"runs/{run}/logs", "--", str(SCRIPTS / "pretrain.py"), *inputs, *extra]
+    inputs += ["--weights", "models/base/teacher.pth", "--run-dir", f"runs/{run}/main"]
+    return [*launcher, "--log-dir", f"runs/{run}/main/logs", "--", str(SCRIPTS / "pretrain.py"), *inputs, *extra]
 
 
 def train(place: Path, run: str, *extra: str, **options) -> subprocess.CompletedProcess:
@@ -82,6 +83,11 @@ def without_launcher(place: Path, launched: list[str]) -> subprocess.CompletedPr
     """The same training as a plain script."""
     plain = [sys.executable, *launched[launched.index("--") + 1 :]]
     return subprocess.run(plain, cwd=place, capture_output=True, text=True, check=False)
+
+
+def last_error(output: str) -> str:
+    """The sentence that a launched training ends with."""
+    return [line for line in output.splitlines() if line.startswith("error: ")][-1]
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -173,7 +179,7 @@ def test_a_finished_run_has_nothing_left_to_do(place: Path, finished: Path) -> N
 
 def test_killed_at_any_moment_it_ends_the_same(place: Path, finished: Path) -> None:
     """SIGKILL of the launcher, again and again: its processes die with it, and the end is the same bit for bit."""
-    run, moments = place / "runs/killed", random.Random(0)
+    run, moments = place / "runs/killed/main", random.Random(0)
     for kill in range(3):
         process = subprocess.Popen(command("killed"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda kill=kill: len(list(run.glob("ckpt/*/.metadata"))) > kill or (run / "final.json").exists())
@@ -191,7 +197,7 @@ def test_killed_at_any_moment_it_ends_the_same(place: Path, finished: Path) -> N
 
 
 def test_a_half_written_checkpoint_is_not_used(place: Path, finished: Path) -> None:
-    run = place / "runs/half"
+    run = place / "runs/half/main"
     process = subprocess.Popen(command("half"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: (run / "ckpt/9/.metadata").exists())
     process.kill()
@@ -204,7 +210,7 @@ def test_a_half_written_checkpoint_is_not_used(place: Path, finished: Path) -> N
 
 
 def test_asked_to_stop_it_saves_and_goes_on_later(place: Path, finished: Path) -> None:
-    run = place / "runs/stopped"
+    run = place / "runs/stopped/main"
     process = subprocess.Popen(command("stopped"), cwd=place, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (run / "ckpt/4/.metadata").exists())
     process.send_signal(signal.SIGTERM)
@@ -220,40 +226,98 @@ def test_asked_to_stop_it_saves_and_goes_on_later(place: Path, finished: Path) -
 
 def test_the_number_of_loader_workers_changes_nothing_and_a_run_can_be_extended(place: Path, finished: Path) -> None:
     assert train(place, "workers", "train.num_workers=0").returncode == 0
-    assert_same_end(place / "runs/workers", finished)
+    assert_same_end(place / "runs/workers/main", finished)
     assert train(place, "workers", "train.num_workers=0", "optim.epochs=5").returncode == 0
-    assert read_json(place / "runs/workers/final.json")["iteration"] == 29
+    assert read_json(place / "runs/workers/main/final.json")["iteration"] == 29
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(place: Path, finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*.json")}
     refused = train(place, "unbroken", "optim.lr=0.5")
     assert refused.returncode == 1
-    last = refused.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: run unbroken was started with other settings: optim.lr was 0.001 and is now 0.5")
+    last = last_error(refused.stderr)
+    assert last.startswith("error: run main was started with other settings: optim.lr was 0.001 and is now 0.5")
     assert "new run name" in last
     assert "Traceback" not in refused.stderr
     assert {path: path.read_bytes() for path in finished.rglob("*.json")} == before
 
 
-def test_one_process_without_a_launcher_and_another_number_of_processes(place: Path) -> None:
-    alone = without_launcher(place, command("alone", "optim.epochs=2"))
+def test_one_process_without_a_launcher_and_as_many_tiles_in_two_processes(place: Path) -> None:
+    alone = without_launcher(place, command("alone", "optim.epochs=2", "train.batch_size_per_gpu=4"))
     assert alone.returncode == 0, alone.stderr
-    assert read_json(place / "runs/alone/final.json")["samples_seen"] == 24
+    run = place / "runs/alone/main"
+    assert read_json(run / "final.json")["samples_seen"] == 48
+    refused = train(place, "alone", "optim.epochs=3", processes=1)
+    assert "was started with 4 tiles a step over all processes and would go on with 2" in last_error(refused.stderr)
     assert train(place, "alone", "optim.epochs=3", processes=2).returncode == 0
-    assert read_json(place / "runs/alone/final.json")["iteration"] == 17
+    assert read_json(run / "final.json")["iteration"] == 17
+
+
+def test_a_run_keeps_its_tiles_when_the_manifest_changes(place: Path, finished: Path) -> None:
+    """Stopped in the middle, it goes on with the tiles it began with, and ends as if nothing had changed."""
+    other = place / "kept"
+    shutil.copytree(place / "manifests", other / "manifests")
+    for name in ("slides.tsv", "recipe.yaml", "models"):
+        (other / name).symlink_to(place / name)
+    run = other / "runs/kept/main"
+    process = subprocess.Popen(command("kept"), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (run / "ckpt/4/.metadata").exists())
+    process.kill()
+    process.wait()
+    write_manifest(other / "manifests/train.parquet", ["slide_1"], slide_px=1024, tile_px=128)
+    (other / "models").unlink()
+    shutil.copytree(place / "models", other / "models")
+    (other / "models/base/teacher.pth").write_bytes(b"no longer what the run began with")
+    assert train(other, "kept").returncode == 0
+    assert_same_end(run, finished)
+    shutil.rmtree(other / "manifests/.mapped")
+    (run / "final.json").unlink()
+    assert "was started on manifest" in last_error(train(other, "kept").stderr)
+
+
+def test_a_run_that_continues_another_sees_other_samples(place: Path) -> None:
+    from dinoscope.train.trainer import _stream_seed
+
+    assert len({_stream_seed(seed, run) for seed in (0, 1) for run in ("pretrain", "gram")}) == 4
+
+
+def test_a_damaged_slide_is_named_in_one_sentence(place: Path) -> None:
+    other = place / "damaged"
+    shutil.copytree(place / "manifests", other / "manifests", ignore=shutil.ignore_patterns(".mapped"))
+    for name in ("recipe.yaml", "models", "slide_1.tiff"):
+        (other / name).symlink_to(place / name)
+    content = bytearray((place / "slide_2.tiff").read_bytes())
+    content[2000 : len(content) // 2] = bytes(len(content) // 2 - 2000)
+    (other / "slide_2.tiff").write_bytes(content)
+    (other / "slides.tsv").write_text("slide_id\tpath\nslide_1\tslide_1.tiff\nslide_2\tslide_2.tiff\n")
+    done = train(other, "damaged")
+    assert done.returncode == 1
+    assert "slide 'slide_2'" in last_error(done.stderr)
+    assert "DataLoader worker" not in done.stderr
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(place: Path) -> None:
+    """No file may grow to the size of a shard: writing fails as on a full disk."""
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-", *command("full")]
+    done = subprocess.run(limited, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "cannot be written" in last_error(done.stderr)
+    assert not list((place / "runs/full/main/ckpt").glob("*"))
+    assert not list((place / "runs/full/main/ckpt").glob(".*"))
 
 
 def test_gram_phase_continues_and_is_held_to_an_exported_teacher(place: Path, finished: Path) -> None:
-    done = train(place, "gram", "--continues", "runs/unbroken/final.json", "--gram-teacher", "9", recipe="gram.yaml")
+    done = train(
+        place, "gram", "--continues", "runs/unbroken/main/final.json", "--gram-teacher", "9", recipe="gram.yaml"
+    )
     assert done.returncode == 0, done.stderr
-    frame = read_metrics(place / "runs/gram")
+    frame = read_metrics(place / "runs/gram/main")
     assert (frame["gram_loss"] > 0).all()
     events = {event["event"]: event for event in frame.attrs["events"]}
-    assert "continues unbroken from its iteration 23, optimizer included" in events["start"]["note"]
+    assert "continues main from its iteration 23, optimizer included" in events["start"]["note"]
     assert "training_9/teacher_checkpoint.pth" in events["start"]["note"]
     assert events["gram_teacher_update"]["iteration"] == 4
-    state = all_tensors(place / "runs/gram")
+    state = all_tensors(place / "runs/gram/main")
     assert state["optimizer.student.backbone.cls_token.step"] == 24 + 6
     refreshed = torch.load(finished / "eval/training_9/teacher_checkpoint.pth", weights_only=True)["teacher"]
     key = "backbone.blocks.1.mlp.fc1.weight"
@@ -264,17 +328,19 @@ def test_gram_phase_asks_for_a_teacher_that_exists(place: Path, finished: Path) 
     def refused(*arguments: str) -> str:
         result = without_launcher(place, command("gram_bad", *arguments, recipe="gram.yaml"))
         assert result.returncode == 1
-        assert not (place / "runs/gram_bad/run_config.json").exists()
-        return result.stderr.strip().splitlines()[-1]
+        assert not (place / "runs/gram_bad/main/run_config.json").exists()
+        return last_error(result.stderr)
 
-    continued = ("--continues", "runs/unbroken/final.json")
+    continued = ("--continues", "runs/unbroken/main/final.json")
     assert "exported no teacher at iteration 5; it has [9, 19, 23]" in refused(*continued, "--gram-teacher", "5")
-    assert "give the exported teacher instead" in refused(*continued, "--gram-teacher", "runs/unbroken/ckpt/23")
+    assert "give the exported teacher instead" in refused(*continued, "--gram-teacher", "runs/unbroken/main/ckpt/23")
     assert "needs a gram teacher" in refused()
 
 
 def test_conversion_gives_the_exported_teacher(place: Path, finished: Path) -> None:
-    for number, checkpoint in enumerate(("runs/unbroken/final.json", "runs/unbroken", "runs/unbroken/ckpt/23")):
+    for number, checkpoint in enumerate(
+        ("runs/unbroken/main/final.json", "runs/unbroken/main", "runs/unbroken/main/ckpt/23")
+    ):
         done = script(
             place, "convert_checkpoint.py", "--checkpoint", checkpoint, "--output", f"models/c{number}/teacher.pth"
         )
@@ -285,19 +351,20 @@ def test_conversion_gives_the_exported_teacher(place: Path, finished: Path) -> N
     card = read_json(place / "models/c0/model.json")
     assert (card["backbone"]["arch"], card["iteration"], card["tiles"]) == ("vit_nano", 23, [[128, 0.5]])
     assert card["origin"] == "random initialisation, seed 0"
+    exported_card = read_json(finished / "eval/training_23/model.json")
+    assert {key: card[key] for key in exported_card} == exported_card
     assert str(place) not in json.dumps(card)
+    assert str(place).encode() not in (finished / "ckpt/23/.metadata").read_bytes()
 
 
 def test_conversion_refuses_what_is_not_whole(place: Path, finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     def refused(checkpoint: Path) -> str:
         done = script(
             place, "convert_checkpoint.py", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "t.pth")
         )
         assert done.returncode == 1
         assert not (tmp_path / "t.pth").exists()
-        return done.stderr.strip().splitlines()[-1]
+        return last_error(done.stderr)
 
     run = shutil.copytree(finished, tmp_path / "run")
     shard = next((run / "ckpt/23").glob("*.distcp"))

@@ -14,7 +14,7 @@ from dinoscope.errors import ConfigError
 from dinoscope.plan import DEMO_SLIDES, make_plan, one_sentence
 from dinoscope.plan_checks import TARGETS, check_config
 from dinoscope.schema import read_schema, with_defaults
-from dinoscope.train.seal import seal_or_compare
+from dinoscope.train.seal import seal_run
 from tiny_slides import write_manifest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -322,7 +322,7 @@ def test_a_run_that_keeps_its_manifest_says_so(config):
     digest = write_manifest(manifest, ["s0", "s1"], 512, 256)
     assert plan.manifest_notes() == []
     run_dir = Path("results/runs/pretrain")
-    seal_or_compare(run_dir, plan.runs["pretrain"].settings, {"manifest": digest}, "a seed")
+    seal_run(run_dir, plan.runs["pretrain"].settings, 16, {"manifest": digest}, "a seed")
     (run_dir / "ckpt" / "7").mkdir(parents=True)
     (run_dir / "ckpt" / "7" / ".metadata").touch()
     assert plan.manifest_notes() == []

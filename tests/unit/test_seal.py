@@ -6,7 +6,7 @@ import pytest
 
 from dinoscope.errors import SealError
 from dinoscope.recipe import load_recipe
-from dinoscope.train.seal import check_seal, read_seal, seal_or_compare
+from dinoscope.train.seal import check_seal, compare_with_seal, read_seal, seal_run
 
 RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny.yaml"
 INPUTS = {"manifest": "abc", "weights": "def", "continues": None, "gram_teacher": None}
@@ -14,7 +14,7 @@ INPUTS = {"manifest": "abc", "weights": "def", "continues": None, "gram_teacher"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    seal_or_compare(tmp_path / "run", load_recipe(RECIPE), INPUTS, "somewhere")
+    seal_run(tmp_path / "run", load_recipe(RECIPE), 16, INPUTS, "somewhere")
     (tmp_path / "run/ckpt/9").mkdir(parents=True)
     (tmp_path / "run/ckpt/9/.metadata").touch()
     return tmp_path / "run"
@@ -25,7 +25,7 @@ def test_a_run_without_a_checkpoint_is_sealed_anew(run: Path) -> None:
     (run / "training_metrics.json").touch()
     changed = ["optim.lr=5e-3"]
     check_seal(run, RECIPE, changed)
-    seal_or_compare(run, load_recipe(RECIPE, changed), INPUTS, "somewhere")
+    seal_run(run, load_recipe(RECIPE, changed), 16, INPUTS, "somewhere")
     assert read_seal(run)["settings"]["optim.lr"] == 5e-3
     assert not (run / "training_metrics.json").exists()
 
@@ -37,27 +37,43 @@ def test_a_run_never_started_passes(tmp_path: Path) -> None:
 def test_unchanged_and_harmless_changes_pass(run: Path) -> None:
     harmless = ["optim.epochs=20", "train.num_workers=0", "checkpointing.period=7", "train.log_every=1"]
     check_seal(run, RECIPE, harmless)
-    seal_or_compare(run, load_recipe(RECIPE, harmless), INPUTS, "somewhere")
+    assert compare_with_seal(run, load_recipe(RECIPE, harmless), 16)["inputs"] == INPUTS
+    assert load_recipe(run / "config.yaml").optim.epochs == 20
 
 
 def test_a_changed_setting_is_refused_and_nothing_is_lost(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     for refuse in (
         lambda: check_seal(run, RECIPE, ["optim.lr=5e-3"]),
-        lambda: seal_or_compare(run, load_recipe(RECIPE, ["optim.lr=5e-3"]), INPUTS, "somewhere"),
+        lambda: compare_with_seal(run, load_recipe(RECIPE, ["optim.lr=5e-3"]), 16),
     ):
         with pytest.raises(SealError, match=r"optim\.lr was 0\.004 and is now 0\.005.*new run name"):
             refuse()
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
-def test_another_manifest_is_refused(run: Path) -> None:
-    with pytest.raises(SealError, match=r"the tile manifest \(abc, now xyz\).*new run name"):
-        seal_or_compare(run, load_recipe(RECIPE), INPUTS | {"manifest": "xyz"}, "somewhere")
+def test_another_batch_is_refused_however_it_comes_about(run: Path) -> None:
+    compare_with_seal(run, load_recipe(RECIPE, ["train.batch_size_per_gpu=16"]), 16)  # one process instead of two
+    with pytest.raises(SealError, match=r"started with 16 tiles a step .* go on with 8: start as many processes"):
+        compare_with_seal(run, load_recipe(RECIPE), 8)
+
+
+def test_a_run_shorter_than_what_is_done_is_refused(run: Path) -> None:
+    (run / "ckpt/199").mkdir()
+    (run / "ckpt/199/.metadata").touch()
+    for refuse in (check_seal, lambda run, _, overrides: compare_with_seal(run, load_recipe(RECIPE, overrides), 16)):
+        with pytest.raises(SealError, match=r"has done 200 iterations and optim\.epochs now asks for 150"):
+            refuse(run, RECIPE, ["optim.epochs=10"])
+
+
+def test_checkpoints_without_a_seal_are_not_trusted(run: Path) -> None:
+    (run / "run_config.json").unlink()
+    with pytest.raises(SealError, match=r"its run_config\.json is gone"):
+        check_seal(run, RECIPE)
 
 
 def test_results_name_weight_files_without_their_folders(tmp_path: Path) -> None:
     config = load_recipe(RECIPE, ["MODEL.WEIGHTS=/secret/place/weights.pth"])
-    seal_or_compare(tmp_path, config, INPUTS, "somewhere")
+    seal_run(tmp_path, config, 16, INPUTS, "somewhere")
     assert "secret" not in "".join(path.read_text() for path in tmp_path.iterdir())
     assert load_recipe(tmp_path / "config.yaml").MODEL.WEIGHTS == "weights.pth"

@@ -9,13 +9,20 @@ from collections.abc import Callable
 
 from dinoscope.errors import DinoscopeError
 
-__all__ = ["ERROR_FILE_VARIABLE", "HelpFormatter", "run_script"]
+__all__ = ["ERROR_FILE_VARIABLE", "HelpFormatter", "record_error", "run_script"]
 
 ERROR_FILE_VARIABLE = "DINOSCOPE_ERROR_FILE"  # launch.py reads there what its processes died of
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the layout of the description and shows every default."""
+
+
+def record_error(sentence: str) -> None:
+    """Leaves the reason why one of several processes ends to the launcher; the first one counts."""
+    if error_file := os.environ.get(ERROR_FILE_VARIABLE):
+        with contextlib.suppress(FileExistsError), open(error_file, "x", encoding="utf-8") as file:
+            file.write(sentence)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -31,7 +38,5 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("DINOSCOPE_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        if error_file := os.environ.get(ERROR_FILE_VARIABLE):
-            with contextlib.suppress(FileExistsError), open(error_file, "x", encoding="utf-8") as file:
-                file.write(str(error))
+        record_error(str(error))
         sys.exit(1)

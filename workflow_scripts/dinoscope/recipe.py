@@ -178,7 +178,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ConfigError(f"cannot read override {text!r}: write key=value, e.g. optim.lr=1e-4")
-    nested: Any = yaml.load(value, Loader=_RecipeLoader)
+    try:
+        nested: Any = yaml.load(value, Loader=_RecipeLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"cannot read override {text!r}: its value is not valid YAML") from None
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested

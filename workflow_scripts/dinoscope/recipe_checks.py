@@ -10,6 +10,21 @@ from dinoscope.errors import ConfigError
 
 __all__ = ["check_recipe"]
 
+_SMALLEST = {
+    "optim.epochs": 1,
+    "optim.clip_grad": 0,
+    "train.OFFICIAL_EPOCH_LENGTH": 1,
+    "train.batch_size_per_gpu": 1,
+    "train.log_every": 1,
+    "train.num_workers": 0,
+    "train.seed": 0,
+    "crops.local_crops_number": 1,
+    "checkpointing.period": 1,
+    "checkpointing.keep_every": 1,
+    "dino.koleo_topk": 1,
+    "evaluation.eval_period_iterations": 0,
+}
+
 _CHOICES = {
     "augmentation.recipe": ("dinov3", "pathology"),
     "compute_precision.param_dtype": ("bf16", "fp32"),
@@ -34,7 +49,14 @@ def check_recipe(config: RunConfig, values: dict[str, Any], name: str) -> None:
         values: The same, dotted key -> value.
         name: Of the recipe, for the message.
     """
-    problems = [*_choice_problems(values), *_crop_problems(config), *_gram_problems(config), *_length_problems(config)]
+    problems = [
+        *_choice_problems(values),
+        *_range_problems(values),
+        *_schedule_problems(config),
+        *_crop_problems(config),
+        *_gram_problems(config),
+        *_length_problems(config),
+    ]
     if problems:
         raise ConfigError(f"recipe {name}: " + "; ".join(problems))
 
@@ -43,6 +65,30 @@ def _choice_problems(values: dict[str, Any]) -> Iterable[str]:
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             yield f"{key} is {values[key]!r}; choose one of {', '.join(choices)}"
+
+
+def _range_problems(values: dict[str, Any]) -> Iterable[str]:
+    for key, smallest in _SMALLEST.items():
+        if values[key] is not None and values[key] < smallest:
+            yield f"{key} is {values[key]}; at least {smallest} is wanted"
+    if values["student.in_chans"] != 3:
+        yield f"student.in_chans is {values['student.in_chans']}; slides are read as RGB, so 3 is wanted"
+    for key, length in {"crops.rgb_mean": 3, "crops.rgb_std": 3, "augmentation.blur_p": 3}.items():
+        if values[key] is not None and len(values[key]) != length:
+            yield f"{key} has {len(values[key])} values; {length} are wanted"
+    if min(values["crops.rgb_std"], default=0) <= 0:
+        yield f"crops.rgb_std is {values['crops.rgb_std']}; all must be above 0"
+
+
+def _schedule_problems(config: RunConfig) -> Iterable[str]:
+    if config.schedules is None:
+        return
+    temperature, momentum = config.schedules.teacher_temp, config.schedules.momentum
+    if min(temperature.start, temperature.peak, temperature.end) <= 0 or max(momentum.peak, momentum.end) <= 0:
+        yield (
+            "a section `schedules` replaces all schedules, so it must give all of lr, weight_decay, momentum and "
+            "teacher_temp"
+        )
 
 
 def _crop_problems(config: RunConfig) -> Iterable[str]:
@@ -80,13 +126,8 @@ def _gram_problems(config: RunConfig) -> Iterable[str]:
 
 
 def _length_problems(config: RunConfig) -> Iterable[str]:
-    for key in ("optim.epochs", "train.OFFICIAL_EPOCH_LENGTH", "train.batch_size_per_gpu", "train.log_every"):
-        if OmegaConf.select(config, key) < 1:
-            yield f"{key} is {OmegaConf.select(config, key)}; at least 1 is wanted"
     if config.dino.koleo_loss_weight and not config.dino.koleo_loss_distributed and config.train.batch_size_per_gpu < 2:
         yield "KoLeo compares the tiles of a process: train.batch_size_per_gpu must be at least 2"
-    if config.checkpointing.period < 1:
-        yield f"checkpointing.period is {config.checkpointing.period}; at least 1 iteration is wanted"
     if config.checkpointing.max_to_keep is not None and config.checkpointing.max_to_keep < 2:
         yield f"checkpointing.max_to_keep is {config.checkpointing.max_to_keep}; keep at least 2, or null for all"
     epochs = config.optim.epochs

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dinoscope.data.crops import Crops
 from dinoscope.data.masking import sample_masks
+from dinoscope.errors import DinoscopeError
 
 __all__ = ["Batch", "Collate"]
 
@@ -53,8 +54,11 @@ class Collate:
         self.batch_size, self.grid, self.seed = batch_size, grid, seed
         self.mask_probability, self.mask_ratios, self.mask_shift = mask_probability, mask_ratios, mask_shift
 
-    def __call__(self, samples: list[tuple[int, Crops]]) -> Batch:
-        """Samples as the data set gives them -> one batch."""
+    def __call__(self, samples: list[tuple[int, Crops] | DinoscopeError]) -> Batch | DinoscopeError:
+        """Samples as the data set gives them -> one batch, or the first error among them."""
+        failed = next((sample for sample in samples if isinstance(sample, DinoscopeError)), None)
+        if failed is not None:
+            return failed
         numbers = [number for number, _ in samples]
         crops = [crop for _, crop in samples]
         has_gram = crops[0].gram_crops is not None

@@ -13,6 +13,7 @@ from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.crops import AUGMENTATIONS, Augmentation, Crops, CropSizes, make_crops, sample_rng
 from dinoscope.data.sampler import StepSampler, tile_of_sample
 from dinoscope.data.tiles import MappedTiles
+from dinoscope.errors import DinoscopeError
 from dinoscope.processes import die_with_parent
 from dinoscope.slides.reader import SlidePool
 
@@ -37,12 +38,19 @@ class SlideCrops(Dataset):
         self.tiles, self.sizes, self.augmentation, self.seed = tiles, sizes, augmentation, seed
         self.slides = SlidePool(slide_paths, slide_mpps)
 
-    def __getitem__(self, sample: int) -> tuple[int, Crops]:
+    def __getitem__(self, sample: int) -> tuple[int, Crops] | DinoscopeError:
+        """Number and crops of a sample, or the error that its slide gave (torch would bury a raised one)."""
+        try:
+            return sample, self._crops(sample)
+        except DinoscopeError as error:
+            return error
+
+    def _crops(self, sample: int) -> Crops:
         tile = self.tiles[tile_of_sample(sample, len(self.tiles), self.seed)]
         kind = tile.kind
         slide = self.slides[kind.slide_id]
         image = slide.read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
-        return sample, make_crops(image, self.sizes, self.augmentation, sample_rng(self.seed, sample))
+        return make_crops(image, self.sizes, self.augmentation, sample_rng(self.seed, sample))
 
 
 def crop_settings(config: "RunConfig") -> tuple[CropSizes, Augmentation]:

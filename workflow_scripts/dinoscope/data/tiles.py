@@ -74,14 +74,25 @@ class MappedTiles:
         return Tile(self.kinds[kind[row]], int(x[row]), int(y[row]))
 
 
-def map_manifest(manifest: Path, folder: Path) -> MappedTiles:
+def map_manifest(manifest: Path, folder: Path, digest: str | None = None) -> MappedTiles:
     """Maps a merged manifest, writing its Arrow form into `folder` unless it is there already.
 
+    Args:
+        manifest: The merged manifest.
+        folder: Where Arrow files are kept.
+        digest: The manifest wanted, for a run that keeps the tiles it started with; None, the one that is there.
+
     Raises:
-        ManifestError: The manifest is missing, damaged or holds no tile.
+        ManifestError: The manifest is missing, damaged or holds no tile, or the one wanted is gone.
     """
-    target = folder / f"tiles_{manifest_digest(manifest)[:16]}.arrow"
+    target = folder / f"tiles_{(digest or manifest_digest(manifest))[:16]}.arrow"
     if not target.is_file():
+        current = manifest_digest(manifest)
+        if digest not in (None, current):
+            raise ManifestError(
+                f"the run was started on manifest {digest[:8]}, of which nothing is left; {manifest.name} is now "
+                f"{current[:8]}: give a new run name, or restore the tiles it was started with"
+            )
         with atomic_path(target) as temporary:
             _write_arrow(manifest, temporary)
     tiles = MappedTiles(target)

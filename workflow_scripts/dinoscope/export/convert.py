@@ -13,16 +13,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dinoscope import __version__
 from dinoscope.errors import CheckpointError
 from dinoscope.files import atomic_path, read_json, sha256_file, write_json
+from dinoscope.models.card import PUBLISHED_ORIGIN, backbone_card
 from dinoscope.models.registry import ViTSettings, settings_from_config
 from dinoscope.models.vit import DinoVisionTransformer
-from dinoscope.models.weights import ModelFile, load_strictly, read_model_file, state_digest
+from dinoscope.models.weights import load_strictly, read_model_file, state_digest
 from dinoscope.recipe import load_recipe
 from dinoscope.train.run_folder import complete_checkpoints
 from dinoscope.train.seal import SEAL_NAME, read_seal
-from dinoscope.train.starting import PUBLISHED_ORIGIN, check_fit, fresh_backbone
+from dinoscope.train.starting import check_fit, fresh_backbone
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
@@ -31,9 +31,6 @@ __all__ = ["convert_checkpoint", "write_initial_weights"]
 
 _log = logging.getLogger(__name__)
 _BRANCH_NAMES = {"teacher": ("teacher", "model_ema"), "student": ("student",)}
-_LICENSE_NOTE = (
-    "Derived from weights published by Meta; they and what is derived from them stay under the DINOv3 License."
-)
 
 
 def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher") -> None:
@@ -52,8 +49,9 @@ def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher") 
     settings = settings_from_config(config.student)
     backbone = _read_backbone(folder, branch)
     _check_tensors(folder, backbone, settings)
-    card = _run_card(run_dir, folder, config, branch)
-    _write(output, backbone, card | _common_card(settings, config, backbone))
+    origin = (read_seal(run_dir) or {}).get("origin")
+    card = backbone_card(settings, config, backbone, origin) | _run_card(run_dir, folder, config, branch)
+    _write(output, backbone, card)
 
 
 def write_initial_weights(config: "RunConfig", output: Path) -> None:
@@ -74,7 +72,7 @@ def write_initial_weights(config: "RunConfig", output: Path) -> None:
         backbone = fresh_backbone(settings, config.train.seed).state_dict()
         origin = f"random initialisation, seed {config.train.seed}"
         _log.info("starting weights: %s at %s; no MODEL.WEIGHTS is configured", settings.arch, origin)
-    _write(output, backbone, {"origin": origin} | _common_card(settings, config, backbone), heads)
+    _write(output, backbone, backbone_card(settings, config, backbone, origin), heads)
 
 
 def _locate(checkpoint: Path) -> tuple[Path, Path]:
@@ -142,7 +140,6 @@ def _run_card(run_dir: Path, folder: Path, config: "RunConfig", branch: str) -> 
         "run": run_dir.name,
         "branch": branch,
         "iteration": int(folder.name.removesuffix("_keep")),
-        "origin": seal.get("origin"),
         "inputs_sha256": seal.get("inputs", {}),
         "run_config_sha256": sha256_file(run_dir / SEAL_NAME),
         "tiles": final.get("tiles"),
@@ -153,28 +150,14 @@ def _run_card(run_dir: Path, folder: Path, config: "RunConfig", branch: str) -> 
     }
 
 
-def _common_card(settings: ViTSettings, config: "RunConfig", backbone: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        "backbone": settings.as_dict(),
-        "embed_dim": settings.embed_dim,
-        "patch_size": settings.patch_size,
-        "mean": list(config.crops.rgb_mean),
-        "std": list(config.crops.rgb_std),
-        "weights_sha256": state_digest(backbone),
-    }
-
-
 def _write(
     output: Path, backbone: dict[str, Tensor], card: dict[str, Any], heads: dict[str, dict[str, Tensor]] | None = None
 ) -> None:
     parts = {"backbone": backbone, **(heads or {})}
     flat = {f"{part}.{name}": tensor.contiguous() for part, state in parts.items() for name, tensor in state.items()}
-    derived = card.get("origin") == PUBLISHED_ORIGIN
-    card = {"format": "dinoscope model card", "version": 1, "made_with": f"dinoscope {__version__}"} | card
-    card["license_note"] = _LICENSE_NOTE if derived else None
     with atomic_path(output) as temporary:
         torch.save({"teacher": flat}, temporary)
     write_json(output.with_name("model.json"), card)
-    check = ModelFile(output, read_model_file(output).backbone, {}, card)
-    assert state_digest(check.backbone) == card["weights_sha256"], "what was written is not what was read"
+    written = state_digest(read_model_file(output).backbone)
+    assert written == card["weights_sha256"], "what was written is not what was read"
     _log.info("%s: %s, %d values", output.name, card["backbone"]["arch"], sum(t.numel() for t in backbone.values()))

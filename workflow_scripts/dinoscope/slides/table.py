@@ -31,7 +31,7 @@ __all__ = [
 
 COLUMNS = ("slide_id", "path", "case_id", "use", "site", "scanner", "stain", "mpp")
 USES = ("train", "eval", "features")
-_SLIDE_ID = re.compile(r"""[^/\\{}:*?"<>|\n\r\t.\-][^/\\{}:*?"<>|\n\r\t]*""")
+_SLIDE_ID = re.compile(r"""[^/\\{}:*?"<>|\n\r\t.\-@][^/\\{}:*?"<>|\n\r\t]*""")
 _SHOWN_PROBLEMS = 10
 
 
@@ -295,7 +295,7 @@ def _id_problem(slide_id: str) -> str | None:
     if _SLIDE_ID.fullmatch(slide_id):
         return None
     return (
-        f"slide_id {slide_id!r} cannot name files: it must not start with . or - "
+        f"slide_id {slide_id!r} cannot name files: it must not start with ., - or @ "
         'nor hold any of / \\ { } : * ? " < > | or a line break'
     )
 

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from dinoscope.errors import CheckpointError
-from dinoscope.files import atomic_path, sync_folder
+from dinoscope.files import atomic_path, sync_folder, write_json
+from dinoscope.models.card import backbone_card
 from dinoscope.train.run_folder import complete_checkpoints, teacher_export_path
 from dinoscope.train.ssl_step import SSLModel
 
@@ -53,7 +55,12 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_training_state(model, optimizer), checkpoint_id=partial)
+    try:
+        dcp.save(_training_state(model, optimizer), storage_writer=_Writer(partial))
+    except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise _not_written(run_dir, f"checkpoint {iteration}", error) from error
     if world.is_main:
         if target.is_dir():
             shutil.rmtree(target)
@@ -79,9 +86,25 @@ def load_checkpoint(
         state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("gram_teacher.")}
     try:
         dcp.load(state, checkpoint_id=folder)
-    except (dcp.CheckpointException, RuntimeError, ValueError, OSError) as error:
+    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {folder} cannot be loaded into this model: {reason}") from error
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Leaves the folder out of a checkpoint's metadata: results hold no absolute paths."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=None, save_id=self.save_id)
+
+
+def _not_written(run_dir: Path, what: str, error: BaseException) -> CheckpointError:
+    kept = list(complete_checkpoints(run_dir))
+    reason = "no space left on the device" if "No space left" in str(error) else " ".join(str(error).split())[-160:]
+    return CheckpointError(
+        f"run {run_dir.name}: {what} cannot be written ({reason}); free space and start the run again, it goes on "
+        + (f"after iteration {kept[-1]}" if kept else "from its start")
+    )
 
 
 def _training_state(model: SSLModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -109,17 +132,22 @@ def _prune(run_dir: Path, max_to_keep: int | None) -> None:
         shutil.rmtree(doomed)
 
 
-def export_teacher(run_dir: Path, iteration: int, model: SSLModel, world: "World") -> Path:
+def export_teacher(run_dir: Path, iteration: int, model: SSLModel, origin: str | None, world: "World") -> Path:
     """Writes {"teacher": {"backbone.…", "dino_head.…", "ibot_head.…"}}, whole tensors. All ranks call it together."""
     path = teacher_export_path(run_dir, iteration)
-    whole = {}
+    whole: dict[str, Tensor] = {}
     for name, tensor in model.teacher.state_dict().items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if world.is_main:
             whole[name] = full.detach().cpu().clone()
     if world.is_main:
-        with atomic_path(path) as temporary:
-            torch.save({"teacher": whole}, temporary)
+        backbone = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
+        try:
+            write_json(path.with_name("model.json"), backbone_card(model.settings, model.config, backbone, origin))
+            with atomic_path(path) as temporary:
+                torch.save({"teacher": whole}, temporary)
+        except (OSError, RuntimeError) as error:
+            raise _not_written(run_dir, f"teacher export {iteration}", error) from error
     dist.barrier()
     return path
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinoscope.cli import record_error
+from dinoscope.errors import DinoscopeError
 from dinoscope.processes import die_with_parent
 
 __all__ = ["World", "joined_world"]
@@ -64,8 +66,14 @@ def joined_world() -> Iterator[World]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     dist.init_process_group(backend)
+    rank = dist.get_rank()
     try:
-        yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        yield World(rank, local_rank, dist.get_world_size(), device)
+    except Exception as error:
+        # before the group is destroyed: the others then fail too, for want of this process
+        known = isinstance(error, DinoscopeError)
+        record_error(str(error) if known else f"process {rank} ended with {type(error).__name__}: {error}")
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -63,6 +63,8 @@ def run_torchrun(command: list[str], processes: int, log_dir: Path | None, error
         except ChildFailedError as error:
             if error_file.is_file():
                 print(f"error: {error_file.read_text(encoding='utf-8')}", file=sys.stderr)
+                if log_dir is not None:
+                    print(f"what each process printed: {log_dir}/{started}*/attempt_0/*/stderr.log", file=sys.stderr)
             else:
                 print(error, file=sys.stderr)
             return 1

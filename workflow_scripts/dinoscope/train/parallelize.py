@@ -5,7 +5,11 @@ of the whole submodule. Parameters stay float32 in the shards; forward and backw
 `compute_precision.param_dtype` on GPUs, gradients are averaged over ranks in `reduce_dtype`.
 """
 
+import logging
+import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from dinoscope.train.distributed import World
 
 __all__ = ["parallelize"]
+
+_log = logging.getLogger(__name__)
 
 
 def parallelize(model: SSLModel, world: "World") -> None:
@@ -50,7 +56,15 @@ def parallelize(model: SSLModel, world: "World") -> None:
 
 def _compiles(config: "RunConfig", device_type: str) -> bool:
     """Whether blocks are compiled: on GPUs as configured; on CPUs it would need a C++ compiler at the user's."""
-    return config.train.compile and device_type != "cpu"
+    if not config.train.compile or device_type == "cpu":
+        return False
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if headers.is_file() and (shutil.which("cc") or shutil.which("gcc")):
+        return True
+    _log.warning(
+        "train.compile needs a C compiler and Python's headers (gcc, python3-dev): training goes on without it"
+    )
+    return False
 
 
 def _shard(part: nn.Module, mesh: DeviceMesh, config: "RunConfig", trained: bool) -> None:

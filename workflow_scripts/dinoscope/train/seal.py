@@ -1,9 +1,12 @@
 """What a run was started with, sealed in its folder: nothing that changes the weights may differ when it goes on.
 
-`run_config.json` holds the settings (key -> value), and the digests of the manifest, the starting weights, the run that
-is continued and the gram teacher. Nothing here imports torch: the same check runs when Snakemake plans.
+`run_config.json` holds the settings (key -> value), the batch over all processes, and the digests of what the run took
+in when it started: manifest, starting weights, the run that it continues, and the gram teacher. A run goes on with
+those whatever becomes of them; other settings are refused. Nothing here imports torch: the same check runs when
+Snakemake plans.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from dinoscope.recipe import flatten, load_recipe
 from dinoscope.train.metrics import METRICS_NAME
 from dinoscope.train.run_folder import complete_checkpoints
 
-__all__ = ["SEAL_NAME", "check_seal", "read_seal", "seal_or_compare", "sealed_settings"]
+__all__ = ["SEAL_NAME", "check_seal", "compare_with_seal", "read_seal", "seal_run", "sealed_settings"]
 
 SEAL_NAME = "run_config.json"
 _NOT_SEALED = (
@@ -27,17 +30,13 @@ _NOT_SEALED = (
     "evaluation.",
     "compute_precision.sharding_strategy",
     "optim.epochs",  # a run may be extended
+    "train.batch_size_per_gpu",  # the batch over all processes is sealed instead
     "train.num_workers",
     "train.compile",
     "train.checkpointing",
     "train.log_every",
 )
-_INPUT_NAMES = {
-    "manifest": "the tile manifest",
-    "weights": "the starting weights",
-    "continues": "the run that is continued",
-    "gram_teacher": "the gram teacher",
-}
+_WAY_OUT = "give a new run name, or delete the run's folder to start over"
 
 
 def sealed_settings(config: RunConfig) -> dict[str, Any]:
@@ -58,38 +57,68 @@ def check_seal(run_dir: str | Path, recipe: str | Path, overrides: Sequence[str]
         SealError: Names the key, the old and the new value, and the way out.
         ConfigError: The recipe itself is wrong.
     """
-    seal = read_seal(Path(run_dir))
     config = load_recipe(recipe, overrides)
-    if seal is not None and complete_checkpoints(Path(run_dir)):
-        _compare_settings(Path(run_dir).name, seal["settings"], sealed_settings(config))
+    checkpoints = complete_checkpoints(Path(run_dir))
+    if checkpoints:
+        _compare(Path(run_dir), config, max(checkpoints))
 
 
-def seal_or_compare(run_dir: Path, config: RunConfig, inputs: dict[str, str | None], origin: str) -> None:
-    """Seals a new run, or refuses to go on with one that was started otherwise.
+def seal_run(run_dir: Path, config: RunConfig, global_batch: int, inputs: dict[str, str | None], origin: str) -> None:
+    """Seals a run that begins.
 
-    A run that has no checkpoint yet has nothing to lose and is sealed anew.
+    What an earlier attempt left that came to no checkpoint is removed: it has nothing to lose.
 
     Args:
-        run_dir: The run's folder; nothing in it is changed when the run is refused.
+        run_dir: The run's folder.
         config: The resolved recipe.
+        global_batch: Tiles of one step over all processes.
         inputs: Digests under "manifest", "weights", "continues" and "gram_teacher"; None where there is none.
         origin: Where the weights come from in the end, for the model card.
     """
-    settings = sealed_settings(config)
-    seal = read_seal(run_dir)
-    if seal is None or not complete_checkpoints(run_dir):
-        (run_dir / METRICS_NAME).unlink(missing_ok=True)  # of an attempt that came to nothing
-        write_text(run_dir / "config.yaml", _without_folders(config))
-        write_json(run_dir / SEAL_NAME, {"version": 1, "origin": origin, "inputs": inputs, "settings": settings})
-        return
-    _compare_settings(run_dir.name, seal["settings"], settings)
-    for key, name in _INPUT_NAMES.items():
-        old, new = seal["inputs"].get(key), inputs.get(key)
-        if old != new:
-            raise SealError(
-                f"run {run_dir.name} was started with another version of {name} ({_short(old)}, now {_short(new)}); "
-                "a run keeps the data it started with: give a new run name, or delete the run's folder to start over"
-            )
+    (run_dir / METRICS_NAME).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "eval", ignore_errors=True)
+    write_text(run_dir / "config.yaml", _without_folders(config))
+    seal = {"version": 1, "origin": origin, "global_batch": global_batch, "inputs": inputs}
+    write_json(run_dir / SEAL_NAME, seal | {"settings": sealed_settings(config)})
+
+
+def compare_with_seal(run_dir: Path, config: RunConfig, global_batch: int) -> dict[str, Any]:
+    """Refuses to go on with a run under other settings; nothing in its folder is changed then.
+
+    Returns:
+        The seal.
+
+    Raises:
+        SealError: Settings or batch differ, or the run is shorter now than what is done of it.
+    """
+    seal = _compare(run_dir, config, max(complete_checkpoints(run_dir)))
+    if seal["global_batch"] != global_batch:
+        raise SealError(
+            f"run {run_dir.name} was started with {seal['global_batch']} tiles a step over all processes and would go "
+            f"on with {global_batch}: start as many processes as before (launch.processes), or set "
+            f"train.batch_size_per_gpu so that processes times it is {seal['global_batch']}"
+        )
+    write_text(run_dir / "config.yaml", _without_folders(config))
+    return seal
+
+
+def _compare(run_dir: Path, config: RunConfig, last_iteration: int) -> dict[str, Any]:
+    run, seal = run_dir.name, read_seal(run_dir)
+    if seal is None:
+        raise SealError(f"run {run} has checkpoints but its {SEAL_NAME} is gone; put it back, or {_WAY_OUT}")
+    old, new = seal["settings"], sealed_settings(config)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if changed:
+        shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:3])
+        more = f", and {len(changed) - 3} more keys" if len(changed) > 3 else ""
+        raise SealError(f"run {run} was started with other settings: {shown}{more}; change them back, {_WAY_OUT}")
+    iterations = config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
+    if last_iteration + 1 > iterations:
+        raise SealError(
+            f"run {run} has done {last_iteration + 1} iterations and optim.epochs now asks for {iterations}; "
+            f"change it back, {_WAY_OUT}"
+        )
+    return seal
 
 
 def _without_folders(config: RunConfig) -> str:
@@ -99,18 +128,3 @@ def _without_folders(config: RunConfig) -> str:
     if named.gram.ckpt:
         named.gram.ckpt = Path(named.gram.ckpt).name
     return OmegaConf.to_yaml(named)
-
-
-def _compare_settings(run: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if changed:
-        shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:3])
-        more = f", and {len(changed) - 3} more keys" if len(changed) > 3 else ""
-        raise SealError(
-            f"run {run} was started with other settings: {shown}{more}; change them back, give a new run name, "
-            "or delete the run's folder to start over"
-        )
-
-
-def _short(digest: str | None) -> str:
-    return digest[:8] if digest else "none"

@@ -117,6 +117,8 @@ class SSLModel(nn.Module):
                 global_logits.unflatten(0, (2, batch_size)), targets, ignore_diagonal=ignore_diagonal
             ),
         }
+        if not self.config.dino.koleo_loss_weight:
+            return losses | {"koleo_loss": logits.new_zeros(())}
         koleo = [self._koleo(features) for features in global_out.cls_BD.chunk(2)]
         return losses | {"koleo_loss": sum(koleo) / 2}
 

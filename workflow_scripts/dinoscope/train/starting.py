@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinoscope.errors import CheckpointError, ConfigError, WeightsError
 from dinoscope.files import read_json
+from dinoscope.models.card import PUBLISHED_ORIGIN
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from dinoscope.config import RunConfig
     from dinoscope.train.distributed import World
 
-__all__ = ["PUBLISHED_ORIGIN", "Start", "check_fit", "fresh_backbone", "resolve_start", "start_model"]
+__all__ = ["Start", "check_fit", "fresh_backbone", "resolve_start", "start_model"]
 
-PUBLISHED_ORIGIN = "published weights"
 _READ_OFF_TENSORS = (
     *("embed_dim", "depth", "num_heads", "ffn_hidden", "ffn_layer", "patch_size", "in_chans", "num_storage_tokens"),
     *("qkv_bias", "proj_bias", "ffn_bias", "mask_k_bias", "untie_cls_and_patch_norms"),

@@ -8,6 +8,7 @@ The folder of a run: run_config.json (the seal), config.yaml (resolved), ckpt/<i
 """
 
 import contextlib
+import hashlib
 import logging
 import math
 import signal
@@ -44,7 +45,7 @@ from dinoscope.train.optimizer import apply_schedule, build_optimizer, clip_grad
 from dinoscope.train.parallelize import parallelize
 from dinoscope.train.run_folder import complete_checkpoints, teacher_export_path
 from dinoscope.train.schedule import ScheduleValues, build_schedules
-from dinoscope.train.seal import seal_or_compare
+from dinoscope.train.seal import compare_with_seal, seal_run
 from dinoscope.train.ssl_step import SSLModel, parameters_by_part
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.window import MetricWindow
@@ -60,13 +61,28 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads: its recipe, its tiles, where the slides are, and what it starts from."""
+    """What a run reads: its recipe, its tiles, where the slides are, and how it begins.
+
+    `resolve_start` is asked only when the run begins: what it began with may be gone when it goes on.
+    """
 
     config: "RunConfig"
     manifest: Path
     slides: str
-    start: Start
+    resolve_start: Callable[[], Start]
     run_dir: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the main process finds out for all: tiles, slides, and either a start or a checkpoint to go on from."""
+
+    tiles: MappedTiles
+    slides: list[SlideRecord]
+    origin: str | None
+    start: Start | None
+    iteration: int
+    checkpoint: Path | None
 
 
 def train_run(inputs: RunInputs, world: World) -> None:
@@ -80,22 +96,35 @@ def train_run(inputs: RunInputs, world: World) -> None:
         DinoscopeError: An input is wrong.
     """
     with contextlib.ExitStack() as stack:
-        tiles, slides = _main_first(world, lambda: _prepare(inputs, stack))
-        trainer = Trainer(inputs, world, tiles, slides)
-        trainer.run()
+        prepared = _main_first(world, lambda: _prepare(inputs, stack, world))
+        Trainer(inputs, world, prepared).run()
 
 
-def _prepare(inputs: RunInputs, stack: contextlib.ExitStack) -> tuple[MappedTiles, list[SlideRecord]]:
+def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, world: World) -> Prepared:
     """What the main process does alone: lock, seal, map the manifest, find the slides."""
-    digests = {"manifest": manifest_digest(inputs.manifest), **inputs.start.digests()}
-    stack.enter_context(run_lock(inputs.run_dir))
-    seal_or_compare(inputs.run_dir, inputs.config, digests, inputs.start.origin())
-    tiles = map_manifest(inputs.manifest, inputs.manifest.parent / ".mapped")
-    slides = read_slide_table(inputs.slides)
+    config, run_dir = inputs.config, inputs.run_dir
+    stack.enter_context(run_lock(run_dir))
+    global_batch = config.train.batch_size_per_gpu * world.size
+    checkpoints, mapped = complete_checkpoints(run_dir), inputs.manifest.parent / ".mapped"
+    if checkpoints:
+        seal = compare_with_seal(run_dir, config, global_batch)
+        tiles = map_manifest(inputs.manifest, mapped, seal["inputs"]["manifest"])
+        slides = _slides_of(tiles, inputs.slides)
+        return Prepared(tiles, slides, seal["origin"], None, *list(checkpoints.items())[-1])
+    start, tiles = inputs.resolve_start(), map_manifest(inputs.manifest, mapped)
+    slides = _slides_of(tiles, inputs.slides)
+    crop_ranges(tiles.kinds, crop_settings(config)[0])
+    digests = {"manifest": manifest_digest(inputs.manifest), **start.digests()}
+    seal_run(run_dir, config, global_batch, digests, start.origin())
+    return Prepared(tiles, slides, start.origin(), start, -1, None)
+
+
+def _slides_of(tiles: MappedTiles, spec: str) -> list[SlideRecord]:
+    slides = read_slide_table(spec)
     unknown = {kind.slide_id for kind in tiles.kinds} - {slide.slide_id for slide in slides}
     if unknown:
-        raise ConfigError(f"the manifest has tiles of slide {min(unknown)}, which {inputs.slides} does not list")
-    return tiles, slides
+        raise ConfigError(f"the manifest has tiles of slide {min(unknown)}, which {spec} does not list")
+    return slides
 
 
 def _main_first(world: World, work: Callable[[], _T]) -> _T:
@@ -106,6 +135,8 @@ def _main_first(world: World, work: Callable[[], _T]) -> _T:
             outcome[0] = work()
         except DinoscopeError as error:
             outcome[1] = error
+        except OSError as error:  # a full disk, a folder that cannot be written to
+            outcome[1] = RunError(str(error))
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         if world.is_main:
@@ -117,8 +148,10 @@ def _main_first(world: World, work: Callable[[], _T]) -> _T:
 class Trainer:
     """The state of a run in one process."""
 
-    def __init__(self, inputs: RunInputs, world: World, tiles: MappedTiles, slides: list[SlideRecord]) -> None:
-        self.config, self.run_dir, self.world, self.tiles = inputs.config, inputs.run_dir, world, tiles
+    def __init__(self, inputs: RunInputs, world: World, prepared: Prepared) -> None:
+        self.config, self.run_dir, self.world, self.tiles = inputs.config, inputs.run_dir, world, prepared.tiles
+        self.origin = prepared.origin
+        self.stream_seed = _stream_seed(self.config.train.seed, self.run_dir.name)
         self.global_batch = self.config.train.batch_size_per_gpu * world.size
         self.schedules = build_schedules(self.config, self.global_batch)
         self.settings = settings_from_config(self.config.student)
@@ -128,22 +161,22 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.student, self.config, self.settings.depth)
         self.parts = parameters_by_part(self.model.student)
         self.window = MetricWindow(world)
-        self.next_iteration = self._restore(inputs.start)
-        self.dataset = self._dataset(slides)
+        self.saved_iteration = prepared.iteration
+        self.next_iteration = self._restore(prepared)
+        self.dataset = self._dataset(prepared.slides)
 
     @property
     def num_iterations(self) -> int:
         """Length of the run."""
         return len(self.schedules)
 
-    def _restore(self, start: Start) -> int:
+    def _restore(self, prepared: Prepared) -> int:
         """Fills the model; returns the first iteration to do."""
-        checkpoints = complete_checkpoints(self.run_dir)
-        if not checkpoints:
-            story = start_model(self.model, self.optimizer, start, self.world)
+        if prepared.start is not None:
+            story = start_model(self.model, self.optimizer, prepared.start, self.world)
             self._event("start", 0, story)
             return 0
-        iteration, folder = list(checkpoints.items())[-1]
+        iteration, folder = prepared.iteration, prepared.checkpoint
         load_checkpoint(folder, self.model, self.optimizer)
         if iteration + 1 < self.num_iterations:
             self._event("resume", iteration + 1, f"resumes after iteration {iteration}, from ckpt/{folder.name}")
@@ -161,7 +194,7 @@ class Trainer:
             self._summarise([str(r) for r in ranges])
         paths = {slide.slide_id: slide.path for slide in slides}
         mpps = {slide.slide_id: slide.mpp for slide in slides if slide.mpp is not None}
-        return SlideCrops(self.tiles, paths, mpps, sizes, augmentation, self.config.train.seed)
+        return SlideCrops(self.tiles, paths, mpps, sizes, augmentation, self.stream_seed)
 
     def _summarise(self, crops: Sequence[str]) -> None:
         samples = self.num_iterations * self.global_batch
@@ -203,7 +236,7 @@ class Trainer:
             config.ibot.mask_sample_probability,
             tuple(config.ibot.mask_ratio_min_max),
             config.ibot.mask_random_circular_shift,
-            config.train.seed,
+            self.stream_seed,
         )
         loader = build_loader(
             self.dataset,
@@ -217,6 +250,8 @@ class Trainer:
         iteration, waiting_since = self.next_iteration, time.perf_counter()
         for batch in loader:
             self.window.waited(time.perf_counter() - waiting_since)
+            if isinstance(batch, DinoscopeError):
+                raise batch
             yield iteration, batch.to(self.world.device)
             iteration, waiting_since = iteration + 1, time.perf_counter()
 
@@ -245,7 +280,7 @@ class Trainer:
         return step_draws(
             self.settings,
             [batch.global_crops.shape[0], batch.local_crops.shape[0]],
-            seed=self.config.train.seed,
+            seed=self.stream_seed,
             step=iteration,
             rank=self.world.rank,
             device=self.world.device,
@@ -283,16 +318,17 @@ class Trainer:
         last = self.next_iteration == self.num_iterations
         period = self.config.evaluation.eval_period_iterations
         if last or (period and (iteration + 1) % period == 0):
-            export_teacher(self.run_dir, iteration, self.model, self.world)
+            export_teacher(self.run_dir, iteration, self.model, self.origin, self.world)
         if last or (iteration + 1) % self.config.checkpointing.period == 0:
             self._save(iteration)
 
     def _save(self, iteration: int) -> None:
         self.window.require_finite(iteration)
         save_checkpoint(self.run_dir, iteration, self.model, self.optimizer, self.config.checkpointing, self.world)
+        self.saved_iteration = iteration
 
     def _stop_early(self, iteration: int) -> None:
-        if iteration not in complete_checkpoints(self.run_dir):
+        if iteration != self.saved_iteration:
             self._save(iteration)
         raise RunError(
             f"run {self.run_dir.name} was asked to stop and saved its state after iteration {iteration}; "
@@ -303,7 +339,7 @@ class Trainer:
         iteration = self.num_iterations - 1
         teacher = teacher_export_path(self.run_dir, iteration)
         if not _main_first(self.world, teacher.is_file):
-            export_teacher(self.run_dir, iteration, self.model, self.world)
+            export_teacher(self.run_dir, iteration, self.model, self.origin, self.world)
         if self.world.is_main:
             _log.info("run %s is finished after %d iterations", self.run_dir.name, self.num_iterations)
             write_json(self.run_dir / "final.json", self._final(iteration, teacher))
@@ -342,11 +378,16 @@ def _last_metrics(run_dir: Path) -> dict[str, Any]:
     return {key: value for key, value in read_metrics(run_dir).iloc[-1].items() if value == value}
 
 
+def _stream_seed(seed: int, run: str) -> int:
+    """Seed of a run's samples, crops, masks and draws: a run that continues another sees other ones."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{run}".encode()).digest()[:7], "big")
+
+
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGUSR1, so that the training can stop at the end of a step."""
+    """Collects SIGTERM, SIGUSR1 and Ctrl-C, so that the training can stop at the end of a step."""
     received: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.signal(number, lambda number, _: received.append(number)) for number in signals]
     try:
         yield received

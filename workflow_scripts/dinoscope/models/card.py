@@ -1,0 +1,45 @@
+"""What `model.json` beside a weight file says of a backbone."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dinoscope import __version__
+from dinoscope.models.registry import ViTSettings
+from dinoscope.models.weights import state_digest
+
+if TYPE_CHECKING:
+    from dinoscope.config import RunConfig
+
+__all__ = ["PUBLISHED_ORIGIN", "backbone_card"]
+
+PUBLISHED_ORIGIN = "published weights"
+_LICENSE_NOTE = (
+    "Derived from weights published by Meta; they and what is derived from them stay under the DINOv3 License."
+)
+
+
+def backbone_card(
+    settings: ViTSettings, config: "RunConfig", backbone: dict[str, Tensor], origin: str | None
+) -> dict[str, Any]:
+    """What loading needs beyond the tensors, and what they are.
+
+    Args:
+        settings: Of the backbone.
+        config: The recipe, for the normalisation of images.
+        backbone: Tensors with the names of DinoVisionTransformer.
+        origin: Where the weights come from in the end.
+    """
+    return {
+        "format": "dinoscope model card",
+        "version": 1,
+        "made_with": f"dinoscope {__version__}",
+        "origin": origin,
+        "license_note": _LICENSE_NOTE if origin == PUBLISHED_ORIGIN else None,
+        "backbone": settings.as_dict(),
+        "embed_dim": settings.embed_dim,
+        "patch_size": settings.patch_size,
+        "mean": list(config.crops.rgb_mean),
+        "std": list(config.crops.rgb_std),
+        "weights_sha256": state_digest(backbone),
+    }
