@@ -21,7 +21,7 @@ PLAN = one_sentence(make_plan)(
 )
 
 if workflow.is_main_process:
-    for note in PLAN.manifest_notes():
+    for note in PLAN.notes():
         print(f"note: {note}", file=sys.stderr)
 
 

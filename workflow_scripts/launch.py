@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from dinoscope.cli import ERROR_FILE_VARIABLE, HelpFormatter, run_script
+from dinoscope.errors import ConfigError
 from dinoscope.processes import snakemake_ancestor, still_alive
 
 
@@ -39,6 +40,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     processes = num_processes(arguments.processes)
     threads = arguments.threads or os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads // processes))
+    if not Path(arguments.script).is_file():
+        raise ConfigError(f"script {arguments.script} does not exist")
     command = [arguments.script, *arguments.arguments]
     return run_torchrun(command, processes, arguments.log_dir, ERROR_FILE_VARIABLE)
 

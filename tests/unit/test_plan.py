@@ -335,6 +335,29 @@ def test_a_run_that_keeps_its_manifest_says_so(config):
     assert plan.manifest_notes() == []
 
 
+def test_slides_held_out_unasked_are_named(config):
+    (note,) = plan_of(config).split_notes()
+    held_out = [slide for slide, use in plan_of(config).split.items() if use == "eval"]
+    assert held_out
+    assert note == f"no slide has use=eval, so split.fraction holds out of training: {', '.join(held_out)}"
+    Path("slides.tsv").write_text("slide_id\tpath\tuse\ns0\ts0.svs\teval\ns1\ts1.svs\ttrain\n")
+    assert plan_of(config).split_notes() == []
+
+
+def test_a_slide_that_a_run_has_seen_is_no_test_of_it(config):
+    plan = plan_of(config)
+    trained_on = plan.train_slides[0]
+    run_dir = Path("results/runs/pretrain")
+    seal_run(run_dir, plan.runs["pretrain"].settings, 16, {"manifest": "abc"}, "a seed", plan.train_slides)
+    (run_dir / "ckpt/7").mkdir(parents=True)
+    (run_dir / "ckpt/7/.metadata").touch()
+    assert plan.leak_notes() == []
+    rows = "".join(f"{s}\t{s}.svs\t{'eval' if s == trained_on else 'train'}\n" for s in plan.slides)
+    Path("slides.tsv").write_text(f"slide_id\tpath\tuse\n{rows}")
+    (note,) = plan_of(config).leak_notes()
+    assert note.startswith(f"run pretrain was trained on {trained_on}, which is held out by now")
+
+
 def test_errors_end_the_program_with_their_sentences():
     @one_sentence
     def fail():

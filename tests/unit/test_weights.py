@@ -89,7 +89,7 @@ def test_what_is_not_whole_is_refused(model: DinoVisionTransformer, tmp_path: Pa
         "nan.pth": (bad, r"norm\.weight holds values that are not finite"),
         "state.pth": (training_state, "whole training state; give the exported teacher"),
         "other.pth": ({"fc.weight": torch.ones(2)}, "holds no DINOv3 backbone"),
-        "list.pth": ([torch.ones(2)], "holds a list"),
+        "list.pth": ([torch.ones(2)], "holds an object of type list"),
     }
     for name, (content, sentence) in cases.items():
         torch.save(content, tmp_path / name)
@@ -108,7 +108,7 @@ def test_files_that_cannot_be_read_are_refused(model: DinoVisionTransformer, tmp
     (tmp_path / "dcp" / ".metadata").write_bytes(b"")
     for name, sentence in {
         "cut.pth": "cannot be read",
-        "empty.pth": "cannot be read",
+        "empty.pth": "it is empty",
         "text.pth": "cannot be read",
         "cut.safetensors": "damaged or cut short",
         "nowhere.pth": "does not exist",

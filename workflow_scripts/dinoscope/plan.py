@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -216,14 +216,38 @@ class Plan:
         kept = [slide_id for slide_id in self.slides if slide_id in fitted]
         return kept or self.train_slides or self.feature_slides
 
+    def notes(self) -> list[str]:
+        """What the user should know before anything runs, a sentence each."""
+        return [*self.split_notes(), *self.manifest_notes(), *self.leak_notes()]
+
+    def split_notes(self) -> list[str]:
+        """Which slides are held out although nobody said so."""
+        if any("eval" in record.use for record in self.slides.values()):
+            return []
+        held_out = sorted(slide for slide, use in self.split.items() if use == "eval")
+        if not held_out:
+            return []
+        shown = ", ".join(held_out[:5]) + (f" and {len(held_out) - 5} more" if len(held_out) > 5 else "")
+        return [f"no slide has use=eval, so split.fraction holds out of training: {shown}"]
+
+    def leak_notes(self) -> list[str]:
+        """Slides that a run has trained on and that are held out by now."""
+        notes = []
+        for run, seal in self._started_runs():
+            leaked = sorted(slide for slide in seal.get("slides", []) if self.split.get(slide) == "eval")
+            if leaked:
+                notes.append(
+                    f"run {run.name} was trained on {leaked[0]}, which is held out by now: it is no test of this run; "
+                    "set its use to train, or train anew under a new run name"
+                )
+        return notes
+
     def manifest_notes(self) -> list[str]:
         """A sentence for each run that was started on another manifest than there is now; it keeps its own."""
         notes = []
-        for run in self.runs.values():
+        for run, seal in self._started_runs():
             manifest = self.results / "manifests" / f"{run.tile_set}.parquet"
-            run_dir = self.results / "runs" / run.name
-            seal = read_seal(run_dir)
-            if seal is None or not complete_checkpoints(run_dir) or not manifest.is_file():
+            if not manifest.is_file():
                 continue
             from dinoscope.slides.manifest import manifest_digest  # pyarrow takes its time
 
@@ -238,6 +262,13 @@ class Plan:
                     "give a new run name to use it"
                 )
         return notes
+
+    def _started_runs(self) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Runs that have a checkpoint, with their seals."""
+        for run in self.runs.values():
+            seal = read_seal(self.results / "runs" / run.name)
+            if seal is not None and complete_checkpoints(self.results / "runs" / run.name):
+                yield run, seal
 
 
 def make_plan(config: Mapping[str, Any], workflow_dir: Path, *, check_files: bool = True) -> Plan:

@@ -89,6 +89,8 @@ def recipe_chain(path: str | Path) -> list[Path]:
     while current is not None:
         if current.resolve() in (seen.resolve() for seen in chain):
             raise ConfigError(f"{path}: `extends` comes back to {current.name}; a recipe cannot extend itself")
+        if chain and not current.is_file():
+            raise ConfigError(f"recipe {chain[-1]} extends {current.name}, but {current} does not exist")
         chain.append(current)
         parent = _read_yaml(current).get("extends")
         current = current.parent / str(parent) if parent is not None else None
@@ -244,8 +246,5 @@ def _known_keys(schema: type, prefix: str) -> Iterable[str]:
 def _type_sentence(error: OmegaConfBaseException, layer: dict[str, Any], source: str) -> str:
     key = error.full_key or "?"
     value = flatten(layer).get(key, "?")
-    wanted = getattr(error.ref_type, "__name__", None) or str(error.ref_type)
     reason = str(error.msg or error).split("\n")[0]
-    return f"{source}: {key} is {value!r}, which does not fit: {reason}" + (
-        f" (wanted {wanted})" if wanted != "Any" else ""
-    )
+    return f"{source}: {key} is {value!r}, which does not fit: {reason}"

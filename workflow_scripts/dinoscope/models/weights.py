@@ -16,6 +16,8 @@ import json
 import logging
 import pickle
 import re
+import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,7 @@ def read_model_file(path: str | Path) -> ModelFile:
     Raises:
         WeightsError: No such file, not one of the kinds, or a tensor that is not finite.
     """
-    path = _resolve(Path(path))
+    path = _resolve(Path(path).expanduser())
     tensors = _read_tensors(path)
     if isinstance(tensors.get("teacher"), dict):
         tensors = tensors["teacher"]
@@ -141,7 +143,7 @@ def infer_settings(state: dict[str, Tensor], card: dict[str, Any], path: Path) -
             raise WeightsError(f"{path}: its tensors say {key} = {value}, but model.json says {card[key]}")
     if not card:
         card = {"norm_layer": "layernormbf16", "rope_base": 100.0, "rope_rescale": 2.0}
-        _log.info("%s: no model.json beside it; norm eps and RoPE settings are the published defaults", path.name)
+        _log.warning("%s: no model.json beside it; norm eps and RoPE settings are the published defaults", path.name)
     untold = {key: card[key] for key in ViTSettings.__dataclass_fields__ if key in card and key not in seen}
     return ViTSettings(**(seen | untold | {"layerscale": card.get("layerscale", seen["layerscale"])}))
 
@@ -212,13 +214,30 @@ def _read_tensors(path: Path) -> dict[str, Any]:
             raise WeightsError(
                 f"{path} cannot be read as safetensors ({error}); the file is damaged or cut short"
             ) from None
+    if path.stat().st_size == 0:
+        raise WeightsError(f"{path} cannot be read: it is empty")
+    refused = (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+    )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise WeightsError(f"{path} cannot be read as a torch file of tensors ({reason}); wanted: {_KINDS}") from None
+        with warnings.catch_warnings(action="ignore"):  # torch's own, of files that are none of its
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except refused:
+        raise WeightsError(
+            f"{path} cannot be read as a torch file of tensors alone: it is damaged, cut short, of another kind, or "
+            f"holds code; wanted: {_KINDS}"
+        ) from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; wanted: {_KINDS}")
+        raise WeightsError(
+            f"{path} holds an object of type {type(content).__name__}, not a dictionary of tensors; wanted: {_KINDS}"
+        )
     return content
 
 

@@ -101,8 +101,11 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     if not lines:
         raise ConfigError(f"{path} is empty; its first line must name the columns")
     (_, header), *rows = lines
-    if len(header) == 1 and ("," in header[0] or ";" in header[0]):
+    if len(header) == 1 and re.search(r"[,; ]", header[0]):
         raise ConfigError(f"{path}: columns must be separated by tabs; the first line reads {header[0]!r}")
+    untabbed = next((line for line, cells in rows if len(cells) == 1 < len(header) and "  " in cells[0]), None)
+    if untabbed is not None:
+        raise ConfigError(f"{path} line {untabbed} has blanks between its cells; columns must be separated by tabs")
     repeated = [name for name, count in Counter(header).items() if count > 1]
     if repeated:
         raise ConfigError(f"{path}: column {repeated[0]!r} stands twice in the first line")

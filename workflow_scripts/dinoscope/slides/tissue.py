@@ -105,7 +105,7 @@ def detect_tissue(slide: Slide, method: str = "auto", advance: Callable[[], obje
     assert method in METHODS
     level, factor = working_level(slide, "otsu" if method == "auto" else method)
     downsample = slide.level_downsamples[level] * factor
-    image, reason = None, "as asked for"
+    image, reason = None, "given by stain or setting"
     if method != "none":
         image = slide.shrunk(level, factor, advance)
     if method == "auto":

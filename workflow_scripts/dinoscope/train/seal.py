@@ -63,7 +63,14 @@ def check_seal(run_dir: str | Path, recipe: str | Path, overrides: Sequence[str]
         _compare(Path(run_dir), config, max(checkpoints))
 
 
-def seal_run(run_dir: Path, config: RunConfig, global_batch: int, inputs: dict[str, str | None], origin: str) -> None:
+def seal_run(
+    run_dir: Path,
+    config: RunConfig,
+    global_batch: int,
+    inputs: dict[str, str | None],
+    origin: str,
+    slides: Sequence[str] = (),
+) -> None:
     """Seals a run that begins.
 
     What an earlier attempt left that came to no checkpoint is removed: it has nothing to lose.
@@ -74,11 +81,12 @@ def seal_run(run_dir: Path, config: RunConfig, global_batch: int, inputs: dict[s
         global_batch: Tiles of one step over all processes.
         inputs: Digests under "manifest", "weights", "continues" and "gram_teacher"; None where there is none.
         origin: Where the weights come from in the end, for the model card.
+        slides: Ids of the slides that the run trains on.
     """
     (run_dir / METRICS_NAME).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "eval", ignore_errors=True)
     write_text(run_dir / "config.yaml", _without_folders(config))
-    seal = {"version": 1, "origin": origin, "global_batch": global_batch, "inputs": inputs}
+    seal = {"version": 1, "origin": origin, "global_batch": global_batch, "inputs": inputs, "slides": list(slides)}
     write_json(run_dir / SEAL_NAME, seal | {"settings": sealed_settings(config)})
 
 

@@ -115,7 +115,8 @@ def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, world: World) -> Pr
     slides = _slides_of(tiles, inputs.slides)
     crop_ranges(tiles.kinds, crop_settings(config)[0])
     digests = {"manifest": manifest_digest(inputs.manifest), **start.digests()}
-    seal_run(run_dir, config, global_batch, digests, start.origin())
+    trained_on = sorted({kind.slide_id for kind in tiles.kinds})
+    seal_run(run_dir, config, global_batch, digests, start.origin(), trained_on)
     return Prepared(tiles, slides, start.origin(), start, -1, None)
 
 

@@ -28,6 +28,7 @@ __all__ = ["draw_map", "paint_tiles", "read_thumbnail", "scale_bar_um", "without
 LONGEST_PX, SHORTEST_WIDTH_PX, DPI = 1600, 1000, 150
 HEADER_PX, FOOTER_PX, MARGIN_PX = 104, 84, 24
 FRAME_GREY = 200
+OUTLINE = (150, 150, 150)  # of a tile
 TEXTURE = 0.3  # how much of the tissue's light and dark shows through a tile
 WIDER_ALPHABETS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "IPAGothic", "Droid Sans Fallback")
 
@@ -100,6 +101,9 @@ def paint_tiles(
     gap = 2 if side >= 60 else 1 if side >= 8 else 0
     starts = np.rint(corners).astype(int).clip(0)
     ends = np.maximum(np.rint(corners + side).astype(int) - gap, starts + 1)
+    if gap:  # lines around the tiles: pale ones show on pale ground, dark ones on dark ground
+        for start, end in zip(starts - 1, ends, strict=True):
+            cv2.rectangle(picture, start.tolist(), end.tolist(), OUTLINE, 1)
     for (left, top), (right, bottom), color in zip(starts, ends, colors, strict=True):
         picture[top:bottom, left:right] = shade[top:bottom, left:right, None] * color
 

@@ -97,6 +97,8 @@ def summary_sentences(data: ReportData) -> list[str]:
     sentences.append(f"{_count(len(data.slides), 'slide')}{tiled}.")
     uses = [{use.strip() for use in slide.use.split(",")} for slide in data.slides]
     num_train, num_eval = (sum(name in use for use in uses) for name in ("train", "eval"))
+    trained_on = {slide for run in data.runs for slide in run.slides}
+    num_train = len(trained_on) or num_train
     if num_train or num_eval:
         held_out = f"{num_eval or 'none'} {'was' if num_eval == 1 else 'were'} held out"
         sentences.append(f"Training saw {_count(num_train, 'slide')}; {held_out}.")

@@ -21,6 +21,7 @@ from dinoscope.errors import RunError
 from dinoscope.files import read_json
 from dinoscope.slides.manifest import read_metadata
 from dinoscope.train.metrics import read_metrics
+from dinoscope.train.seal import SEAL_NAME
 from dinoscope.visualize.pca import rounding_note
 
 __all__ = ["ModelFacts", "ReportData", "RunFacts", "SlideFacts", "collect", "without_paths"]
@@ -74,6 +75,7 @@ class RunFacts:
     metrics: pd.DataFrame | None
     final: dict[str, Any]
     settings: str
+    slides: list[str]
 
     @property
     def is_finished(self) -> bool:
@@ -217,7 +219,9 @@ def _run_facts(run_dir: Path) -> RunFacts:
         metrics = read_metrics(run_dir)
     except RunError:
         metrics = None
-    return RunFacts(run_dir.name, metrics, _json_or_empty(run_dir / "final.json"), _settings(run_dir / "config.yaml"))
+    trained_on = _json_or_empty(run_dir / SEAL_NAME).get("slides", [])
+    final, settings = _json_or_empty(run_dir / "final.json"), _settings(run_dir / "config.yaml")
+    return RunFacts(run_dir.name, metrics, final, settings, trained_on)
 
 
 def _settings(path: Path) -> str:
@@ -243,6 +247,12 @@ def _versions() -> dict[str, str]:
 
 def _warnings(slides: list[SlideFacts], runs: list[RunFacts], models: list[ModelFacts]) -> list[str]:
     found = [f"Slide {slide.slide_id}: {warning}" for slide in slides for warning in slide.warnings]
+    held_out = {slide.slide_id for slide in slides if "eval" in slide.use.split(",")}
+    found += [
+        f"Run {run.name} was trained on {leaked}, which is held out by now: it is no test of this run."
+        for run in runs
+        for leaked in sorted(held_out & set(run.slides))
+    ]
     for slide in slides:
         empty = [name for name, count in slide.tiles.items() if count == 0]
         if empty:
