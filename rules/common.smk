@@ -95,15 +95,33 @@ def run_parents(wildcards):
     return [str(recipe) for recipe in PLAN.runs[wildcards.run].recipes[:-1]]
 
 
+def kept_by_finished(file, wildcards):
+    """A file that a run took in when it started: no news of it reruns a run that is finished.
+
+    Not so while final.json is missing: Snakemake does not plan a job behind `ancient` in the same call in which that
+    file is made again, even when the job's own output is missing.
+    """
+    finished = PLAN.results / "runs" / wildcards.run / "final.json"
+    return ancient(file) if finished.is_file() else file
+
+
 def run_manifest(wildcards):
     """The tiles that the run is trained on."""
-    return f"<results>/manifests/{PLAN.runs[wildcards.run].tile_set}.parquet"
+    tile_set = PLAN.runs[wildcards.run].tile_set
+    return kept_by_finished(f"<results>/manifests/{tile_set}.parquet", wildcards)
+
+
+def run_weights(wildcards):
+    """What the run starts from, unless it continues another."""
+    return kept_by_finished("<results>/models/base/teacher.pth", wildcards)
 
 
 def continued_run(wildcards):
     """What the run carries on with, if anything."""
     continued = PLAN.runs[wildcards.run].continues
-    return [] if continued is None else f"<results>/runs/{continued}/final.json"
+    if continued is None:
+        return []
+    return kept_by_finished(f"<results>/runs/{continued}/final.json", wildcards)
 
 
 def gram_teacher_file(wildcards):

@@ -23,14 +23,14 @@ rule initial_weights:
 
 
 # Only final.json is declared: Snakemake deletes declared outputs before every attempt, and checkpoints must stay.
-# Manifest and starting weights are ancient: a run keeps what it started with, and its seal records the digests.
+# A finished run keeps what it started with: news of manifest, weights or continued run do not rerun it.
 rule train:
     input:
         recipe=run_recipe,
         parents=run_parents,
-        manifest=ancient(run_manifest),
-        weights=ancient(rules.initial_weights.output.weights),
-        continued=ancient(continued_run),
+        manifest=run_manifest,
+        weights=run_weights,
+        continued=continued_run,
         gram_teacher=gram_teacher_file,
     output:
         final="<results>/runs/{run}/final.json",

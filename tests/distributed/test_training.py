@@ -16,6 +16,7 @@ import torch
 from dinoscope.files import read_json
 from dinoscope.models.weights import load_backbone
 from dinoscope.train.metrics import read_metrics
+from dinoscope.train.run_folder import complete_checkpoints
 from tiny_slides import write_manifest, write_slide
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow_scripts"
@@ -180,14 +181,17 @@ def test_a_finished_run_has_nothing_left_to_do(place: Path, finished: Path) -> N
 def test_killed_at_any_moment_it_ends_the_same(place: Path, finished: Path) -> None:
     """SIGKILL of the launcher, again and again: its processes die with it, and the end is the same bit for bit."""
     run, moments = place / "runs/killed/main", random.Random(0)
-    for kill in range(3):
+    for _ in range(3):
+        before = max(complete_checkpoints(run), default=-1)
         process = subprocess.Popen(command("killed"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda kill=kill: len(list(run.glob("ckpt/*/.metadata"))) > kill or (run / "final.json").exists())
+        wait_for(
+            lambda before=before: max(complete_checkpoints(run), default=-1) > before or process.poll() is not None
+        )
         time.sleep(moments.uniform(0, 0.6))
         family = descendants(process.pid)
         process.kill()
         process.wait()
-        assert len(family) >= 2 or (run / "final.json").exists()
+        assert len(family) >= 2 or (run / "final.json").exists(), "it was not running"
         wait_for(lambda family=family: not any(alive(pid) for pid in family), seconds=2)
     assert train(place, "killed").returncode == 0
     events = [event["event"] for event in read_metrics(run).attrs["events"]]

@@ -139,6 +139,19 @@ def test_a_training_slide_leaves_finished_runs_and_colours_alone(finished):
     assert jobs == own | joins
 
 
+def test_a_new_run_is_planned_together_with_the_manifest_that_it_is_for(finished):
+    """Snakemake plans no job behind ancient() in the call that makes its input again: new runs must not be there."""
+    add_slide(finished, "new", "train,features")
+    change_config(finished, **{"runs.second": {"recipe": "config/runs/tiny.yaml"}})
+    jobs, _ = plan(finished, "second")
+    assert {name: jobs[name] for name in ("merge_manifest", "train", "convert")} == dict.fromkeys(
+        ("merge_manifest", "train", "convert"), 1
+    )
+    (finished / "results/runs/gram/final.json").unlink()
+    jobs, _ = plan(finished, "gram")
+    assert (jobs["merge_manifest"], jobs["train"]) == (1, 1)
+
+
 def test_changed_pooling_redoes_features_and_maps(finished):
     change_config(finished, **{"features.pooling": "mean"})
     assert plan(finished)[0] == {"extract_features": 15, "pca_fit": 3, "pca_map": 15, "report": 1, "all": 1}
