@@ -185,7 +185,9 @@ def test_killed_at_any_moment_it_ends_the_same(place: Path, finished: Path) -> N
         before = max(complete_checkpoints(run), default=-1)
         process = subprocess.Popen(command("killed"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(
-            lambda before=before: max(complete_checkpoints(run), default=-1) > before or process.poll() is not None
+            lambda before=before, process=process: (
+                max(complete_checkpoints(run), default=-1) > before or process.poll() is not None
+            )
         )
         time.sleep(moments.uniform(0, 0.6))
         family = descendants(process.pid)
