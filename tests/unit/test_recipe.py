@@ -71,6 +71,14 @@ def test_mistakes_get_one_sentence(tmp_path: Path, text: str, sentence: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_a_published_key_without_effect_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    load_recipe(write(tmp_path, "recipe.yaml", "train: {dataset_path: 'ImageNet:split=TRAIN', seed: 1}"))
+    assert [r.getMessage() for r in caplog.records] == [
+        "recipe.yaml: train.dataset_path has no effect here (the workflow's manifest is the data set)"
+    ]
+
+
 def test_extends_is_merged_in_order(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "optim: {lr: 1e-3, clip_grad: 1.0}\ntrain: {seed: 4}")
     write(tmp_path, "b.yaml", "extends: a.yaml\noptim: {lr: 2e-3}")

@@ -180,11 +180,11 @@ def test_stochastic_depth_keeps_the_expectation() -> None:
     full = model.forward_crops([image])[0].prenorm_BND
     generator = torch.Generator().manual_seed(0)
     outputs = []
-    for _ in range(150):
+    for _ in range(400):
         draws = [[BlockDraws(attn=None, ffn=torch.randperm(8, generator=generator)[:4])]]
         outputs.append(model.forward_crops([image], draws=draws)[0].prenorm_BND)
     residual = (torch.stack(outputs).mean(0) - full).abs().max()
-    assert residual < 0.4 * (outputs[0] - full).abs().max()
+    assert residual < 0.2 * (outputs[0] - full).abs().max()
     assert torch.equal(
         model.forward_crops([image], draws=[[BlockDraws(ffn=torch.arange(8))]])[0].prenorm_BND.round(decimals=4),
         full.round(decimals=4),

@@ -10,6 +10,7 @@ YAML files of the published trainer load as they are. Nothing here imports torch
 
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from dinoscope.errors import ConfigError
 from dinoscope.recipe_checks import check_recipe
 
 __all__ = ["IGNORED_KEYS", "flatten", "load_recipe", "recipe_chain", "resolve_recipe"]
+
+_log = logging.getLogger(__name__)
 
 # Keys of the published trainer that have nothing to do here: read, named once in the log, without effect.
 IGNORED_KEYS = {
@@ -210,6 +213,8 @@ def _strip(layer: dict[str, Any], schema: type, prefix: str, source: str) -> dic
             kept[key] = value
         elif not _has_no_effect(dotted, value):
             raise ConfigError(f"{source}: unknown key {dotted}{_nearest(dotted)}")
+        elif dotted in IGNORED_KEYS:
+            _log.info("%s: %s has no effect here (%s)", source, dotted, IGNORED_KEYS[dotted])
     return kept
 
 
