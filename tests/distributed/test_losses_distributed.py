@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from dinoscope.losses.kde import distributed_kde_loss, kde_loss
 from dinoscope.losses.koleo import distributed_koleo_loss
 from dinoscope.losses.sinkhorn import sinkhorn_knopp
 from reference_numbers import FOLDER, load_reference
@@ -17,6 +18,8 @@ SINKHORN_CASES = {
     "extreme": (16, 16),
 }
 KOLEO_CASES = [(1, None), (2, None), (1, 8), (2, 8), (1, 4), (3, 4)]
+KDE_INPUTS = ["random", "near", "twins", "single"]
+KDE_CONCENTRATIONS = [1.0, 5.0, 100.0]
 
 
 def sinkhorn_input(case):
@@ -29,6 +32,27 @@ def sinkhorn_input(case):
 
 def koleo_input():
     return torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+
+
+def kde_input(name):
+    """Random features; nearly collapsed ones; features that coincide with one of the other rank; one a rank."""
+    features = koleo_input()
+    return {
+        "random": features,
+        "near": 1 + 0.1 * features,
+        "twins": features[:8].repeat(2, 1),
+        "single": features[:2],
+    }[name]
+
+
+def add_kde(results, rank):
+    for name in KDE_INPUTS:
+        for concentration in KDE_CONCENTRATIONS:
+            x = kde_input(name).chunk(WORLD_SIZE)[rank].clone().requires_grad_()
+            loss = distributed_kde_loss(x, concentration)
+            loss.backward()
+            results[f"kde.{name}.{concentration}"] = (loss.detach(), x.grad)
+    results["kde.local"] = kde_loss(kde_input("random").chunk(WORLD_SIZE)[rank])
 
 
 def compute_on_rank(rank, folder):
@@ -54,6 +78,7 @@ def compute_on_rank(rank, folder):
             loss = distributed_koleo_loss(x, topk, group_size)
             loss.backward()
             results[f"koleo.{name}.{topk}.{group_size}"] = (loss.detach(), x.grad)
+    add_kde(results, rank)
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -90,6 +115,25 @@ def test_koleo_equals_the_joined_batch(ranks, topk, group_size):
     torch.testing.assert_close(torch.stack(losses).mean(), joined.detach())
     # each rank holds the gradient of the sum over ranks; averaging over ranks, as training does, gives the joined one
     torch.testing.assert_close(torch.cat(grads) / WORLD_SIZE, x.grad)
+
+
+@pytest.mark.parametrize("name", KDE_INPUTS)
+@pytest.mark.parametrize("concentration", KDE_CONCENTRATIONS)
+def test_kde_equals_the_joined_batch(ranks, name, concentration):
+    x = kde_input(name).requires_grad_()
+    joined = kde_loss(x, concentration)
+    joined.backward()
+    losses, grads = zip(*(results[f"kde.{name}.{concentration}"] for results in ranks), strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), joined.detach())
+    # each rank holds the gradient of the sum over ranks; averaging over ranks, as training does, gives the joined one
+    torch.testing.assert_close(torch.cat(grads) / WORLD_SIZE, x.grad)
+
+
+def test_kde_of_a_rank_alone_is_another_loss(ranks):
+    for rank, results in enumerate(ranks):
+        expected = kde_loss(kde_input("random").chunk(WORLD_SIZE)[rank])
+        torch.testing.assert_close(results["kde.local"], expected)
+        assert (expected - results["kde.random.5.0"][0]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["cls.0.04", "cls.0.07", "patch.0.04", "patch.0.07"])

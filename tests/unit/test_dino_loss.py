@@ -1,24 +1,25 @@
 import itertools
-import math
 
 import pytest
 import torch
 
 from dinoscope.losses.dino import dino_loss
+from dinoscope.losses.sinkhorn import sinkhorn_knopp
 from reference_numbers import load_reference
 
 
 def naive_dino(student, teacher, temperature, ignore_diagonal):
-    """One Python loop a pair, image and prototype, in float64."""
+    """One Python loop a pair and image, in float64; differentiable."""
     terms = []
     for s, t in itertools.product(range(len(student)), range(len(teacher))):
         if ignore_diagonal and s == t:
             continue
         for image in range(student.shape[1]):
-            scores = [value / temperature for value in student[s, image].tolist()]
-            log_total = max(scores) + math.log(sum(math.exp(score - max(scores)) for score in scores))
-            probs = teacher[t, image].tolist()
-            terms.append(-sum(p * (score - log_total) for p, score in zip(probs, scores, strict=True)))
+            scores = student[s, image].double() / temperature
+            log_total = (scores - scores.max()).exp().sum().log() + scores.max()
+            terms.append(
+                -sum(p * (score - log_total) for p, score in zip(teacher[t, image].double(), scores, strict=True))
+            )
     return sum(terms) / len(terms)
 
 
@@ -33,10 +34,12 @@ def batch():
 @pytest.mark.parametrize("ignore_diagonal", [False, True])
 @pytest.mark.parametrize("num_student", [1, 2, 4])
 def test_equals_naive_loop(batch, num_student, ignore_diagonal):
-    student, teacher = batch[0][:num_student], batch[1]
+    student, teacher = batch[0][:num_student].requires_grad_(), batch[1]
     ours = dino_loss(student, teacher, 0.1, ignore_diagonal)
-    expected = naive_dino(student.double(), teacher.double(), 0.1, ignore_diagonal)
-    assert ours.item() == pytest.approx(expected, rel=1e-5)
+    expected = naive_dino(student, teacher, 0.1, ignore_diagonal)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    (grad,), (expected_grad,) = (torch.autograd.grad(loss, student) for loss in (ours, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
 
 
 def test_smallest_at_the_teachers_own_distribution(batch):
@@ -61,6 +64,23 @@ def test_large_logits_stay_finite():
     loss.backward()
     assert loss.item() == pytest.approx(2e5)
     assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("ignore_diagonal", [False, True])
+def test_logits_of_100_at_teacher_temperature_004(ignore_diagonal):
+    """Targets and loss as a step makes them, from logits that exp(logits / temperature) cannot hold in float32."""
+    generator = torch.Generator().manual_seed(1)
+    teacher_logits, student_logits = 200 * torch.rand(2, 10, 12, generator=generator) - 100
+    teacher = sinkhorn_knopp(teacher_logits, 0.04).unflatten(0, (2, 5))
+    student = student_logits.unflatten(0, (2, 5)).requires_grad_()
+    ours, expected = (
+        dino_loss(student, teacher, 0.1, ignore_diagonal),
+        naive_dino(student, teacher, 0.1, ignore_diagonal),
+    )
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    (grad,), (expected_grad,) = (torch.autograd.grad(loss, student) for loss in (ours, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    assert grad.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["global", "local"])

@@ -1,9 +1,8 @@
-import math
-
 import pytest
 import torch
 
 from dinoscope.losses.ibot import ibot_loss
+from dinoscope.losses.sinkhorn import sinkhorn_knopp
 from reference_numbers import load_reference
 
 
@@ -13,17 +12,27 @@ def weights_of(masks):
 
 
 def naive_ibot(student, teacher, masks, temperature):
-    """Mean over the masked patches of a crop, sum over crops, divided by all crops; float64."""
+    """Mean over the masked patches of a crop, sum over crops, divided by all crops; float64, differentiable."""
     total, row = 0.0, 0
     for mask in masks:
         of_crop = []
         for _ in range(int(mask.sum())):
-            scores = [value / temperature for value in student[row].tolist()]
-            log_total = max(scores) + math.log(sum(math.exp(score - max(scores)) for score in scores))
-            of_crop.append(-sum(p * (s - log_total) for p, s in zip(teacher[row].tolist(), scores, strict=True)))
+            scores = student[row].double() / temperature
+            log_total = (scores - scores.max()).exp().sum().log() + scores.max()
+            of_crop.append(-sum(p * (s - log_total) for p, s in zip(teacher[row].double(), scores, strict=True)))
             row += 1
         total += sum(of_crop) / len(of_crop) if of_crop else 0.0
     return total / len(masks)
+
+
+def assert_equals_naive_loop(student, teacher, masks, temperature):
+    student = student.clone().requires_grad_()
+    ours = ibot_loss(student, teacher, weights_of(masks), len(masks), temperature)
+    expected = naive_ibot(student, teacher, masks, temperature)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    (grad,), (expected_grad,) = (torch.autograd.grad(loss, student) for loss in (ours, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-7)
+    return grad
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -34,8 +43,16 @@ def test_equals_naive_loop(temperature):
     num_masked = int(masks.sum())
     student = torch.randn(num_masked, 13, generator=generator)
     teacher = torch.randn(num_masked, 13, generator=generator).softmax(-1)
-    ours = ibot_loss(student, teacher, weights_of(masks), len(masks), temperature)
-    assert ours.item() == pytest.approx(naive_ibot(student.double(), teacher.double(), masks, temperature), rel=1e-5)
+    assert_equals_naive_loop(student, teacher, masks, temperature)
+
+
+def test_logits_of_100_at_teacher_temperature_004():
+    """Targets and loss as a step makes them, from logits that exp(logits / temperature) cannot hold in float32."""
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.rand(6, 9, generator=generator) < 0.4
+    teacher_logits, student = 200 * torch.rand(2, int(masks.sum()), 13, generator=generator) - 100
+    grad = assert_equals_naive_loop(student, sinkhorn_knopp(teacher_logits, 0.04), masks, 0.1)
+    assert grad.abs().max() > 0.1
 
 
 def test_nothing_masked_is_zero_and_differentiable():

@@ -46,6 +46,8 @@ def gram_loss(
             if not keep_student_neg:
                 student_gram = student_gram.masked_fill((student_gram < 0) & (teacher_gram < 0), 0)
             teacher_gram = teacher_gram.clamp(min=0)
+        if not student_gram.numel():  # no token of this process was chosen
+            return student.sum() * 0
         return F.mse_loss(student_gram, teacher_gram)
 
 

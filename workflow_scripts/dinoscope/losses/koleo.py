@@ -4,8 +4,9 @@ Shapes: B features of this rank, G features of all ranks, D width, Q nearest nei
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+
+from dinoscope.losses.gather import gather_rows
 
 __all__ = ["distributed_koleo_loss", "koleo_loss"]
 
@@ -41,10 +42,7 @@ def distributed_koleo_loss(features_BD: torch.Tensor, topk: int = 1, group_size:
     """
     with torch.autocast(features_BD.device.type, enabled=False):
         unit_BD = F.normalize(features_BD.float(), eps=_EPS)
-        if not (dist.is_available() and dist.is_initialized()):
-            return _spread(unit_BD, unit_BD, 0, topk, group_size)
-        unit_GD = _GatherRows.apply(unit_BD)
-        return _spread(unit_BD, unit_GD, dist.get_rank() * len(unit_BD), topk, group_size)
+        return _spread(unit_BD, *gather_rows(unit_BD), topk, group_size)
 
 
 def _spread(
@@ -63,19 +61,3 @@ def _spread(
         neighbours_BQ = similarity_BG.topk(topk, dim=1).indices
     distance_BQ = torch.linalg.vector_norm(unit_BD[:, None] - unit_GD[neighbours_BQ], dim=-1)
     return -torch.log(distance_BQ + _EPS).mean()
-
-
-class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks, in rank order; backward sums the gradients of all ranks and keeps this rank's rows."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows_BD: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows_BD) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows_BD.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_GD: torch.Tensor) -> torch.Tensor:
-        grad_GD = grad_GD.contiguous().clone()
-        dist.all_reduce(grad_GD)
-        return grad_GD.chunk(dist.get_world_size())[dist.get_rank()]
