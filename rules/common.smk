@@ -106,7 +106,9 @@ def kept_by_finished(file, wildcards):
 
 
 def run_manifest(wildcards):
-    """The tiles that the run is trained on."""
+    """The tiles that the run is trained on; none where its recipe names other data."""
+    if PLAN.runs[wildcards.run].own_data is not None:
+        return []
     tile_set = PLAN.runs[wildcards.run].tile_set
     return kept_by_finished(f"<results>/manifests/{tile_set}.parquet", wildcards)
 
@@ -142,6 +144,12 @@ def launch_options(wildcards, output, resources):
         "--log-dir",
         str(logs),
     ]
+
+
+def run_data(wildcards, input):
+    """Arguments for the tiles that the run is trained on."""
+    slides = str(Path(PLAN.config["slides"]["source"]))
+    return ["--manifest", input.manifest, "--slides", slides] if input.manifest else []
 
 
 def run_options(wildcards, input):

@@ -49,13 +49,13 @@ rule train:
     params:
         launcher=SCRIPTS / "launch.py",
         script=SCRIPTS / "pretrain.py",
-        slides=Path(PLAN.config["slides"]["source"]),
+        data=run_data,
         run_dir=subpath(output.final, parent=True),
         launch=launch_options,
         options=run_options,
     shell:
         "python {params.launcher:q} {params.launch:q} --threads {threads} --stop-with-snakemake -- {params.script:q}"
-        " --config {input.recipe:q} --manifest {input.manifest:q} --slides {params.slides:q}"
+        " --config {input.recipe:q} {params.data:q}"
         " --weights {input.weights:q} {params.options:q} --run-dir {params.run_dir:q} 2>&1 | tee -i {log:q}"
 
 

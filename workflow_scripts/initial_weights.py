@@ -17,9 +17,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
     arguments = parser.parse_args()
     from dinoscope.export.convert import write_initial_weights
-    from dinoscope.recipe import load_recipe
+    from dinoscope.recipe import load_recipe, require_weights
 
-    write_initial_weights(load_recipe(arguments.config, arguments.overrides), arguments.output)
+    config = load_recipe(arguments.config, arguments.overrides)
+    require_weights(arguments.config, config)
+    write_initial_weights(config, arguments.output)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_keys_that_are_numbers_in_yaml_are_names(config):
 
 def test_a_recipe_error_names_the_run(config):
     Path("root.yaml").write_text("student: {arch: vit_nan}\n")
-    with pytest.raises(ConfigError, match=r"runs\.pretrain: student\.arch is 'vit_nan'; choose one of"):
+    with pytest.raises(ConfigError, match=r"runs\.pretrain: recipe root\.yaml: student\.arch is 'vit_nan'; choose one of"):
         plan_of(config)
     Path("root.yaml").write_text("optim: {lrr: 1}\n")
     with pytest.raises(ConfigError, match=r"runs\.pretrain: root\.yaml: unknown key optim\.lrr; did you mean"):
@@ -237,9 +237,31 @@ def test_the_base_digest_follows_what_the_starting_weights_depend_on(config):
 
 
 def test_recipes_are_found_beside_the_snakefile_too(config):
-    plan = plan_of(config, runs={"big": {"recipe": "config/runs/vitl16.yaml"}}, tiling=...)
-    assert plan.runs["big"].recipe == REPOSITORY / "config/runs/vitl16.yaml"
-    assert [path.name for path in plan.runs["big"].recipes] == ["vits16.yaml", "vitb16.yaml", "vitl16.yaml"]
+    Path("t.pth").touch()
+    runs = {"small": {"recipe": "config/runs/tiny_gram.yaml", "gram_teacher": "t.pth"}}
+    plan = plan_of(config, runs=runs, tiling=...)
+    assert plan.runs["small"].recipe == REPOSITORY / "config/runs/tiny_gram.yaml"
+    assert [path.name for path in plan.runs["small"].recipes] == ["tiny.yaml", "tiny_gram.yaml"]
+
+
+def test_recipes_for_published_weights_are_refused_without(config):
+    with pytest.raises(ConfigError, match=r"runs\.big: recipe .*vitl16_lvd\.yaml .* MODEL\.WEIGHTS is empty"):
+        plan_of(config, runs={"big": {"recipe": "config/runs/vitl16_lvd.yaml"}}, tiling=...)
+
+
+def test_a_run_on_other_data_needs_no_manifest(config):
+    recipe = "extends: root.yaml\ntrain: {dataset_path: images}\ncrops: {global_crops_size: 1024}\n"
+    Path("images.yaml").write_text(recipe)
+    plan = plan_of(config, runs={"pretrain": {"recipe": "images.yaml"}})
+    assert plan.runs["pretrain"].own_data == "images"
+    assert plan.training_sets == []
+
+
+def test_the_batch_must_suit_the_processes(config):
+    text = "dino: {koleo_loss_distributed: true, koleo_distributed_loss_group_size: 7}"
+    Path("groups.yaml").write_text(f"extends: root.yaml\n{text}\n")
+    with pytest.raises(ConfigError, match="do not fill groups"):
+        plan_of(config, runs={"pretrain": {"recipe": "groups.yaml"}}, launch={"processes": 2})
 
 
 def test_only_runs_that_a_model_needs_are_trained(config):

@@ -1,21 +1,23 @@
 """The settings of a training run: every key and its default.
 
 Key names and defaults are those of the published DINOv3 trainer wherever it has the setting; keys of our own are
-`augmentation.*` and `train.log_every`. An "epoch" is `train.OFFICIAL_EPOCH_LENGTH` iterations, not a pass over the
-data.
+`augmentation.*`, `dino.kde_*`, `optim.freeze_backbone_epochs`, `student.trainable` with what belongs to it, and
+`train.log_every`. An "epoch" is `train.OFFICIAL_EPOCH_LENGTH` iterations, not a pass over the data.
+
+The comment of a key is its documentation: config/README.md shows it, and a test keeps both the same.
 How a YAML file becomes a RunConfig is in recipe.py.
 """
 
 from dataclasses import dataclass, field
 
-__all__ = ["RunConfig"]
+__all__ = ["LinearCosineConfig", "RunConfig"]
 
 
 @dataclass
 class ModelConfig:
     """Where the run starts."""
 
-    # backbone file that student and EMA teacher start from; the workflow fills in models/base/teacher.pth
+    # what student and EMA teacher start from (docs/weights.md lists the kinds); empty: a random initialisation
     WEIGHTS: str = ""
 
 
@@ -43,14 +45,14 @@ class CropsConfig:
 
     global_crops_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # share of the tile's area
     global_crops_size: int = 224  # px
-    local_crops_number: int = 8
-    local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])
+    local_crops_number: int = 8  # local crops a tile; there are always 2 global ones
+    local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])  # share of the tile's area
     local_crops_size: int = 96  # px
     gram_teacher_crops_size: int | None = None  # px; null: the gram teacher sees the global crops
     gram_teacher_no_distortions: bool = False  # the gram teacher's crops without colour changes and blur
-    horizontal_flips: bool = True
-    rgb_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of RGB in 0..1
-    rgb_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    horizontal_flips: bool = True  # mirror left-right with probability 0.5
+    rgb_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # mean of RGB in 0..1
+    rgb_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # its deviation
 
 
 @dataclass
@@ -58,44 +60,47 @@ class AugmentationConfig:
     """Distortions of the crops: a preset, and any of its numbers changed (null: the preset's)."""
 
     recipe: str = "dinov3"  # dinov3 (as published) | pathology (both flips, rotations, no solarize, milder colour)
-    vertical_flips: bool | None = None
-    rotations_90: bool | None = None
-    color_jitter_p: float | None = None
-    brightness: float | None = None
-    contrast: float | None = None
-    saturation: float | None = None
-    hue: float | None = None
-    grayscale_p: float | None = None
-    blur_p: list[float] | None = None  # of the first global, the second global and the local crops
-    blur_sigma: list[float] | None = None
-    solarize_p: float | None = None  # of the second global crop
-    hed_p: float | None = None
-    hed_sigma: float | None = None
+    # IHC and IF keep their colours: no stain jitter, hue shift or grayscale; Pap and MGG: no stain jitter, hue at most
+    # 0.02, grayscale at most 0.05, blur at most p 0.2 and sigma 1 (pathology: true, dinov3: false)
+    by_stain: bool | None = None
+    vertical_flips: bool | None = None  # mirror top-bottom with probability 0.5
+    rotations_90: bool | None = None  # turn by 0, 90, 180 or 270 degrees, each equally likely
+    color_jitter_p: float | None = None  # probability of the next four, in random order
+    brightness: float | None = None  # factor uniform in 1 ± this
+    contrast: float | None = None  # factor uniform in 1 ± this
+    saturation: float | None = None  # factor uniform in 1 ± this
+    hue: float | None = None  # shift uniform in ± this, shares of the colour circle
+    grayscale_p: float | None = None  # probability of grayscale
+    blur_p: list[float] | None = None  # probability of blur: first global, second global, local crops
+    blur_sigma: list[float] | None = None  # px of the crop, uniform between the two
+    solarize_p: float | None = None  # probability of solarizing the second global crop
+    hed_p: float | None = None  # probability of stain jitter (haematoxylin, eosin, DAB)
+    hed_sigma: float | None = None  # gain of each stain uniform in 1 ± this, shift in ± this (optical density)
 
 
 @dataclass
 class LinearCosineConfig:
     """A v2 schedule: linear start -> peak, cosine peak -> end, then constant (epochs)."""
 
-    start: float = 0.0
-    peak: float = 0.0
-    end: float = 0.0
-    warmup_epochs: float = 0
-    cosine_epochs: float | None = None
+    start: float = 0.0  # first value
+    peak: float = 0.0  # after the warm-up
+    end: float = 0.0  # after the cosine
+    warmup_epochs: float = 0  # epochs from start to peak, linear
+    cosine_epochs: float | None = None  # epochs from peak to end; null: all that remain
 
 
 @dataclass
 class LearningRateScheduleConfig(LinearCosineConfig):
     """The v2 schedule of the learning rate."""
 
-    freeze_last_layer_epochs: float = 0
+    freeze_last_layer_epochs: float = 0  # epochs in which the heads' last layers have learning rate 0
 
 
 @dataclass
 class SchedulesConfig:
     """Schedules of the second kind; when present they replace those of `optim` and `teacher`."""
 
-    lr: LearningRateScheduleConfig = field(default_factory=LearningRateScheduleConfig)
+    lr: LearningRateScheduleConfig = field(default_factory=LearningRateScheduleConfig)  # peak and end are scaled
     weight_decay: LinearCosineConfig = field(default_factory=LinearCosineConfig)
     momentum: LinearCosineConfig = field(default_factory=LinearCosineConfig)
     teacher_temp: LinearCosineConfig = field(default_factory=LinearCosineConfig)
@@ -107,129 +112,146 @@ def _half() -> LinearCosineConfig:
 
 @dataclass
 class DinoConfig:
-    """The loss between CLS tokens, its head, and KoLeo."""
+    """The loss between CLS tokens, its head, and what keeps features apart."""
 
-    loss_weight: float = 1.0
-    global_ignore_diagonal: bool = True
-    head_n_prototypes: int = 65536
-    head_bottleneck_dim: int = 256
-    head_nlayers: int = 3
-    head_hidden_dim: int = 2048
-    koleo_loss_weight: float = 0.1
-    koleo_loss_distributed: bool = False
-    koleo_topk: int = 1
-    koleo_distributed_loss_group_size: int | None = None
-    reweight_dino_local_loss: bool = False
-    local_loss_weight_schedule: LinearCosineConfig = field(default_factory=_half)
+    loss_weight: float = 1.0  # weight of the loss between CLS tokens
+    global_ignore_diagonal: bool = True  # no loss between a global crop and itself
+    head_n_prototypes: int = 65536  # outputs of the head
+    head_bottleneck_dim: int = 256  # width before the prototypes
+    head_nlayers: int = 3  # linear layers of the head's MLP
+    head_hidden_dim: int = 2048  # width inside the MLP
+    koleo_loss_weight: float = 0.1  # weight of KoLeo, which pushes nearest neighbours apart
+    koleo_loss_distributed: bool = False  # neighbours from all processes
+    koleo_topk: int = 1  # neighbours each feature is pushed away from (distributed only)
+    koleo_distributed_loss_group_size: int | None = None  # neighbours from blocks of so many features; null: from all
+    kde_loss_weight: float = 0.0  # weight of the kernel density loss, an alternative to KoLeo: one of both must be 0
+    kde_concentration: float = 5.0  # of the von Mises-Fisher kernel: the larger, the more only near features repel
+    kde_loss_distributed: bool = False  # density over the features of all processes
+    reweight_dino_local_loss: bool = False  # weigh the loss of local crops by the schedule below
+    local_loss_weight_schedule: LinearCosineConfig = field(default_factory=_half)  # where reweight_dino_local_loss
 
 
 @dataclass
 class IbotConfig:
     """The loss on masked patches, its head and the masks."""
 
-    loss_weight: float = 1.0
+    loss_weight: float = 1.0  # weight of the loss on masked patches
     mask_sample_probability: float = 0.5  # share of the global crops that are masked
-    mask_ratio_min_max: list[float] = field(default_factory=lambda: [0.1, 0.5])
-    mask_random_circular_shift: bool = False
-    head_n_prototypes: int = 65536
-    head_bottleneck_dim: int = 256
-    head_nlayers: int = 3
-    head_hidden_dim: int = 2048
+    mask_ratio_min_max: list[float] = field(default_factory=lambda: [0.1, 0.5])  # share of a crop's patches
+    mask_random_circular_shift: bool = False  # shift each mask, wrapping around
+    force_masking_even_with_zero_weight: bool = False  # mask although loss_weight is 0
+    head_n_prototypes: int = 65536  # outputs of the head
+    head_bottleneck_dim: int = 256  # width before the prototypes
+    head_nlayers: int = 3  # linear layers of the head's MLP
+    head_hidden_dim: int = 2048  # width inside the MLP
 
 
 @dataclass
 class GramConfig:
     """Gram anchoring: patch similarities are held to those of an earlier teacher."""
 
-    use_loss: bool = False
+    use_loss: bool = False  # train with gram anchoring
     ckpt: str | None = None  # exported teacher; the workflow fills it in from `gram_teacher` of the run
     ema_teacher: bool = False  # the current EMA teacher is the gram teacher
-    it_load_ema_teacher: int = -1  # load the EMA teacher into the gram teacher once, before this iteration
+    it_load_ema_teacher: int = -1  # load the EMA teacher into the gram teacher once, before this iteration; -1: never
     rep_update: bool = True  # refresh the gram teacher from the EMA teacher
-    update_frequency: int = 50000
-    it_first_update: int = 0
-    max_updates: int | None = None
-    loss_weight: float = 1.0
-    loss_weight_schedule: LinearCosineConfig | None = None
+    update_frequency: int = 50000  # iterations between refreshes
+    it_first_update: int = 0  # no refresh before so many iterations
+    max_updates: int | None = None  # refreshes at most; null: no limit
+    loss_weight: float = 1.0  # weight of the gram loss
+    loss_weight_schedule: LinearCosineConfig | None = None  # a schedule instead of one weight
     tokens_used: str = "all"  # all | masked | unmasked (the last two need img_level: false)
-    img_level: bool = False
-    normalized: bool = True
-    remove_neg: bool = False
-    remove_only_teacher_neg: bool = False
-    global_teacher_resize_method: str = "bicubic"
-    global_teacher_resize_antialias: bool = False
+    img_level: bool = False  # compare patches within each image instead of over all images of the process
+    normalized: bool = True  # similarities are cosines
+    remove_neg: bool = False  # negative similarities of both count as 0
+    remove_only_teacher_neg: bool = False  # the teacher's count as 0, the student's only where both are negative
+    global_teacher_resize_method: str = "bicubic"  # bicubic | bilinear, of the gram teacher's feature maps
+    global_teacher_resize_antialias: bool = False  # low-pass filter before
 
 
 @dataclass
 class OptimConfig:
     """AdamW, its parameter groups, and the schedules of the first kind."""
 
-    epochs: int = 100
-    optimizer: str = "adamw"
-    adamw_beta1: float = 0.9
-    adamw_beta2: float = 0.999
-    clip_grad: float = 3.0  # separately for backbone, dino_head and ibot_head
-    lr: float = 0.001  # before scaling
-    min_lr: float = 1e-6
-    warmup_epochs: float = 10
-    scaling_rule: str = "sqrt_wrt_1024"  # sqrt_wrt_1024 | linear_wrt_256 | none
-    weight_decay: float = 0.04
-    weight_decay_end: float = 0.4
-    schedule_trunc_extra: float = 0.0
-    freeze_last_layer_epochs: float = 1
-    layerwise_decay: float = 0.9
-    patch_embed_lr_mult: float = 0.2
-    dino_head_wd_multiplier: float = 1.0
+    epochs: int = 100  # length of the run
+    optimizer: str = "adamw"  # adamw
+    adamw_beta1: float = 0.9  # decay of the mean of gradients
+    adamw_beta2: float = 0.999  # decay of the mean of their squares
+    clip_grad: float = 3.0  # largest gradient norm, separately for backbone, dino_head and ibot_head; 0: no limit
+    lr: float = 0.001  # peak learning rate before scaling
+    min_lr: float = 1e-6  # last learning rate; it is not scaled
+    warmup_epochs: float = 10  # epochs from learning rate 0 to lr
+    scaling_rule: str = "sqrt_wrt_1024"  # sqrt_wrt_1024 (× 4·√(batch/1024)) | linear_wrt_256 (× batch/256) | none
+    weight_decay: float = 0.04  # first weight decay
+    weight_decay_end: float = 0.4  # last weight decay
+    schedule_trunc_extra: float = 0.0  # share by which cosines are computed longer than the run, and cut off
+    freeze_last_layer_epochs: float = 1  # epochs in which the heads' last layers have learning rate 0
+    # epochs in which the heads alone are trained: the backbone's warm-up begins after them, the heads stay at the peak
+    # until it ends; for starting from published weights, whose heads were never published
+    freeze_backbone_epochs: float = 0
+    layerwise_decay: float = 0.9  # factor of the learning rate from block to block, downwards
+    patch_embed_lr_mult: float = 0.2  # factor of the patch embedding's learning rate
+    dino_head_wd_multiplier: float = 1.0  # factor of the dino head's weight decay
 
 
 @dataclass
 class StudentConfig:
-    """The backbone of student and teacher."""
+    """The backbone of student and teacher, and what of it is trained."""
 
-    arch: str = "vit_large"
-    patch_size: int = 16
-    in_chans: int = 3
-    n_storage_tokens: int = 0
+    arch: str = "vit_large"  # a row of the table of architectures in docs/weights.md
+    patch_size: int = 16  # px
+    in_chans: int = 3  # colour channels: 3
+    n_storage_tokens: int = 0  # storage (register) tokens; published weights: 4
     ffn_layer: str = "mlp"  # mlp | swiglu | swiglu32 | swiglu64 | swiglu128; the _plus archs have swiglu
-    norm_layer: str = "layernorm"  # layernorm | layernormbf16 | rmsnorm
-    layerscale: float | None = 1e-5
-    drop_path_rate: float = 0.3
-    qkv_bias: bool = True
-    proj_bias: bool = True
-    ffn_bias: bool = True
-    mask_k_bias: bool = False
-    pos_embed_rope_base: float | None = 100.0
-    pos_embed_rope_min_period: float | None = None
-    pos_embed_rope_max_period: float | None = None
-    pos_embed_rope_normalize_coords: str = "separate"  # separate | max | min
-    pos_embed_rope_shift_coords: float | None = None
-    pos_embed_rope_jitter_coords: float | None = None
-    pos_embed_rope_rescale_coords: float | None = None
-    pos_embed_rope_dtype: str = "bf16"  # bf16 | fp32
-    untie_cls_and_patch_norms: bool = False
-    untie_global_and_local_cls_norm: bool = False
+    norm_layer: str = "layernorm"  # layernorm (eps 1e-6) | layernormbf16 (eps 1e-5, published weights) | rmsnorm
+    layerscale: float | None = 1e-5  # initial factor of each residual; null: none
+    drop_path_rate: float = 0.3  # share of the samples whose residual is dropped (stochastic depth), same in all blocks
+    qkv_bias: bool = True  # bias of queries, keys and values
+    proj_bias: bool = True  # bias of the attention's output
+    ffn_bias: bool = True  # biases of the FFN
+    mask_k_bias: bool = False  # the keys' bias is always 0; published weights: true
+    pos_embed_rope_base: float | None = 100.0  # RoPE periods are its powers
+    pos_embed_rope_min_period: float | None = None  # with max_period in place of base: geometric between both
+    pos_embed_rope_max_period: float | None = None  # see min_period
+    pos_embed_rope_normalize_coords: str = "separate"  # separate | max | min: what patch coordinates are divided by
+    pos_embed_rope_shift_coords: float | None = None  # training: shift coordinates uniformly by ± this
+    pos_embed_rope_jitter_coords: float | None = None  # training: stretch each axis log-uniformly by up to this
+    pos_embed_rope_rescale_coords: float | None = None  # training: stretch both axes alike; published weights: 2
+    pos_embed_rope_dtype: str = "bf16"  # bf16 | fp32 (published weights)
+    untie_cls_and_patch_norms: bool = False  # CLS and storage tokens have a final norm of their own
+    untie_global_and_local_cls_norm: bool = False  # training: CLS and storage of local crops have one of their own
+    # what of the backbone is trained (heads always are): full | last_n (unfrozen_blocks, final norms) | lora (adapters,
+    # unfrozen_blocks, all norms and LayerScale) | norms (all norms and LayerScale)
+    trainable: str = "full"
+    unfrozen_blocks: int = 0  # last blocks trained in full (last_n, lora)
+    lora_rank: int = 16  # rank of the adapters
+    lora_alpha: float | None = None  # adapters are scaled by alpha / rank; null: by 1
+    lora_targets: list[str] = field(default_factory=lambda: ["qkv", "proj"])  # of q, k, v, qkv, proj, ffn
 
 
 @dataclass
 class TeacherConfig:
     """EMA and temperature of the teacher (schedules of the first kind)."""
 
-    momentum_teacher: float = 0.992
-    final_momentum_teacher: float = 1.0
-    teacher_temp: float = 0.07
-    warmup_teacher_temp: float = 0.04
-    warmup_teacher_temp_epochs: float = 30
+    momentum_teacher: float = 0.992  # first momentum of the EMA
+    final_momentum_teacher: float = 1.0  # last momentum, on a cosine
+    teacher_temp: float = 0.07  # temperature of the teacher's targets after the warm-up
+    warmup_teacher_temp: float = 0.04  # first temperature
+    warmup_teacher_temp_epochs: float = 30  # epochs between both, linear
 
 
 @dataclass
 class TrainConfig:
-    """Batches, length and determinism."""
+    """Data, batches, length and determinism."""
 
+    # null: the tile manifest that pretrain.py is given; or a folder of images, or module:Class, a data set of your own
+    # (see below)
+    dataset_path: str | None = None
     OFFICIAL_EPOCH_LENGTH: int = 1250  # iterations
     batch_size_per_gpu: int = 64  # tiles a process
     num_workers: int = 10  # loader processes a training process; changes nothing but speed
-    seed: int = 0
-    compile: bool = True
+    seed: int = 0  # of every random draw
+    compile: bool = True  # compile blocks with torch.compile (on GPUs)
     checkpointing: bool = False  # recompute attention and FFN activations in the backward
     checkpointing_full: bool = False  # recompute whole blocks
     log_every: int = 10  # iterations between lines in training_metrics.json

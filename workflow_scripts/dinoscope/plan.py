@@ -17,7 +17,14 @@ from dinoscope.errors import ConfigError, DinoscopeError, ManifestError
 from dinoscope.files import read_json
 from dinoscope.models.registry import settings_from_config
 from dinoscope.names import nearest
-from dinoscope.plan_checks import BASE, base_problems, check_config, file_problems, window_problems
+from dinoscope.plan_checks import (
+    BASE,
+    base_problems,
+    check_config,
+    file_problems,
+    process_problems,
+    window_problems,
+)
 from dinoscope.recipe import flatten, load_recipe, recipe_chain
 from dinoscope.slides.find import slide_files
 from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
@@ -31,6 +38,11 @@ _TRAINING_ONLY = (
     "student.pos_embed_rope_shift_coords",
     "student.pos_embed_rope_jitter_coords",
     "student.pos_embed_rope_rescale_coords",
+    "student.trainable",
+    "student.unfrozen_blocks",
+    "student.lora_rank",
+    "student.lora_alpha",
+    "student.lora_targets",
 )
 # The names of dinoscope.slides.demo, without its imports.
 DEMO_SLIDES = ("demo_he_1", "demo_he_2", "demo_he_3", "demo_ihc_1", "demo_cyto_1")
@@ -63,6 +75,11 @@ class Run:
     def recipe(self) -> Path:
         """The recipe that the config names."""
         return self.recipes[-1]
+
+    @property
+    def own_data(self) -> str | None:
+        """The image folder or data set that the recipe names in place of tiles of slides."""
+        return self.settings.train.dataset_path
 
     @property
     def gram_teacher_file(self) -> Path | None:
@@ -138,7 +155,8 @@ class Plan:
     @property
     def training_sets(self) -> list[str]:
         """Tile sets that the trained runs take their crops from."""
-        return list(dict.fromkeys(self.runs[name].tile_set for name in self.trained_runs))
+        runs = (self.runs[name] for name in self.trained_runs)
+        return list(dict.fromkeys(run.tile_set for run in runs if run.own_data is None))
 
     @property
     def split_digest(self) -> str:
@@ -247,7 +265,7 @@ class Plan:
         notes = []
         for run, seal in self._started_runs():
             manifest = self.results / "manifests" / f"{run.tile_set}.parquet"
-            if not manifest.is_file():
+            if run.own_data is not None or not manifest.is_file():
                 continue
             from dinoscope.slides.manifest import manifest_digest  # pyarrow takes its time
 
@@ -287,7 +305,7 @@ def make_plan(config: Mapping[str, Any], workflow_dir: Path, *, check_files: boo
     split = split_cases(records, checked["split"]["fraction"], checked["split"]["seed"])
     runs = {name: _run(name, settings, workflow_dir) for name, settings in checked["runs"].items()}
     plan = Plan(checked, {record.slide_id: record for record in records}, split, runs)
-    found = [*base_problems(plan), *window_problems(plan)]
+    found = [*base_problems(plan), *window_problems(plan), *process_problems(plan)]
     if check_files:
         found += file_problems(plan)
     if found:

@@ -6,13 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
-from dinoscope.recipe import flatten
+from dinoscope.recipe import flatten, require_weights
+from dinoscope.recipe_checks import check_processes
 from dinoscope.schema import problems, read_schema, with_defaults
 
 if TYPE_CHECKING:
     from dinoscope.plan import Plan
 
-__all__ = ["BASE", "TARGETS", "base_problems", "check_config", "file_problems", "window_problems"]
+__all__ = [
+    "BASE",
+    "TARGETS",
+    "base_problems",
+    "check_config",
+    "file_problems",
+    "process_problems",
+    "window_problems",
+]
 
 BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
@@ -44,8 +53,12 @@ def check_config(config: Mapping[str, Any], workflow_dir: Path) -> dict[str, Any
 
 
 def base_problems(plan: "Plan") -> Iterator[str]:
-    """Runs that would need starting weights other than the first run's; there is one set a workflow."""
+    """Starting weights that are missing, or other than the first run's; there is one set a workflow."""
     first = plan.base_run
+    try:
+        require_weights(first.recipe, first.settings)
+    except ConfigError as error:
+        yield f"runs.{first.name}: {error}"
     for run in plan.runs.values():
         if run.continues is not None:
             continue
@@ -59,9 +72,23 @@ def base_problems(plan: "Plan") -> Iterator[str]:
             )
 
 
+def process_problems(plan: "Plan") -> Iterator[str]:
+    """Batches that do not suit the number of training processes, where the config says it."""
+    processes = plan.config["launch"]["processes"]
+    if not str(processes).isdecimal():
+        return
+    for run in plan.runs.values():
+        try:
+            check_processes(run.settings, int(processes))
+        except ConfigError as error:
+            yield f"runs.{run.name}, launch.processes {processes}: {error}"
+
+
 def window_problems(plan: "Plan") -> Iterator[str]:
     """Crops larger than the tiles that they are cut from."""
     for run in plan.runs.values():
+        if run.own_data is not None:
+            continue
         settings = flatten(run.settings)
         tile_px = plan.config["tiling"]["sets"][run.tile_set]["tile_px"]
         crops = _CROPS if settings["gram.use_loss"] else _CROPS[:2]

@@ -2,7 +2,7 @@
 
 A recipe holds only what differs from the defaults in config.py:
 
-    extends: vits16.yaml        # one parent, relative to this file; no cycles
+    extends: vits16_lvd.yaml        # one parent, relative to this file; no cycles
     train: {batch_size_per_gpu: 32}
 
 YAML files of the published trainer load as they are. Nothing here imports torch.
@@ -23,62 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoscope.config import RunConfig
 from dinoscope.errors import ConfigError
 from dinoscope.recipe_checks import check_recipe
+from dinoscope.recipe_keys import IGNORED_KEYS, ONLY_VALUES, REPLACED_BY_SCHEDULES
 
-__all__ = ["IGNORED_KEYS", "flatten", "load_recipe", "recipe_chain", "resolve_recipe"]
+__all__ = ["flatten", "load_recipe", "recipe_chain", "require_weights", "resolve_recipe"]
 
 _log = logging.getLogger(__name__)
-
-# Keys of the published trainer that have nothing to do here: read, named once in the log, without effect.
-IGNORED_KEYS = {
-    "MODEL.DEVICE": "the device is whatever the machine has",
-    "MODEL.DTYPE": "see compute_precision",
-    "evaluation.config_files": "evaluation belongs to the workflow",
-    "evaluation.low_freq_every": "evaluation belongs to the workflow",
-    "gram.compute_stats": "not measured",
-    "optim.dump_fsdp_weights_path": "checkpoints hold the weights",
-    "optim.multi_tensor_optim": "the optimizer always works on lists of tensors",
-    "train.cache_dataset": "the manifest is memory-mapped",
-    "train.dataset_path": "the workflow's manifest is the data set",
-    "train.monitor_gradient_norm": "gradient norms are always logged",
-    "train.output_dir": "the workflow's run folder is used",
-    "train.saveckp_freq": "see checkpointing.period",
-    "train.sharded_eval_checkpoint": "teacher exports are single files",
-}
-
-# Keys that are honoured at one value only.
-_ONLY_VALUE = {
-    "MODEL.META_ARCHITECTURE": "SSLMetaArch",
-    "crops.global_local_crop_pairs_ratios": 1.0,
-    "crops.localcrops_subset_of_globalcrops": False,
-    "crops.share_color_jitter": False,
-    "crops.teacher_to_student_resolution_scale": 1.0,
-    "dino.force_weight_norm": False,
-    "dino.head_norm_last_layer": False,
-    "dino.koleo_distributed_replicas": 0,
-    "dino.koleo_distributed_loss_group_data": True,
-    "distillation.enabled": False,
-    "distillation.checkpoint_path": "",
-    "distillation.full_cfg_path": "",
-    "hrft.enabled": False,
-    "hrft.checkpoint_path": "",
-    "ibot.force_masking_even_with_zero_weight": False,
-    "ibot.head_norm_last_layer": False,
-    "ibot.separate_head": True,
-    "multidistillation.enabled": False,
-    "student.ffn_ratio": 4.0,
-    "student.fp8_enabled": False,
-    "student.fp8_filter": "blocks",
-    "student.pos_embed_type": "rope",
-    "student.pretrained_weights": "",
-    "student.resume_from_teacher_chkpt": "",
-    "teacher.in_chans": 3,
-    "train.centering": "sinkhorn_knopp",
-    "train.chunk_schedule": [],
-    "train.cudagraphs": False,
-    "train.data_config": None,
-    "train.learn_from_teacher_tokens": False,
-    "train.use_teacher_head": True,
-}
+# How published recipes name a data set, e.g. ImageNet:split=TRAIN.
+_PUBLISHED_DATASET = re.compile(r"\w+(:\w+=[^:]*)+")
 
 
 def recipe_chain(path: str | Path) -> list[Path]:
@@ -126,15 +77,38 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def resolve_recipe(layers: Iterable[tuple[str, dict[str, Any]]], name: str) -> RunConfig:
     """Merges nested dictionaries, each with the name of where it came from, over the defaults and checks the result."""
     merged = OmegaConf.structured(RunConfig)
+    left_null: dict[str, str] = {}
     for source, layer in layers:
         known = _honoured(layer, source)
+        left_null |= {
+            key: source for key, value in flatten(layer).items() if value is None and key in REPLACED_BY_SCHEDULES
+        }
         try:
             merged = OmegaConf.merge(merged, known)
         except OmegaConfBaseException as error:
             raise ConfigError(_type_sentence(error, known, source)) from None
+    for key, source in left_null.items():
+        if merged.schedules is None:
+            raise ConfigError(
+                f"{source}: {key} is null, but there is no section `schedules` to replace it; give a number"
+            )
     check_recipe(merged, flatten(merged), name)
     OmegaConf.set_readonly(merged, True)
     return merged
+
+
+def require_weights(recipe: str | Path, config: RunConfig) -> None:
+    """Refuses a recipe made for published weights (it, or one that it extends, is named *_lvd) that names none.
+
+    Raises:
+        ConfigError: Says what to set.
+    """
+    made_for = [path for path in recipe_chain(recipe) if path.stem.endswith("_lvd")]
+    if made_for and not config.MODEL.WEIGHTS:
+        raise ConfigError(
+            f"recipe {recipe} continues from published weights, but MODEL.WEIGHTS is empty: set it to the file "
+            "(docs/weights.md says where to get it); a copy of the recipe under another name starts from scratch"
+        )
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -195,8 +169,8 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _honoured(layer: dict[str, Any], source: str) -> dict[str, Any]:
     """The keys of a layer that the schema has; published keys without effect are dropped, all others refused."""
     for key, value in flatten(layer).items():
-        if key in _ONLY_VALUE and value != _ONLY_VALUE[key]:
-            raise ConfigError(f"{source}: {key} is {value!r}, but only {_ONLY_VALUE[key]!r} is supported")
+        if key in ONLY_VALUES and value != (only := ONLY_VALUES[key]).value:
+            raise ConfigError(f"{source}: {key} is {value!r}, but only {only.value!r} is supported: {only.instead}")
     return _strip(layer, RunConfig, "", source)
 
 
@@ -210,12 +184,19 @@ def _strip(layer: dict[str, Any], schema: type, prefix: str, source: str) -> dic
                 raise ConfigError(f"{source}: {dotted} holds keys of its own, but is {value!r}")
             kept[key] = _strip(value, fields[key], f"{dotted}.", source)
         elif key in fields:
-            kept[key] = value
-        elif not _has_no_effect(dotted, value):
+            if not _says_nothing(dotted, value, source):
+                kept[key] = value
+        elif not _has_no_effect(dotted, value, source):
             raise ConfigError(f"{source}: unknown key {dotted}{_nearest(dotted)}")
-        elif dotted in IGNORED_KEYS:
-            _log.info("%s: %s has no effect here (%s)", source, dotted, IGNORED_KEYS[dotted])
     return kept
+
+
+def _says_nothing(key: str, value: Any, source: str) -> bool:
+    """Values of published recipes that stand for "not given here"."""
+    if key == "train.dataset_path" and _PUBLISHED_DATASET.fullmatch(str(value)):
+        _log.info("%s: %s %s has no effect here (it names a data set of the published trainer)", source, key, value)
+        return True
+    return value is None and key in REPLACED_BY_SCHEDULES
 
 
 def _section(annotation: Any) -> type | None:
@@ -224,13 +205,23 @@ def _section(annotation: Any) -> type | None:
     return next((c for c in candidates if dataclasses.is_dataclass(c)), None)
 
 
-def _has_no_effect(dotted: str, value: Any) -> bool:
+def _has_no_effect(dotted: str, value: Any, source: str) -> bool:
+    """Whether all keys of a value are ones without effect; those that had one elsewhere are named in the log."""
     keys = flatten({dotted: value}) if isinstance(value, dict) else {dotted: value}
-    return all(key in _ONLY_VALUE or any(key == k or key.startswith(k + ".") for k in IGNORED_KEYS) for key in keys)
+    ignored = {key: _ignored_under(key) for key in keys if key not in ONLY_VALUES}
+    if None in ignored.values():
+        return False
+    for name in dict.fromkeys(ignored.values()):
+        _log.info("%s: %s has no effect here (%s)", source, name, IGNORED_KEYS[name])
+    return True
+
+
+def _ignored_under(key: str) -> str | None:
+    return next((name for name in IGNORED_KEYS if key == name or key.startswith(f"{name}.")), None)
 
 
 def _nearest(dotted: str) -> str:
-    known = [*_known_keys(RunConfig, ""), *_ONLY_VALUE, *IGNORED_KEYS]
+    known = [*_known_keys(RunConfig, ""), *ONLY_VALUES, *IGNORED_KEYS]
     leaf = dotted.rpartition(".")[2]
     same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
     matches = (
@@ -248,8 +239,24 @@ def _known_keys(schema: type, prefix: str) -> Iterable[str]:
             yield from _known_keys(section, f"{prefix}{entry.name}.")
 
 
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def _type_sentence(error: OmegaConfBaseException, layer: dict[str, Any], source: str) -> str:
-    key = error.full_key or "?"
+    key = re.sub(r"\[\d+\]$", "", error.full_key or "?")
     value = flatten(layer).get(key, "?")
-    reason = str(error.msg or error).split("\n")[0]
-    return f"{source}: {key} is {value!r}, which does not fit: {reason}"
+    return f"{source}: {key} is {value!r}; wanted is {_wanted(key)}"
+
+
+def _wanted(key: str) -> str:
+    """What the schema says a key holds, in words."""
+    annotation: Any = RunConfig
+    for part in key.split("."):
+        section = _section(annotation) or annotation
+        annotation = {f.name: f.type for f in dataclasses.fields(section)}[part]
+    kinds = [kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not type(None)]
+    optional = " or null" if type(None) in getattr(annotation, "__args__", ()) else ""
+    if getattr(annotation, "__origin__", None) is list or getattr(kinds[0], "__origin__", None) is list:
+        item = (getattr(kinds[0], "__args__", None) or kinds)[0]
+        return f"a list, each {_WANTED[item]}{optional}"
+    return _WANTED.get(kinds[0], "a section with keys of its own") + optional

@@ -5,10 +5,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dinoscope.config import RunConfig
+from dinoscope.config import LinearCosineConfig, RunConfig
 from dinoscope.errors import ConfigError
+from dinoscope.models.registry import ARCHS
 
-__all__ = ["check_recipe"]
+__all__ = ["check_processes", "check_recipe"]
 
 _SMALLEST = {
     "optim.epochs": 1,
@@ -22,6 +23,10 @@ _SMALLEST = {
     "checkpointing.period": 1,
     "checkpointing.keep_every": 1,
     "dino.koleo_topk": 1,
+    "dino.kde_loss_weight": 0,
+    "optim.freeze_backbone_epochs": 0,
+    "student.lora_rank": 1,
+    "student.unfrozen_blocks": 0,
     "evaluation.eval_period_iterations": 0,
 }
 
@@ -38,7 +43,9 @@ _CHOICES = {
     "student.norm_layer": ("layernorm", "layernormbf16", "rmsnorm"),
     "student.pos_embed_rope_dtype": ("bf16", "fp32"),
     "student.pos_embed_rope_normalize_coords": ("separate", "max", "min"),
+    "student.trainable": ("full", "last_n", "lora", "norms"),
 }
+_LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "ffn")
 
 
 def check_recipe(config: RunConfig, values: dict[str, Any], name: str) -> None:
@@ -53,6 +60,8 @@ def check_recipe(config: RunConfig, values: dict[str, Any], name: str) -> None:
         *_choice_problems(values),
         *_range_problems(values),
         *_schedule_problems(config),
+        *_trainable_problems(config),
+        *_spreading_problems(config),
         *_crop_problems(config),
         *_gram_problems(config),
         *_length_problems(config),
@@ -91,6 +100,77 @@ def _schedule_problems(config: RunConfig) -> Iterable[str]:
         )
 
 
+def _trainable_problems(config: RunConfig) -> Iterable[str]:
+    student = config.student
+    if student.arch not in ARCHS:
+        yield f"student.arch is {student.arch!r}; choose one of {', '.join(ARCHS)}"
+        return
+    depth = ARCHS[student.arch].depth
+    if student.trainable == "last_n" and student.unfrozen_blocks < 1:
+        yield "student.trainable: last_n needs student.unfrozen_blocks, at least 1"
+    if student.unfrozen_blocks and student.trainable in ("full", "norms"):
+        yield (
+            f"student.unfrozen_blocks is {student.unfrozen_blocks}, which student.trainable: {student.trainable} does "
+            "not use; set it to 0, or trainable to last_n or lora"
+        )
+    if student.unfrozen_blocks > depth:
+        yield f"student.unfrozen_blocks is {student.unfrozen_blocks}, but {student.arch} has {depth} blocks"
+    unknown = [target for target in student.lora_targets if target not in _LORA_TARGETS]
+    if unknown or not student.lora_targets:
+        yield f"student.lora_targets is {list(student.lora_targets)}; choose from {', '.join(_LORA_TARGETS)}"
+    if student.trainable == "lora" and student.unfrozen_blocks == depth:
+        yield f"student.unfrozen_blocks leaves none of the {depth} blocks to adapters; use student.trainable: full"
+
+
+def _spreading_problems(config: RunConfig) -> Iterable[str]:
+    dino, batch = config.dino, config.train.batch_size_per_gpu
+    if dino.koleo_loss_weight and dino.kde_loss_weight:
+        yield "dino.koleo_loss_weight and dino.kde_loss_weight are both set; set one of them to 0"
+    local = [
+        name
+        for name in ("koleo", "kde")
+        if dino[f"{name}_loss_weight"] and not dino[f"{name}_loss_distributed"] and batch < 2
+    ]
+    for name in local:
+        yield (
+            f"dino.{name}_loss_weight compares the tiles of a process, but train.batch_size_per_gpu is {batch}: "
+            f"set it to at least 2, or dino.{name}_loss_distributed to true"
+        )
+    group = dino.koleo_distributed_loss_group_size
+    if not dino.koleo_loss_distributed and (dino.koleo_topk > 1 or group is not None):
+        yield (
+            "dino.koleo_topk and dino.koleo_distributed_loss_group_size act on distributed KoLeo alone: set "
+            "dino.koleo_loss_distributed to true, or leave them out"
+        )
+    if group is not None and group <= dino.koleo_topk:
+        yield f"dino.koleo_topk ({dino.koleo_topk}) must be below dino.koleo_distributed_loss_group_size ({group})"
+    if dino.kde_concentration <= 0:
+        yield f"dino.kde_concentration is {dino.kde_concentration:g}; more than 0 is wanted"
+
+
+def check_processes(config: RunConfig, processes: int) -> None:
+    """What depends on the number of training processes, checked before they meet.
+
+    Raises:
+        ConfigError: The features of all processes do not fill KoLeo's groups, or are too few for its neighbours.
+    """
+    dino, batch = config.dino, config.train.batch_size_per_gpu
+    features = batch * processes
+    where = f"{processes} processes × train.batch_size_per_gpu {batch} = {features} tiles"
+    if not (dino.koleo_loss_weight and dino.koleo_loss_distributed):
+        if dino.kde_loss_weight and features < 2:
+            raise ConfigError(f"{where}: the kernel density loss compares tiles; raise train.batch_size_per_gpu")
+        return
+    group = dino.koleo_distributed_loss_group_size
+    if group is not None and features % group:
+        raise ConfigError(
+            f"{where} do not fill groups of dino.koleo_distributed_loss_group_size {group}: set it to a divisor of "
+            f"{features}, or to null"
+        )
+    if dino.koleo_topk >= features:
+        raise ConfigError(f"{where} have fewer neighbours than dino.koleo_topk {dino.koleo_topk}: lower it")
+
+
 def _crop_problems(config: RunConfig) -> Iterable[str]:
     patch = config.student.patch_size
     for key in ("global_crops_size", "local_crops_size", "gram_teacher_crops_size"):
@@ -126,16 +206,28 @@ def _gram_problems(config: RunConfig) -> Iterable[str]:
 
 
 def _length_problems(config: RunConfig) -> Iterable[str]:
-    if config.dino.koleo_loss_weight and not config.dino.koleo_loss_distributed and config.train.batch_size_per_gpu < 2:
-        yield "KoLeo compares the tiles of a process: train.batch_size_per_gpu must be at least 2"
     if config.checkpointing.max_to_keep is not None and config.checkpointing.max_to_keep < 2:
         yield f"checkpointing.max_to_keep is {config.checkpointing.max_to_keep}; keep at least 2, or null for all"
-    epochs = config.optim.epochs
+    epochs, frozen = config.optim.epochs, config.optim.freeze_backbone_epochs
+    warmup = config.optim.warmup_epochs if config.schedules is None else config.schedules.lr.warmup_epochs
+    if frozen and frozen + warmup > epochs:
+        yield (
+            f"optim.freeze_backbone_epochs ({frozen:g}) and the warm-up of the learning rate ({warmup:g}) are longer "
+            f"than optim.epochs ({epochs})"
+        )
     if config.schedules is None:
         for key in ("optim.warmup_epochs", "teacher.warmup_teacher_temp_epochs"):
             if OmegaConf.select(config, key) > epochs:
                 yield f"{key} ({OmegaConf.select(config, key):g}) is longer than optim.epochs ({epochs})"
-    else:
-        for key, schedule in config.schedules.items():
-            if schedule.warmup_epochs + (schedule.cosine_epochs or 0) > epochs:
-                yield f"schedules.{key} lasts longer than optim.epochs ({epochs})"
+    for key, schedule in _running_schedules(config):
+        if schedule.warmup_epochs + (schedule.cosine_epochs or 0) > epochs:
+            yield f"{key} lasts longer than optim.epochs ({epochs})"
+
+
+def _running_schedules(config: RunConfig) -> Iterable[tuple[str, LinearCosineConfig]]:
+    if config.schedules is not None:
+        yield from ((f"schedules.{key}", schedule) for key, schedule in config.schedules.items())
+    if config.gram.use_loss and config.gram.loss_weight_schedule is not None:
+        yield "gram.loss_weight_schedule", config.gram.loss_weight_schedule
+    if config.dino.reweight_dino_local_loss:
+        yield "dino.local_loss_weight_schedule", config.dino.local_loss_weight_schedule

@@ -29,6 +29,7 @@ LOSSES = {
     "dino_local_crops_loss": "DINO, local",
     "ibot_loss": "iBOT",
     "koleo_loss": "KoLeo",
+    "kde_loss": "KDE",
     "gram_loss": "Gram",
 }
 
