@@ -1,0 +1,41 @@
+"""Counted operations against torch's own counter of what really runs."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinoscope.models.registry import ViTSettings
+from dinoscope.models.vit import DinoVisionTransformer
+from dinoscope.recipe import resolve_recipe
+from dinoscope.train.flops import backbone_flops, head_flops, step_flops
+from dinoscope.train.ssl_step import build_heads
+
+SETTINGS = ViTSettings(64, 3, 2, 256, num_storage_tokens=4, mask_k_bias=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ffn_layer": "swiglu", "ffn_hidden": 176}, {"num_storage_tokens": 0}])
+@pytest.mark.parametrize("side", [32, 96])
+def test_backbone(changes: dict, side: int) -> None:
+    settings = dataclasses.replace(SETTINGS, **changes)
+    with torch.device("meta"):
+        model = DinoVisionTransformer(settings)
+        with FlopCounterMode(display=False) as counter:
+            model.forward_features(torch.empty(3, 3, side, side))
+    assert counter.get_total_flops() == 3 * backbone_flops(settings, side)
+
+
+def test_head_and_step() -> None:
+    dino = {"head_n_prototypes": 96, "head_hidden_dim": 48, "head_bottleneck_dim": 16, "head_nlayers": 3}
+    crops = {"global_crops_size": 64, "local_crops_size": 32, "local_crops_number": 3}
+    config = resolve_recipe([("test", {"dino": dino, "ibot": dino, "crops": crops})], "test")
+    with torch.device("meta"):
+        head = build_heads(config, SETTINGS)["dino_head"]
+        with FlopCounterMode(display=False) as counter:
+            head(torch.empty(5, 64))
+    assert counter.get_total_flops() == 5 * head_flops(config.dino, 64)
+    one_tile = step_flops(config, SETTINGS, 1, 0)
+    large, small, tokens = backbone_flops(SETTINGS, 64), backbone_flops(SETTINGS, 32), head_flops(config.dino, 64)
+    assert one_tile == 4 * 2 * large + 3 * 3 * small + (2 + 3 * 5) * tokens
+    assert step_flops(config, SETTINGS, 4, 10) == 4 * one_tile + 4 * 10 * tokens

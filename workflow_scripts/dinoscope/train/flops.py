@@ -1,0 +1,57 @@
+"""Floating-point operations of a training step: what its matrix products need, whatever the implementation does.
+
+A multiplication and an addition count as two. Recomputed activations, norms, softmax, losses and the optimizer do not
+count, as is usual for model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B).
+"""
+
+import itertools
+from typing import TYPE_CHECKING
+
+from dinoscope.models.registry import ViTSettings
+
+if TYPE_CHECKING:
+    from dinoscope.config import DinoConfig, IbotConfig, RunConfig
+
+__all__ = ["backbone_flops", "head_flops", "step_flops"]
+
+
+def backbone_flops(settings: ViTSettings, side_px: int) -> int:
+    """Forward pass of one square crop."""
+    width, patches = settings.embed_dim, (side_px // settings.patch_size) ** 2
+    tokens = patches + 1 + settings.num_storage_tokens
+    ffn_matrices = 3 if settings.ffn_layer == "swiglu" else 2
+    projections = 2 * tokens * (4 * width * width + ffn_matrices * width * settings.ffn_hidden)
+    attention = 4 * tokens * tokens * width
+    embedding = 2 * patches * settings.in_chans * settings.patch_size**2 * width
+    return settings.depth * (projections + attention) + embedding
+
+
+def head_flops(section: "DinoConfig | IbotConfig", embed_dim: int) -> int:
+    """Forward pass of one token through a head."""
+    hidden, bottleneck = section.head_hidden_dim, section.head_bottleneck_dim
+    widths = [embed_dim, *[hidden] * (section.head_nlayers - 1), bottleneck, section.head_n_prototypes]
+    return sum(2 * before * after for before, after in itertools.pairwise(widths))
+
+
+def step_flops(config: "RunConfig", settings: ViTSettings, num_tiles: int, num_masked: int) -> int:
+    """Forward of the teachers, forward and backward (twice the forward) of the student.
+
+    Args:
+        config: The recipe, fully trained: adapters and frozen blocks would need less.
+        settings: Of the backbone.
+        num_tiles: Tiles of the step.
+        num_masked: Masked patches of the step.
+    """
+    crops = config.crops
+    global_crops = 2 * num_tiles * backbone_flops(settings, crops.global_crops_size)
+    local_crops = crops.local_crops_number * num_tiles * backbone_flops(settings, crops.local_crops_size)
+    dino, ibot = (head_flops(section, settings.embed_dim) for section in (config.dino, config.ibot))
+    patches = num_masked * ibot
+    teacher = global_crops + 2 * num_tiles * dino + patches
+    student = global_crops + local_crops + (2 + crops.local_crops_number) * num_tiles * dino + patches
+    gram = 0
+    if config.gram.use_loss:
+        side = crops.gram_teacher_crops_size
+        seen_by_teacher = config.gram.ema_teacher and side is None
+        gram = 0 if seen_by_teacher else 2 * num_tiles * backbone_flops(settings, side or crops.global_crops_size)
+    return teacher + 3 * student + gram
