@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dinoscope.data.collate import Collate, mask_tensors
-from dinoscope.data.dataset import SlideCrops, build_loader, crop_settings
-from dinoscope.data.tiles import map_manifest
+from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings
+from dinoscope.data.tiles import open_tiles
 from dinoscope.models.registry import ViTSettings
 from dinoscope.recipe import load_recipe
 from dinoscope.train.draws import step_draws
@@ -20,20 +20,20 @@ SMALL = ["crops.global_crops_size=64", "crops.local_crops_size=32", "crops.local
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> SlideCrops:
+def dataset(tmp_path: Path) -> ImageCrops:
     slide = write_slide(tmp_path / "one.tiff", 0, side=512)
     write_manifest(tmp_path / "train.parquet", ["one"], slide_px=512, tile_px=128)
     crop_sizes, augmentation = crop_settings(load_recipe(RECIPE, SMALL))
-    return SlideCrops(
-        map_manifest(tmp_path / "train.parquet", tmp_path), {"one": slide}, {}, crop_sizes, augmentation, 5
-    )
+    (tmp_path / "slides.tsv").write_text(f"slide_id\tpath\none\t{slide}\n")
+    tiles = open_tiles(tmp_path / "train.parquet", str(tmp_path / "slides.tsv"))
+    return ImageCrops(tiles, crop_sizes, augmentation, 5)
 
 
 def collate(batch_size: int = 4) -> Collate:
     return Collate(batch_size, (4, 4), 0.5, (0.1, 0.5), False, seed=5)
 
 
-def batches(dataset: SlideCrops, **loader) -> list:
+def batches(dataset: ImageCrops, **loader) -> list:
     return list(build_loader(dataset, collate(), **({"rank": 0, "world_size": 1, "first": 0, "last": 3} | loader)))
 
 
@@ -42,7 +42,7 @@ def equal(first, second) -> bool:
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-def test_shapes_and_order(dataset: SlideCrops) -> None:
+def test_shapes_and_order(dataset: ImageCrops) -> None:
     batch = batches(dataset, num_workers=0)[1]
     assert batch.samples == [4, 5, 6, 7]
     assert batch.global_crops.shape == (8, 64, 64, 3)
@@ -53,7 +53,7 @@ def test_shapes_and_order(dataset: SlideCrops) -> None:
     assert np.array_equal(batch.local_crops[2 * 4 + 2].numpy(), crops.local_crops[2])
 
 
-def test_batches_depend_on_nothing_but_seed_and_step(dataset: SlideCrops) -> None:
+def test_batches_depend_on_nothing_but_seed_and_step(dataset: ImageCrops) -> None:
     plain = batches(dataset, num_workers=0)
     for other in (batches(dataset, num_workers=2), batches(dataset, num_workers=0)):
         assert all(equal(a, b) for a, b in zip(plain, other, strict=True))

@@ -252,6 +252,9 @@ def test_recipes_for_published_weights_are_refused_without(config):
 def test_a_run_on_other_data_needs_no_manifest(config):
     recipe = "extends: root.yaml\ntrain: {dataset_path: images}\ncrops: {global_crops_size: 1024}\n"
     Path("images.yaml").write_text(recipe)
+    with pytest.raises(ConfigError, match="images is neither a folder of images nor module:Class"):
+        plan_of(config, runs={"pretrain": {"recipe": "images.yaml"}})
+    Path("images").mkdir()
     plan = plan_of(config, runs={"pretrain": {"recipe": "images.yaml"}})
     assert plan.runs["pretrain"].own_data == "images"
     assert plan.training_sets == []

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,6 +10,7 @@ from dinoscope.models.layers import BlockDraws
 from dinoscope.models.registry import ARCHS, ViTSettings
 from dinoscope.models.rope import CoordsChange, RotaryEmbedding2d, rotate
 from dinoscope.models.vit import DinoVisionTransformer
+from naive_vit import naive_forward
 
 SMALL = ViTSettings(32, 2, 2, 128, num_storage_tokens=4, mask_k_bias=True, norm_layer="layernormbf16")
 
@@ -27,59 +27,6 @@ def build(settings: ViTSettings = SMALL, seed: int = 0) -> DinoVisionTransformer
 
 def images(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def naive_forward(model: DinoVisionTransformer, image: torch.Tensor) -> np.ndarray:
-    """Slow float64 forward of one image (3, H, W) by the formulas: tokens (N, D) after the norm."""
-    settings = model.settings
-    p = {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
-    side, width, heads = settings.patch_size, settings.embed_dim, settings.num_heads
-    height, columns = image.shape[1] // side, image.shape[2] // side
-    kernel = p["patch_embed.proj.weight"].reshape(width, -1)
-    tokens = [p["cls_token"][0, 0], *p["storage_tokens"][0]]
-    coords = []
-    for row in range(height):
-        for column in range(columns):
-            patch = image[:, row * side : (row + 1) * side, column * side : (column + 1) * side].double().numpy()
-            tokens.append(kernel @ patch.ravel() + p["patch_embed.proj.bias"])
-            coords.append((2 * (row + 0.5) / height - 1, 2 * (column + 0.5) / columns - 1))
-    x, head = np.array(tokens), width // heads
-    periods = [settings.rope_base ** (2 * i / (head / 2)) for i in range(head // 4)]
-
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        centred = x - x.mean(-1, keepdims=True)
-        eps = {"layernorm": 1e-6, "layernormbf16": 1e-5}[settings.norm_layer]
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
-        return scaled * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def turned(vectors: np.ndarray) -> np.ndarray:
-        out = vectors.copy()
-        for index, (y_coord, x_coord) in enumerate(coords):
-            angles = [2 * math.pi * c / period for c in (y_coord, x_coord) for period in periods]
-            vector = vectors[index + 1 + settings.num_storage_tokens]
-            for i, angle in enumerate(angles):
-                a, b = vector[i], vector[i + head // 2]
-                out[index + 1 + settings.num_storage_tokens, i] = a * math.cos(angle) - b * math.sin(angle)
-                out[index + 1 + settings.num_storage_tokens, i + head // 2] = b * math.cos(angle) + a * math.sin(angle)
-        return out
-
-    for block in range(settings.depth):
-        q = f"blocks.{block}."
-        bias = p[q + "attn.qkv.bias"].copy()
-        bias[width : 2 * width] = 0
-        qkv = norm(x, q + "norm1") @ p[q + "attn.qkv.weight"].T + bias
-        mixed = []
-        for h in range(heads):
-            query, key, value = (qkv[:, i * width + h * head : i * width + (h + 1) * head] for i in range(3))
-            scores = turned(query) @ turned(key).T / math.sqrt(head)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            mixed.append(weights / weights.sum(-1, keepdims=True) @ value)
-        attended = np.concatenate(mixed, -1) @ p[q + "attn.proj.weight"].T + p[q + "attn.proj.bias"]
-        x = x + p[q + "ls1.gamma"] * attended
-        hidden = norm(x, q + "norm2") @ p[q + "mlp.fc1.weight"].T + p[q + "mlp.fc1.bias"]
-        hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-        x = x + p[q + "ls2.gamma"] * (hidden @ p[q + "mlp.fc2.weight"].T + p[q + "mlp.fc2.bias"])
-    return norm(x, "norm")
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 80)])

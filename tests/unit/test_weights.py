@@ -1,19 +1,28 @@
 """Model files of every kind, and what is refused."""
 
 import dataclasses
+import logging
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
+from dinoscope.config import StudentConfig
 from dinoscope.errors import WeightsError
+from dinoscope.export.describe import describe_fit
 from dinoscope.files import write_json
-from dinoscope.models.registry import ViTSettings
+from dinoscope.models.registry import ARCHS, ViTSettings, settings_from_config
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import load_backbone, read_model_file, state_digest
+from dinoscope.recipe import load_recipe, resolve_recipe
 
+REPOSITORY = Path(__file__).parents[2]
 PUBLISHED = ViTSettings(
     64, 2, 2, 256, num_storage_tokens=4, mask_k_bias=True, norm_layer="layernormbf16", rope_rescale=2.0
 )
@@ -113,10 +122,145 @@ def test_files_that_cannot_be_read_are_refused(model: DinoVisionTransformer, tmp
         "cut.safetensors": "damaged or cut short",
         "nowhere.pth": "does not exist",
         "dcp": r"training checkpoint \(DCP\); give the exported teacher",
-        "": r"neither teacher\.pth nor the final\.json",
+        "": r"neither teacher\.pth, nor model\.safetensors, nor the final\.json",
     }.items():
         with pytest.raises(WeightsError, match=sentence):
             load_backbone(tmp_path / name)
+
+
+def test_half_a_model_is_refused_by_whatever_reads_it(model: DinoVisionTransformer, tmp_path: Path) -> None:
+    tensors = exported(model)["teacher"]
+    lost = "backbone.blocks.1.mlp.fc2.bias"
+    torch.save({"teacher": {k: v for k, v in tensors.items() if k != lost}}, tmp_path / "half.pth")
+    torch.save({"teacher": tensors | {"decoder.weight": torch.ones(2)}}, tmp_path / "more.pth")
+    with pytest.raises(WeightsError, match=r"lacks tensors.*: blocks\.1\.mlp\.fc2\.bias"):
+        read_model_file(tmp_path / "half.pth")
+    with pytest.raises(WeightsError, match=r"beside the backbone that are unknown: decoder\.weight"):
+        read_model_file(tmp_path / "more.pth")
+    torch.save(flat(model) | {"rope_embed.periods": torch.ones(3)}, tmp_path / "periods.pth")
+    with pytest.raises(WeightsError, match=r"'rope_embed\.periods' is missing or misshapen"):
+        read_model_file(tmp_path / "periods.pth")
+
+
+def test_rope_periods_are_read_off_the_tensors(model: DinoVisionTransformer, tmp_path: Path) -> None:
+    ends = dataclasses.replace(PUBLISHED, rope_base=None, rope_min_period=0.5, rope_max_period=30.0)
+    for name, settings in {"base": dataclasses.replace(PUBLISHED, rope_base=25.0), "ends": ends}.items():
+        other = DinoVisionTransformer(settings)
+        other.init_weights()
+        torch.save(flat(other), tmp_path / f"{name}.pth")
+        read = load_backbone(tmp_path / f"{name}.pth").settings
+        again = DinoVisionTransformer(read)
+        again.init_weights()
+        torch.testing.assert_close(again.rope_embed.periods, other.rope_embed.periods)
+    rounded = model.rope_embed.periods.bfloat16()
+    torch.save(flat(model) | {"rope_embed.periods": rounded}, tmp_path / "rounded.pth")
+    loaded = load_backbone(tmp_path / "rounded.pth")
+    assert loaded.settings == PUBLISHED
+    assert torch.equal(loaded.rope_embed.periods, rounded.float())
+    torch.save(flat(model), tmp_path / "teacher.pth")
+    write_json(tmp_path / "model.json", {"backbone": dataclasses.replace(PUBLISHED, rope_base=30.0).as_dict()})
+    with pytest.raises(WeightsError, match=r"RoPE periods go from 1 to 56.*settings say base 30\.0"):
+        load_backbone(tmp_path / "teacher.pth")
+
+
+def test_what_had_to_be_assumed_is_said_in_one_line(
+    model: DinoVisionTransformer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(flat(model), tmp_path / "dinov3_vits16_pretrain.pth")
+    with caplog.at_level(logging.WARNING):
+        load_backbone(tmp_path / "dinov3_vits16_pretrain.pth")
+        (message,) = caplog.messages
+        assert "norm_layer (taken: layernormbf16)" in message and "mean and std of the images" in message
+        assert "num_heads" not in message and "rope_base" not in message
+        caplog.clear()
+        write_json(tmp_path / "model.json", {"backbone": PUBLISHED.as_dict(), "mean": [0.4] * 3, "std": [0.2] * 3})
+        load_backbone(tmp_path / "dinov3_vits16_pretrain.pth")
+        assert caplog.messages == []
+
+
+def run_check(*arguments: object) -> subprocess.CompletedProcess:
+    script = REPOSITORY / "workflow_scripts" / "check_weights.py"
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_check_weights_says_what_a_file_is(model: DinoVisionTransformer, tmp_path: Path) -> None:
+    (tmp_path / "named").mkdir()
+    file = tmp_path / "named" / "teacher.pth"
+    torch.save(exported(model), file)
+    card = {"backbone": PUBLISHED.as_dict(), "mean": [0.43, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
+    write_json(file.with_name("model.json"), card)
+    said = run_check(file)
+    assert said.returncode == 0, said.stderr
+    rows = {tuple(line.split(maxsplit=1)) for line in said.stdout.splitlines() if len(line.split(maxsplit=1)) == 2}
+    table = {name: " ".join(value.split()) for name, value in rows}
+    parameters = sum(p.numel() for p in model.parameters())
+    assert table["kind"] == "teacher export"
+    assert table["parameters"] == f"{parameters:,}"
+    assert table["heads"] == "dino_head (3 prototypes), ibot_head (3 prototypes)"
+    assert table["norm_layer"] == "layernormbf16 model.json"
+    assert table["depth"] == "2 tensors"
+    assert state_digest(flat(model)) in said.stdout
+    recipe = tmp_path / "fits.yaml"
+    recipe.write_text(said.stdout.split("says:")[1])  # what it prints is a recipe
+    assert list(describe_fit(read_model_file(file), load_recipe(recipe))) == []
+    settings = settings_from_config(load_recipe(recipe).student)
+    assert dataclasses.replace(settings, drop_path_rate=0.0) == PUBLISHED
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ("arch: vit_micro", "depth is 2 in the file and 6 in the recipe"),
+    ("n_storage_tokens: 0", "num_storage_tokens is 4 in the file and 0 in the recipe"),
+    ("pos_embed_rope_base: 50", r"RoPE periods from 1 to 56.*the recipe asks for base 50"),
+])  # fmt: skip
+def test_a_recipe_that_contradicts_the_tensors_does_not_fit(
+    changes: str, sentence: str, model: DinoVisionTransformer, tmp_path: Path
+) -> None:
+    torch.save(flat(model), tmp_path / "file.pth")
+    student = {"arch": "vit_nano", "n_storage_tokens": 4, "mask_k_bias": True} | yaml.safe_load(changes)
+    recipe = resolve_recipe([("test", {"student": student})], "test")
+    with pytest.raises(WeightsError, match=sentence):
+        list(describe_fit(read_model_file(tmp_path / "file.pth"), recipe))
+
+
+def test_check_weights_notes_what_differs_and_fails_on_what_does_not_fit(
+    model: DinoVisionTransformer, tmp_path: Path
+) -> None:
+    torch.save(flat(model), tmp_path / "file.pth")
+    write_json(tmp_path / "model.json", {"backbone": PUBLISHED.as_dict(), "mean": [0.4] * 3, "std": [0.2] * 3})
+    student = "arch: vit_nano, n_storage_tokens: 4, norm_layer: layernorm, pos_embed_rope_rescale_coords: 2"
+    (tmp_path / "notes.yaml").write_text(f"student: {{{student}, mask_k_bias: true, pos_embed_rope_dtype: fp32}}\n")
+    (tmp_path / "misfit.yaml").write_text(f"student: {{{student}, mask_k_bias: false}}\n")
+    said = run_check(tmp_path / "file.pth", "--config", tmp_path / "notes.yaml")
+    assert said.returncode == 0, said.stderr
+    (last,) = (part for part in said.stdout.split("\n\n") if "fits this file" in part)
+    notes = last.strip().splitlines()[1:]
+    assert notes == [
+        "note: student.norm_layer is layernorm in the recipe, but the weights were made with layernormbf16",
+        "note: crops.rgb_mean is 0.485, 0.456, 0.406 in the recipe, but 0.4, 0.4, 0.4 was used for the weights",
+        "note: crops.rgb_std is 0.229, 0.224, 0.225 in the recipe, but 0.2, 0.2, 0.2 was used for the weights",
+    ]
+    said = run_check(tmp_path / "file.pth", "--config", tmp_path / "misfit.yaml")
+    assert said.returncode == 1
+    assert "mask_k_bias is True in the file and False in the recipe" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_the_table_of_architectures_is_true() -> None:
+    text = (REPOSITORY / "docs" / "weights.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(vit_\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\w+) \| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == list(ARCHS)
+    for name, *sizes, ffn, hidden, millions in rows:
+        student = StudentConfig(arch=name, n_storage_tokens=4, mask_k_bias=True, qkv_bias=name != "vit_7b")
+        settings = settings_from_config(student)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in DinoVisionTransformer(settings).parameters())
+        assert [int(size) for size in sizes] == [settings.embed_dim, settings.depth, settings.num_heads]
+        assert (int(hidden), ffn) == (settings.ffn_hidden, ARCHS[name].ffn or "any")
+        assert float(millions) == round(parameters / 1e6, 1)
+    published = set(re.findall(r"^\| `dinov3_\w+` \| `(\w+)` \|", text, re.MULTILINE))
+    assert published <= set(ARCHS) and len(published) == 6
 
 
 class Malicious:

@@ -270,6 +270,8 @@ class Plan:
             from dinoscope.slides.manifest import manifest_digest  # pyarrow takes its time
 
             trained = seal["inputs"]["manifest"]
+            if trained is None:  # it was trained on other images
+                continue
             try:
                 current = manifest_digest(manifest)
             except ManifestError:  # planning must go on, so that it can be made again

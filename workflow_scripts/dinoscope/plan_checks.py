@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinoscope.data.sources import is_class_name
 from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
 from dinoscope.recipe import flatten, require_weights
@@ -113,6 +114,9 @@ def file_problems(plan: "Plan") -> Iterator[str]:
     if weights and not Path(weights).exists():
         yield f"recipe {plan.base_run.recipe}: MODEL.WEIGHTS {weights} does not exist"
     for run in plan.runs.values():
+        data = run.own_data
+        if data is not None and not Path(data).is_dir() and not is_class_name(data):
+            yield f"recipe {run.recipe}: train.dataset_path {data} is neither a folder of images nor module:Class"
         teacher = run.gram_teacher_file
         if teacher is not None and not teacher.exists():
             yield f"config: runs.{run.name}.gram_teacher {teacher} does not exist; give last, an iteration or a file"

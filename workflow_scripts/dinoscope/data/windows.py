@@ -1,11 +1,11 @@
-"""Do the crops fit the tiles that they are cut from, and which magnification do they show?"""
+"""Do the crops fit the images that they are cut from, and which magnification do they show?"""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dinoscope.data.crops import CropSizes
-from dinoscope.data.tiles import TileKind
+from dinoscope.data.sources import Window
 from dinoscope.errors import ConfigError
 
 __all__ = ["CropRange", "crop_ranges"]
@@ -13,41 +13,61 @@ __all__ = ["CropRange", "crop_ranges"]
 
 @dataclass(frozen=True)
 class CropRange:
-    """Effective micrometres a pixel of one kind of crop, over the range of its scale and the tiles' mpp."""
+    """Effective micrometres a pixel of one kind of crop, over the range of its scale and the images' mpp.
+
+    Both are None where the mpp of an image is unknown.
+    """
 
     name: str
     crop_px: int
-    finest_mpp: float
-    coarsest_mpp: float
+    finest_mpp: float | None
+    coarsest_mpp: float | None
     upsampled: bool
 
     def __str__(self) -> str:
-        text = f"{self.name} crops {self.crop_px} px, {self.finest_mpp:.3g} to {self.coarsest_mpp:.3g} µm/px"
+        shown = "magnification unknown"
+        if self.finest_mpp is not None:
+            shown = f"{self.finest_mpp:.3g} to {self.coarsest_mpp:.3g} µm/px"
+        text = f"{self.name} crops {self.crop_px} px, {shown}"
         return text + (" (the smallest ones are upsampled)" if self.upsampled else "")
 
 
-def crop_ranges(kinds: Iterable[TileKind], sizes: CropSizes) -> list[CropRange]:
-    """Checks each kind of crop against the smallest tile.
+def crop_ranges(windows: Iterable[Window], sizes: CropSizes) -> list[CropRange]:
+    """Checks each kind of crop against the smallest window.
 
-    A crop of c px from a window of w px with smallest scale s (a share of the area) is upsampled when c > w·√s.
+    A crop of c px from a window of w px with smallest scale s (a share of the area) is upsampled when c > w·√s; w is
+    the square root of the area where the window is no square.
 
     Raises:
-        ConfigError: A crop is larger than the window itself.
+        ConfigError: A crop is larger than the shorter side of a window.
     """
-    windows = {(kind.tile_px, kind.mpp) for kind in kinds}
+    distinct = set(windows)
     wanted = [("global", sizes.global_px, sizes.global_scale), ("local", sizes.local_px, sizes.local_scale)]
     if sizes.gram_px is not None:
         wanted.append(("gram teacher", sizes.gram_px, sizes.global_scale))
-    return [_range(name, crop_px, scale, windows) for name, crop_px, scale in wanted]
+    return [_range(name, crop_px, scale, distinct) for name, crop_px, scale in wanted]
 
 
-def _range(name: str, crop_px: int, scale: tuple[float, float], windows: set[tuple[int, float]]) -> CropRange:
-    smallest = min(px for px, _ in windows)
-    if crop_px > smallest:
-        raise ConfigError(
-            f"{name} crops are {crop_px} px but the tiles only {smallest} px; "
+def _range(name: str, crop_px: int, scale: tuple[float, float], windows: set[Window]) -> CropRange:
+    smallest = min(windows, key=lambda window: (window.shorter_px, window.name))
+    if crop_px > smallest.shorter_px:
+        raise ConfigError(_too_large(name, crop_px, smallest))
+    sides = {window: math.sqrt(window.width * window.height) for window in windows}
+    upsampled = crop_px > min(sides.values()) * math.sqrt(scale[0])
+    if any(window.mpp is None for window in windows):
+        return CropRange(name, crop_px, None, None, upsampled)
+    finest = min(window.mpp * side * math.sqrt(scale[0]) / crop_px for window, side in sides.items())
+    coarsest = max(window.mpp * side * math.sqrt(scale[1]) / crop_px for window, side in sides.items())
+    return CropRange(name, crop_px, finest, coarsest, upsampled)
+
+
+def _too_large(name: str, crop_px: int, window: Window) -> str:
+    if window.mpp is not None:
+        return (
+            f"{name} crops are {crop_px} px but {window.name} only {window.shorter_px} px; "
             f"use a tile set with windows of at least {crop_px} px, or smaller crops"
         )
-    finest = min(mpp * px * math.sqrt(scale[0]) / crop_px for px, mpp in windows)
-    coarsest = max(mpp * px * math.sqrt(scale[1]) / crop_px for px, mpp in windows)
-    return CropRange(name, crop_px, finest, coarsest, crop_px > smallest * math.sqrt(scale[0]))
+    return (
+        f"{name} crops are {crop_px} px but {window.name} only {window.width} × {window.height} px; "
+        f"use images of at least {crop_px} px on both sides, or smaller crops"
+    )

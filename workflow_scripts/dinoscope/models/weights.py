@@ -3,21 +3,20 @@
 Readable kinds:
 - a published DINOv3 file: a flat dictionary with the names of DinoVisionTransformer,
 - a teacher export or `teacher.pth` of ours: {"teacher": {"backbone.…", "dino_head.…", "ibot_head.…"}},
-- either of them as `.safetensors`,
+- a timm state dict, a flat dictionary with timm's names,
+- any of them as `.safetensors`,
+- a Hugging Face folder (`model.safetensors`, or shards with their index, and `config.json`),
 - a folder `results/models/NAME` that holds a teacher.pth, or a finished run's folder (`results/runs/NAME`).
 
-Shapes, depth, heads, FFN, storage tokens, biases and norms are read off the tensors, never off a file's name. What no
-tensor tells (norm eps, RoPE settings, normalisation of the images) comes from a `model.json` beside the file, else the
-published defaults are taken, which one log line says.
+Which kind it is, shapes, depth, heads, FFN, storage tokens, biases and norms are read off the tensors, never off a
+file's name. What no tensor tells (norm eps, RoPE settings, normalisation of the images) comes from a `model.json` or
+Hugging Face's `config.json` beside the file, else the published defaults are taken, which one log line says.
 """
 
+import functools
 import hashlib
 import json
 import logging
-import pickle
-import re
-import warnings
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,15 @@ from torch import Tensor
 
 from dinoscope.errors import WeightsError
 from dinoscope.files import read_json
-from dinoscope.models.registry import ViTSettings
+from dinoscope.models.foreign import Dialect, detect_dialect, foreign_card, from_foreign
+from dinoscope.models.registry import ARCHS, ViTSettings
+from dinoscope.models.settings_of_tensors import PUBLISHED_DEFAULTS, infer_settings, rope_periods
+from dinoscope.models.tensor_files import KINDS, find_weights, listed, read_tensors
 from dinoscope.models.vit import DinoVisionTransformer
 
-__all__ = ["ModelFile", "infer_settings", "load_backbone", "read_model_file", "state_digest"]
+__all__ = ["ModelFile", "load_backbone", "load_strictly", "read_model_file", "state_digest"]
 
 _log = logging.getLogger(__name__)
-_KINDS = (
-    "a published DINOv3 file, a teacher.pth or teacher export, either as .safetensors, or a model's or run's folder"
-)
 _CHILDREN = ("backbone", "dino_head", "ibot_head")
 
 
@@ -43,19 +42,35 @@ _CHILDREN = ("backbone", "dino_head", "ibot_head")
 class ModelFile:
     """Tensors and what is known beside them.
 
-    `backbone` has the names of DinoVisionTransformer; `heads` maps "dino_head" and "ibot_head" to their tensors, as far
-    as the file has them; `card` is the content of model.json, empty if there is none.
+    `backbone` has the names of DinoVisionTransformer and is whole; `heads` maps "dino_head" and "ibot_head" to their
+    tensors, as far as the file has them; `card` is the content of model.json, or what a foreign config.json says in its
+    terms, empty if there is neither; `kind` is for people; `foreign`: the tensors had the names of another library;
+    `completed` names what such a file lacked.
     """
 
     path: Path
     backbone: dict[str, Tensor]
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
+    kind: str = "DINOv3 backbone"
+    foreign: bool = False
+    completed: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def settings(self) -> ViTSettings:
         """The settings of the backbone: from the tensors, completed from the card or the published defaults."""
+        if assumed := self.assumed:
+            _log.warning("%s: no tensor and no file beside it tells %s", self.path.name, ", ".join(assumed))
         return infer_settings(self.backbone, self.card.get("backbone", {}), self.path)
+
+    @property
+    def assumed(self) -> list[str]:
+        """What was assumed, each with its value, because neither the tensors nor a card tell it."""
+        told = self.card.get("backbone", {})
+        untold = [key for key in PUBLISHED_DEFAULTS if key not in told and key != "rope_base"]  # the periods tell it
+        defaults = [f"{key} (taken: {PUBLISHED_DEFAULTS[key]})" for key in untold]
+        images = [] if {"mean", "std"} <= self.card.keys() else ["mean and std of the images (taken: ImageNet's)"]
+        return [*self.completed, *defaults, *images]
 
 
 def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> DinoVisionTransformer:
@@ -72,8 +87,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> DinoV
         WeightsError: No such file, not one of the kinds, or its tensors do not make a whole backbone.
     """
     file = read_model_file(path)
-    with torch.device("meta"):
-        model = DinoVisionTransformer(file.settings)
+    model = _empty_model(file.settings, file.path)
     load_strictly(model, file.backbone, file.path)
     model.mean = tuple(file.card.get("mean", model.mean))
     model.std = tuple(file.card.get("std", model.std))
@@ -82,14 +96,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> DinoV
 
 def load_strictly(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path) -> None:
     """Makes `state` the weights of a model on the meta device; every tensor must fit, none may be left over."""
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    missing = sorted(wanted.keys() - state.keys())
-    unexpected = sorted(state.keys() - wanted.keys())
-    misshapen = [name for name in wanted.keys() & state.keys() if wanted[name] != state[name].shape]
-    for names, what in ((missing, "lacks"), (unexpected, "has unknown"), (misshapen, "has wrongly shaped")):
-        if names:
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise WeightsError(f"{path} {what} tensors for a {model.settings.arch} backbone: {shown}")
+    _check_whole(model, state, path)
     rope_dtype = model.rope_embed.dtype
     state = {k: v.to(rope_dtype if k == "rope_embed.periods" else torch.float32) for k, v in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
@@ -99,77 +106,25 @@ def read_model_file(path: str | Path) -> ModelFile:
     """Reads a model file of any known kind onto the CPU.
 
     Raises:
-        WeightsError: No such file, not one of the kinds, or a tensor that is not finite.
+        WeightsError: No such file, not one of the kinds, a tensor that is not finite, or not a whole backbone.
     """
-    path = _resolve(Path(path).expanduser())
-    tensors = _read_tensors(path)
-    if isinstance(tensors.get("teacher"), dict):
-        tensors = tensors["teacher"]
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-    parts = {child: _with_prefix(tensors, f"{child}.") for child in _CHILDREN}
-    backbone = parts.pop("backbone") or tensors
-    if "cls_token" not in backbone:
-        if any(name.startswith(("student.", "teacher.", "model_ema.")) for name in tensors):
-            raise WeightsError(
-                f"{path} is a whole training state; give the exported teacher instead (eval/training_<it>/"
-                "teacher_checkpoint.pth), or convert it with convert_checkpoint.py"
-            )
-        raise WeightsError(f"{path} holds no DINOv3 backbone (no tensor cls_token); wanted: {_KINDS}")
+    path = find_weights(Path(path).expanduser())
+    kind, backbone, heads = _parts(read_tensors(path), path)
+    dialect = detect_dialect(backbone)
+    card = _read_card(path.parent, foreign=dialect is not None)
+    completed: tuple[str, ...] = ()
+    if dialect is not None:
+        kind = f"{dialect.name} backbone"
+        backbone = from_foreign(backbone, dialect, path)
+        completed = _complete(backbone, dialect, card, path)
+    elif "cls_token" not in backbone:
+        raise WeightsError(f"{path} holds no DINOv3 backbone (no tensor cls_token); wanted: {KINDS}")
     for name, tensor in backbone.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{path}: tensor {name} holds values that are not finite; the file is damaged")
-    card_path = path.parent / "model.json"
-    card = read_json(card_path) if card_path.is_file() else {}
-    return ModelFile(path, backbone, {name: part for name, part in parts.items() if part}, card)
-
-
-def infer_settings(state: dict[str, Tensor], card: dict[str, Any], path: Path) -> ViTSettings:
-    """Reads the settings of a backbone off its tensors.
-
-    Args:
-        state: Tensors with the names of DinoVisionTransformer.
-        card: What no tensor tells: norm_layer, rope_* and drop_path_rate as in ViTSettings.
-        path: For messages.
-
-    Raises:
-        WeightsError: The tensors do not make a backbone, or contradict the card.
-    """
-    try:
-        seen = _seen_settings(state)
-    except (KeyError, ValueError) as error:
-        raise WeightsError(f"{path} holds no complete DINOv3 backbone: {error} is missing or misshapen") from None
-    for key, value in seen.items():
-        if key in card and key != "layerscale" and card[key] != value:
-            raise WeightsError(f"{path}: its tensors say {key} = {value}, but model.json says {card[key]}")
-    if not card:
-        card = {"norm_layer": "layernormbf16", "rope_base": 100.0, "rope_rescale": 2.0}
-        _log.warning("%s: no model.json beside it; norm eps and RoPE settings are the published defaults", path.name)
-    untold = {key: card[key] for key in ViTSettings.__dataclass_fields__ if key in card and key not in seen}
-    return ViTSettings(**(seen | untold | {"layerscale": card.get("layerscale", seen["layerscale"])}))
-
-
-def _seen_settings(state: dict[str, Tensor]) -> dict[str, Any]:
-    depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
-    width = state["cls_token"].shape[-1]
-    block = _with_prefix(state, "blocks.0.")
-    swiglu = "mlp.w1.weight" in block
-    return {
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": width // (4 * state["rope_embed.periods"].shape[0]),
-        "ffn_hidden": block["mlp.w1.weight" if swiglu else "mlp.fc1.weight"].shape[0],
-        "ffn_layer": "swiglu" if swiglu else "mlp",
-        "patch_size": state["patch_embed.proj.weight"].shape[-1],
-        "in_chans": state["patch_embed.proj.weight"].shape[1],
-        "num_storage_tokens": state["storage_tokens"].shape[1] if "storage_tokens" in state else 0,
-        "qkv_bias": "attn.qkv.bias" in block,
-        "proj_bias": "attn.proj.bias" in block,
-        "ffn_bias": ("mlp.w1.bias" if swiglu else "mlp.fc1.bias") in block,
-        "mask_k_bias": "attn.qkv.bias_mask" in block,
-        "layerscale": 1e-5 if "ls1.gamma" in block else None,  # the initial value: no tensor tells it
-        "untie_cls_and_patch_norms": "cls_norm.weight" in state,
-        "untie_global_and_local_cls_norm": "local_cls_norm.weight" in state,
-    }
+    settings = infer_settings(backbone, card.get("backbone", {}), path)
+    _check_whole(_empty_model(settings, path), backbone, path)
+    return ModelFile(path, backbone, heads, card, kind, dialect is not None, completed)
 
 
 def state_digest(state: dict[str, Tensor]) -> str:
@@ -182,63 +137,79 @@ def state_digest(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _resolve(path: Path) -> Path:
-    """The file that a folder stands for."""
-    if not path.exists():
-        raise WeightsError(f"{path} does not exist; wanted: {_KINDS}")
-    if not path.is_dir():
-        return path
-    if (path / "final.json").is_file():
-        return path / read_json(path / "final.json")["teacher"]
-    for name in ("teacher.pth", "teacher_checkpoint.pth"):
-        if (path / name).is_file():
-            return path / name
-    if (path / ".metadata").is_file():
-        raise WeightsError(
-            f"{path} is a training checkpoint (DCP); give the exported teacher instead (eval/training_<it>/"
-            "teacher_checkpoint.pth), or convert it with convert_checkpoint.py"
-        )
-    raise WeightsError(
-        f"folder {path} holds neither teacher.pth nor the final.json of a finished run; wanted: {_KINDS}"
-    )
-
-
-def _read_tensors(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
+def _parts(tensors: dict[str, Any], path: Path) -> tuple[str, dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Kind, backbone and heads of a file's dictionary."""
+    exported = isinstance(tensors.get("teacher"), dict)
+    tensors = tensors["teacher"] if exported else tensors
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    parts = {child: _with_prefix(tensors, f"{child}.") for child in _CHILDREN}
+    backbone = parts.pop("backbone")
+    if not backbone:
+        if any(name.startswith(("student.", "teacher.", "model_ema.")) for name in tensors):
             raise WeightsError(
-                f"{path} cannot be read as safetensors ({error}); the file is damaged or cut short"
-            ) from None
-    if path.stat().st_size == 0:
-        raise WeightsError(f"{path} cannot be read: it is empty")
-    refused = (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-    )
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's own, of files that are none of its
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except refused:
+                f"{path} is a whole training state; give the exported teacher instead (eval/training_<it>/"
+                "teacher_checkpoint.pth), or convert it with convert_checkpoint.py"
+            )
+        return "DINOv3 backbone, as published", tensors, {}
+    if unknown := sorted(name for name in tensors if not name.startswith(tuple(f"{child}." for child in _CHILDREN))):
+        raise WeightsError(f"{path} has tensors beside the backbone that are unknown: {listed(unknown)}")
+    return "teacher export", backbone, {name: part for name, part in parts.items() if part}
+
+
+def _read_card(folder: Path, foreign: bool) -> dict[str, Any]:
+    """What lies beside a weight file: model.json, and for foreign tensors config.json, which model.json overrules."""
+    card: dict[str, Any] = {}
+    if foreign and (folder / "config.json").is_file():
+        preprocessor = folder / "preprocessor_config.json"
+        images = read_json(preprocessor) if preprocessor.is_file() else {}
+        card = foreign_card(read_json(folder / "config.json"), images, folder / "config.json")
+    own = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+    both = {"backbone": card.get("backbone", {}) | own.get("backbone", {})}
+    return card | own | (both if both["backbone"] else {})
+
+
+def _complete(state: dict[str, Tensor], dialect: Dialect, card: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Adds what a foreign state dict does not store; names what was assumed in doing so."""
+    completed = []
+    width = state["cls_token"].shape[-1]
+    told = PUBLISHED_DEFAULTS | card.get("backbone", {})
+    heads = told.get("num_heads")
+    if heads is None:
+        heads = next((arch.num_heads for arch in ARCHS.values() if arch.embed_dim == width), None)
+        completed.append(f"num_heads (taken: {heads}, as every published backbone of width {width})")
+    if heads is None or width % (4 * heads):
         raise WeightsError(
-            f"{path} cannot be read as a torch file of tensors alone: it is damaged, cut short, of another kind, or "
-            f"holds code; wanted: {_KINDS}"
-        ) from None
-    if not isinstance(content, dict):
-        raise WeightsError(
-            f"{path} holds an object of type {type(content).__name__}, not a dictionary of tensors; wanted: {_KINDS}"
+            f"{path}: no tensor of a {dialect.name} backbone tells the number of heads, and {heads} cannot be it at "
+            f'width {width}; write it into a model.json beside the file: {{"backbone": {{"num_heads": …}}}}'
         )
-    return content
+    if "mask_token" not in state:
+        completed.append("mask_token (taken: zeros)")
+        state["mask_token"] = torch.zeros(1, width)
+    if "rope_base" not in card.get("backbone", {}):
+        completed.append(f"rope_base (taken: {told['rope_base']})")
+    given = {key: told[key] for key in ("rope_base", "rope_min_period", "rope_max_period") if key in told}
+    state["rope_embed.periods"] = rope_periods(ViTSettings(width, 0, heads, 0, **given))
+    return tuple(completed)
+
+
+def _empty_model(settings: ViTSettings, path: Path) -> DinoVisionTransformer:
+    """A model on the meta device."""
+    try:
+        with torch.device("meta"):
+            return DinoVisionTransformer(settings)
+    except (KeyError, ValueError) as error:  # numbers that do not go together, names from a model.json
+        raise WeightsError(f"{path}: no backbone has the settings {settings}: {error}") from None
+
+
+def _check_whole(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path) -> None:
+    """Every tensor must fit, none may be missing or left over."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    missing = sorted(wanted.keys() - state.keys())
+    unexpected = sorted(state.keys() - wanted.keys())
+    misshapen = sorted(name for name in wanted.keys() & state.keys() if wanted[name] != state[name].shape)
+    for names, what in ((missing, "lacks"), (unexpected, "has unknown"), (misshapen, "has wrongly shaped")):
+        if names:
+            raise WeightsError(f"{path} {what} tensors for a {model.settings.arch} backbone: {listed(names)}")
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
