@@ -16,6 +16,7 @@ from dinoscope.data.crops import (
     Crops,
     CropSizes,
     contact_sheet,
+    for_stain,
     make_crops,
     resize,
     sample_rng,
@@ -394,6 +395,68 @@ def test_presets_are_those_of_the_literature():
     assert (pathology.solarize_p, pathology.hed_p, pathology.hed_sigma) == (0, 0.5, 0.05)
     assert (dinov3.horizontal_flips, dinov3.vertical_flips, dinov3.rotations_90) == (True, False, False)
     assert (pathology.horizontal_flips, pathology.vertical_flips, pathology.rotations_90) == (True, True, True)
+    assert pathology.blur_p == (0.5, 0.1, 0.2)
+    assert (dinov3.by_stain, pathology.by_stain) == (False, True)
+
+
+# ---- stains
+
+
+def changes(before, after):
+    return {
+        field.name: getattr(after, field.name)
+        for field in dataclasses.fields(Augmentation)
+        if getattr(before, field.name) != getattr(after, field.name)
+    }
+
+
+@pytest.mark.parametrize("stain", ["IHC", "IHC:Ki-67", "IF", "IF:DAPI", "ihc:CD3"])
+@pytest.mark.parametrize("recipe", AUGMENTATIONS)
+def test_colour_that_is_the_label_keeps_its_hue(recipe, stain):
+    augmentation = dataclasses.replace(AUGMENTATIONS[recipe], by_stain=True, hed_p=0.5)
+    made = for_stain(augmentation, stain)
+    assert changes(augmentation, made) == {"hed_p": 0, "hue": 0, "grayscale_p": 0}
+
+
+@pytest.mark.parametrize("stain", ["Pap", "MGG", "PAP"])
+@pytest.mark.parametrize(
+    ("recipe", "blur_p"), [("dinov3", (0.0, 0.2, 0.2)), ("pathology", (0.2, 0.1, 0.2))], ids=["dinov3", "pathology"]
+)
+def test_cytology_is_changed_little(recipe, blur_p, stain):
+    augmentation = dataclasses.replace(AUGMENTATIONS[recipe], by_stain=True, hed_p=0.5)
+    expected = {"hed_p": 0, "hue": 0.02, "grayscale_p": 0.05, "blur_p": blur_p, "blur_sigma": (0.1, 1.0)}
+    assert changes(augmentation, for_stain(augmentation, stain)) == expected
+
+
+def test_cytology_raises_no_number():
+    gentle = dataclasses.replace(PLAIN, by_stain=True, hue=0.01, grayscale_p=0.01, blur_p=(0.1, 0.0, 0.05))
+    gentle = dataclasses.replace(gentle, blur_sigma=(0.2, 0.4))
+    assert for_stain(gentle, "Pap") == gentle
+    strong = dataclasses.replace(gentle, blur_sigma=(1.5, 3.0))
+    assert for_stain(strong, "MGG").blur_sigma == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("stain", [None, "", "HE", "Masson", "IHCx", "PapX", "marker:IHC"])
+def test_other_stains_change_nothing(stain):
+    assert for_stain(AUGMENTATIONS["pathology"], stain) is AUGMENTATIONS["pathology"]
+
+
+@pytest.mark.parametrize("stain", ["IHC", "IF", "Pap", "HE"])
+def test_stains_do_not_matter_unless_asked(stain):
+    assert for_stain(AUGMENTATIONS["dinov3"], stain) is AUGMENTATIONS["dinov3"]
+
+
+def test_ihc_crops_keep_their_hue(recorder, window):
+    """Of what is done to a view, nothing that turns its colours: counted where the distortions are called."""
+    augmentation = dataclasses.replace(AUGMENTATIONS["pathology"], saturation=0)  # which calls grayscale as well
+    called = {
+        stain: {name for sample in distortion_calls(recorder, window, made, 0.5, 0.0, 200) for name, *_ in sample}
+        for stain in ("HE", "IHC:CD3")
+        if (made := for_stain(augmentation, stain))
+    }
+    turning = {"shift_stains", "adjust_hue", "grayscale"}
+    assert turning <= called["HE"]
+    assert called["IHC:CD3"] == {"adjust_brightness", "adjust_contrast", "gaussian_blur"}
 
 
 # ---- random draws

@@ -21,6 +21,7 @@ __all__ = [
     "CropSizes",
     "Crops",
     "contact_sheet",
+    "for_stain",
     "make_crops",
     "resize",
     "sample_rng",
@@ -51,6 +52,7 @@ class Augmentation:
         blur_kernel_px: Taps of the blur, odd.
         solarize_p: Probability of solarizing the second global crop.
         solarize_threshold: Grey values from here on are inverted.
+        by_stain: `for_stain` spares what the colour of a stain tells.
     """
 
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -70,6 +72,7 @@ class Augmentation:
     blur_kernel_px: int = 9
     solarize_p: float = 0.2
     solarize_threshold: int = 128
+    by_stain: bool = False
 
 
 AUGMENTATIONS = MappingProxyType(
@@ -86,6 +89,7 @@ AUGMENTATIONS = MappingProxyType(
             grayscale_p=0.1,
             blur_p=(0.5, 0.1, 0.2),
             solarize_p=0.0,
+            by_stain=True,
         ),
     }
 )
@@ -121,6 +125,37 @@ class Crops:
     global_crops: np.ndarray
     local_crops: np.ndarray
     gram_crops: np.ndarray | None
+
+
+def for_stain(augmentation: Augmentation, stain: str | None) -> Augmentation:
+    """The distortions for slides of one stain, where `by_stain` asks for that; no number is ever raised.
+
+    Colour is the label in IHC (brown for the marker), fluorescence (a colour a channel) and Pap or MGG cytology, where
+    strong blur would also erase the chromatin. So there is no stain jitter in any of them, neither hue shift nor
+    grayscale in IHC and IF; in Pap and MGG a hue of at most 0.02, grayscale with p ≤ 0.05, blur with p ≤ 0.2 and a
+    sigma of at most 1 px.
+
+    Args:
+        augmentation: The recipe's.
+        stain: As in the slide table: "IHC" or "IHC:marker", "IF", "Pap", "MGG", in any case; others, "HE" among them,
+            and None change nothing.
+    """
+    kind = (stain or "").partition(":")[0].strip().casefold()
+    if not augmentation.by_stain:
+        return augmentation
+    if kind in ("ihc", "if"):
+        return dataclasses.replace(augmentation, hed_p=0.0, hue=0.0, grayscale_p=0.0)
+    if kind not in ("pap", "mgg"):
+        return augmentation
+    low_px, high_px = (min(sigma, 1.0) for sigma in augmentation.blur_sigma)
+    return dataclasses.replace(
+        augmentation,
+        hed_p=0.0,
+        hue=min(augmentation.hue, 0.02),
+        grayscale_p=min(augmentation.grayscale_p, 0.05),
+        blur_p=tuple(min(p, 0.2) for p in augmentation.blur_p),
+        blur_sigma=(low_px, high_px),
+    )
 
 
 def sample_rng(seed: int, index: int) -> np.random.Generator:
