@@ -1,4 +1,4 @@
-"""Trains one run: DINOv3 self-supervised learning on tiles of slides, with or without gram anchoring.
+"""Trains one run: DINOv3 self-supervised learning on tiles of slides or images, with or without gram anchoring.
 
 One GPU box:     python workflow_scripts/launch.py -- workflow_scripts/pretrain.py ARGUMENTS
 the same:        torchrun --standalone --nproc-per-node gpu workflow_scripts/pretrain.py ARGUMENTS
@@ -18,8 +18,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="recipe of the run (YAML)")
-    parser.add_argument("--manifest", required=True, type=Path, help="merged tile manifest (parquet)")
-    parser.add_argument("--slides", required=True, help="where the slides are: slides.tsv, a folder or a glob")
+    parser.add_argument("--manifest", type=Path, help="merged tile manifest; none where the recipe names images")
+    parser.add_argument("--slides", help="where the manifest's slides are: slides.tsv, a folder or a glob")
     parser.add_argument("--run-dir", required=True, type=Path, help="folder of the run; its name is the run's name")
     parser.add_argument("--weights", help="backbone file to start from; wins over the recipe's MODEL.WEIGHTS")
     parser.add_argument("--continues", type=Path, help="final.json of the run that is continued, optimizer included")
@@ -31,12 +31,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Joins the process group and trains."""
     arguments = parse_arguments()
-    from dinoscope.recipe import load_recipe
+    from dinoscope.recipe import load_recipe, require_weights
     from dinoscope.train.distributed import joined_world
     from dinoscope.train.starting import resolve_start
     from dinoscope.train.trainer import RunInputs, train_run
 
     config = load_recipe(arguments.config, arguments.overrides)
+    if arguments.weights is None and arguments.continues is None:
+        require_weights(arguments.config, config)
     start = functools.partial(resolve_start, config, arguments.weights, arguments.continues, arguments.gram_teacher)
     with joined_world() as world:
         train_run(RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir), world)

@@ -200,7 +200,9 @@ def test_keys_that_are_numbers_in_yaml_are_names(config):
 
 def test_a_recipe_error_names_the_run(config):
     Path("root.yaml").write_text("student: {arch: vit_nan}\n")
-    with pytest.raises(ConfigError, match=r"runs\.pretrain: recipe root\.yaml: student\.arch is 'vit_nan'; choose one of"):
+    with pytest.raises(
+        ConfigError, match=r"runs\.pretrain: recipe root\.yaml: student\.arch is 'vit_nan'; choose one of"
+    ):
         plan_of(config)
     Path("root.yaml").write_text("optim: {lrr: 1}\n")
     with pytest.raises(ConfigError, match=r"runs\.pretrain: root\.yaml: unknown key optim\.lrr; did you mean"):

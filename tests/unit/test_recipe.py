@@ -97,7 +97,7 @@ def test_every_published_key_is_honoured_or_accounted_for_once(shared: Path) -> 
         ("dino: {koleo_topk: 3}", "act on distributed KoLeo alone"),
         ("dino: {koleo_loss_distributed: true, koleo_topk: 4, koleo_distributed_loss_group_size: 4}", "must be below"),
         ("train: {batch_size_per_gpu: 1}", "set it to at least 2, or dino.koleo_loss_distributed to true"),
-        ("optim: {freeze_backbone_epochs: 95}", "are longer than optim.epochs (100)"),
+        ("optim: {freeze_backbone_epochs: 95}", "(warm-up 10) are longer than optim.epochs (100)"),
         (
             "gram: {use_loss: true, loss_weight_schedule: {warmup_epochs: 200}}",
             "gram.loss_weight_schedule lasts longer",

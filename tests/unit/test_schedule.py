@@ -165,6 +165,78 @@ def test_v2_wins_and_scales_peak_and_end_only():
     assert (schedules.momentum == 0.5).all()
 
 
+def naive_head_warmup(lr_of, peak, total, frozen, warmup):
+    """Learning rates of backbone and heads, iteration by iteration; `lr_of` is that of a run `frozen` shorter."""
+    backbone = [0.0 if i < frozen else lr_of[i - frozen] for i in range(total)]
+    heads = []
+    for i in range(total):
+        if i < warmup:
+            heads.append(lr_of[i])
+        elif i < warmup + frozen:
+            heads.append(peak)
+        else:
+            heads.append(lr_of[i - frozen])
+    return backbone, heads
+
+
+def test_head_warm_up_by_v1_keys():
+    config = make_config(optim__epochs=20, optim__warmup_epochs=4, optim__freeze_backbone_epochs=3)
+    schedules = build_schedules(config, 256)
+    peak, frozen, warmup = 0.002, 15, 20
+    shorter = naive_v1(peak, 1e-6, 85, warmup, 0.0, 0)
+    backbone, heads = naive_head_warmup(shorter, peak, 100, frozen, warmup)
+    np.testing.assert_allclose(schedules.lr, backbone, rtol=1e-12)
+    np.testing.assert_allclose(schedules.head_lr, heads, rtol=1e-12)
+    assert schedules.frozen_iterations == frozen
+    np.testing.assert_array_equal(schedules.last_layer_lr[5:], schedules.head_lr[5:])
+    assert not schedules.last_layer_lr[:5].any()  # freeze_last_layer_epochs counts from the start
+    assert schedules.at(20).head_lr == schedules.at(34).head_lr == pytest.approx(peak)
+    plain = build_schedules(make_config(optim__epochs=20, optim__warmup_epochs=4), 256)
+    for name in ("weight_decay", "momentum", "teacher_temp"):
+        np.testing.assert_array_equal(getattr(schedules, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("cosine", [None, 10])
+def test_head_warm_up_by_v2_keys(cosine):
+    lr = {"start": 1e-4, "peak": 2e-3, "end": 1e-5, "warmup_epochs": 4, "freeze_last_layer_epochs": 0}
+    other = {"start": 0.5, "peak": 0.5, "end": 0.5, "warmup_epochs": 0}
+    config = make_config(optim__epochs=20, optim__freeze_backbone_epochs=3, optim__scaling_rule="none")
+    sections = {"lr": lr | {"cosine_epochs": cosine}, "weight_decay": other, "momentum": other, "teacher_temp": other}
+    config.schedules = sections
+    schedules = build_schedules(config, 256)
+    shorter = naive_v2(1e-4, 2e-3, 1e-5, 20, 85, 65 if cosine is None else 50)
+    backbone, heads = naive_head_warmup(shorter, 2e-3, 100, 15, 20)
+    np.testing.assert_allclose(schedules.lr, backbone, rtol=1e-12)
+    np.testing.assert_allclose(schedules.head_lr, heads, rtol=1e-12)
+    np.testing.assert_array_equal(schedules.last_layer_lr, schedules.head_lr)
+    assert (schedules.momentum == 0.5).all()
+
+
+def test_without_head_warm_up_the_heads_have_no_learning_rate_of_their_own():
+    schedules = build_schedules(make_config(optim__freeze_backbone_epochs=0), 256)
+    plain = build_schedules(make_config(), 256)
+    assert schedules.head_lr is None
+    assert schedules.frozen_iterations == 0
+    np.testing.assert_array_equal(schedules.lr, plain.lr)
+    assert schedules.at(7) == plain.at(7)
+
+
+def test_head_warm_up_that_does_not_fit_names_its_keys():
+    config = make_config(optim__epochs=12, optim__freeze_backbone_epochs=3)
+    with pytest.raises(
+        ConfigError, match=r"60 iterations cannot hold 15 frozen and 50 warm-up.*freeze_backbone_epochs"
+    ):
+        build_schedules(config, 256)
+    other = {"start": 0.5, "peak": 0.5, "end": 0.5, "warmup_epochs": 0}
+    lr = other | {"warmup_epochs": 4, "cosine_epochs": 6}
+    config.schedules = {"lr": lr, "weight_decay": other, "momentum": other, "teacher_temp": other}
+    told = (
+        r"^schedules\.lr: a run of 60 iterations cannot hold 15 with a frozen backbone, 20 of warm-up and 30 of cosine"
+    )
+    with pytest.raises(ConfigError, match=told):
+        build_schedules(config, 256)
+
+
 def test_module_needs_no_torch():
     code = "import sys, dinoscope.train.schedule; sys.exit('torch' in sys.modules)"
     from dinoscope import __file__ as package

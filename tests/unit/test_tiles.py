@@ -1,4 +1,4 @@
-"""The memory-mapped manifest, and crops against their windows."""
+"""The memory-mapped manifest, and its tiles as training images."""
 
 import pickle
 from pathlib import Path
@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from dinoscope.data.crops import CropSizes
-from dinoscope.data.tiles import TileKind, map_manifest
-from dinoscope.data.windows import crop_ranges
+from dinoscope.data.sources import Window
+from dinoscope.data.tiles import map_manifest, open_tiles
 from dinoscope.errors import ConfigError, ManifestError
-from dinoscope.slides.manifest import TILE_SCHEMA, merge_manifests, tile_table, write_tiles
+from dinoscope.slides.manifest import TILE_SCHEMA, manifest_digest, merge_manifests, tile_table, write_tiles
+from tiny_slides import write_manifest, write_slide
 
 ABOUT = {"tile_set": "train", "tile_px": 64, "requested_mpp": 0.5, "mpp": 0.5, "stride_px": 64}
 ABOUT |= {"width": 9999, "height": 9999, "slide_mpp": 0.25}
@@ -67,22 +68,23 @@ def test_missing_and_empty_manifests_are_refused(tmp_path: Path) -> None:
         map_manifest(tmp_path / "empty.parquet", tmp_path)
 
 
-def sizes(**changes) -> CropSizes:
-    values = {"global_px": 96, "local_px": 48, "num_local": 4, "gram_px": None, "global_scale": (0.25, 1.0)}
-    values |= {"local_scale": (0.0625, 0.25), "gram_no_distortions": False}
-    return CropSizes(**(values | changes))
-
-
-def test_effective_resolution_of_crops() -> None:
-    """A 96-px crop of a quarter to all of a 192-px window at 0.5: 96 to 192 px at 0.5 in 96 px."""
-    (whole, local) = crop_ranges([TileKind("a", 0, 192, 192, 0.5, 192)], sizes())
-    assert (whole.finest_mpp, whole.coarsest_mpp, whole.upsampled) == (0.5, 1.0, False)
-    assert (local.finest_mpp, local.coarsest_mpp, local.upsampled) == (0.5, 1.0, False)
-    (enlarged, _) = crop_ranges([TileKind("a", 0, 128, 128, 0.5, 128)], sizes())
-    assert enlarged.upsampled
-    assert enlarged.finest_mpp == pytest.approx(0.5 * 64 / 96)
-
-
-def test_a_crop_larger_than_its_window_is_refused() -> None:
-    with pytest.raises(ConfigError, match="gram teacher crops are 256 px but the tiles only 192 px"):
-        crop_ranges([TileKind("a", 0, 192, 192, 0.5, 192)], sizes(gram_px=256))
+def test_tiles_are_read_from_their_slides(tmp_path: Path) -> None:
+    slides = [write_slide(tmp_path / f"{name}.tiff", seed, side=512) for seed, name in enumerate(("b", "a"))]
+    write_manifest(tmp_path / "train.parquet", ["b", "a"], slide_px=512, tile_px=128)
+    rows = [f"{path.stem}\t{path}\t{stain}" for path, stain in zip(slides, ("Pap", ""), strict=True)]
+    table = tmp_path / "slides.tsv"
+    table.write_text("\n".join(["slide_id\tpath\tstain", *rows, "c\tunused.tiff\tHE", ""]))
+    tiles = pickle.loads(pickle.dumps(open_tiles(tmp_path / "train.parquet", str(table))))
+    assert (len(tiles), tiles.slide_ids, tiles.windows) == (32, ["a", "b"], [Window(128, 128, 0.5)])
+    assert tiles.digest() == manifest_digest(tmp_path / "train.parquet")
+    records = pq.read_table(tmp_path / "train.parquet").to_pylist()
+    for index in (0, 9, 31):
+        row, (image, sample_id) = records[index], tiles.read(index)
+        with Image.open(tmp_path / f"{row['slide_id']}.tiff") as slide:
+            whole = np.array(slide)
+        assert np.array_equal(image, whole[row["y"] : row["y"] + 128, row["x"] : row["x"] + 128])
+        assert sample_id == f"{row['slide_id']}@{row['x']},{row['y']}"
+        assert tiles.stain(index) == {"a": None, "b": "Pap"}[row["slide_id"]]
+    table.write_text("\n".join(["slide_id\tpath\tstain", rows[0], ""]))
+    with pytest.raises(ConfigError, match=r"has tiles of slide a, which .*slides\.tsv does not list"):
+        open_tiles(tmp_path / "train.parquet", str(table))

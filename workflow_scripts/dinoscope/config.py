@@ -1,8 +1,8 @@
 """The settings of a training run: every key and its default.
 
 Key names and defaults are those of the published DINOv3 trainer wherever it has the setting; keys of our own are
-`augmentation.*`, `dino.kde_*`, `optim.freeze_backbone_epochs`, `student.trainable` with what belongs to it, and
-`train.log_every`. An "epoch" is `train.OFFICIAL_EPOCH_LENGTH` iterations, not a pass over the data.
+`augmentation.*`, `sampling.*`, `dino.kde_*`, `optim.freeze_backbone_epochs`, `student.trainable` with what belongs to
+it, and `train.log_every`. An "epoch" is `train.OFFICIAL_EPOCH_LENGTH` iterations, not a pass over the data.
 
 The comment of a key is its documentation: config/README.md shows it, and a test keeps both the same.
 How a YAML file becomes a RunConfig is in recipe.py.
@@ -53,6 +53,17 @@ class CropsConfig:
     horizontal_flips: bool = True  # mirror left-right with probability 0.5
     rgb_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # mean of RGB in 0..1
     rgb_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # its deviation
+
+
+@dataclass
+class SamplingConfig:
+    """Which tiles a step takes."""
+
+    # uniform (passes over all tiles, each once) | tempered (over site × scanner × stain, then evenly over slides)
+    method: str = "uniform"
+    exponent: float = 0.5  # a stratum's share goes with its number of tiles to this power: 1 proportional, 0 equal
+    max_tiles_per_slide: int = 2  # of one slide in a step over all processes, where there are slides enough (tempered)
+    tiles_per_visit: int = 1  # tiles read of a slide in a row, which spares slow storage (tempered)
 
 
 @dataclass
@@ -221,12 +232,13 @@ class StudentConfig:
     untie_cls_and_patch_norms: bool = False  # CLS and storage tokens have a final norm of their own
     untie_global_and_local_cls_norm: bool = False  # training: CLS and storage of local crops have one of their own
     # what of the backbone is trained (heads always are): full | last_n (unfrozen_blocks, final norms) | lora (adapters,
-    # unfrozen_blocks, all norms and LayerScale) | norms (all norms and LayerScale)
+    # unfrozen_blocks, all norms) | norms (all norms and LayerScale)
     trainable: str = "full"
     unfrozen_blocks: int = 0  # last blocks trained in full (last_n, lora)
     lora_rank: int = 16  # rank of the adapters
     lora_alpha: float | None = None  # adapters are scaled by alpha / rank; null: by 1
-    lora_targets: list[str] = field(default_factory=lambda: ["qkv", "proj"])  # of q, k, v, qkv, proj, ffn
+    # what gets adapters, of q, k, v, qkv (all three, one each), proj and ffn
+    lora_targets: list[str] = field(default_factory=lambda: ["qkv", "proj"])
 
 
 @dataclass
@@ -272,6 +284,7 @@ class RunConfig:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     compute_precision: ComputePrecisionConfig = field(default_factory=ComputePrecisionConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     ibot: IbotConfig = field(default_factory=IbotConfig)

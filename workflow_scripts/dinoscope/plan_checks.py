@@ -56,13 +56,13 @@ def check_config(config: Mapping[str, Any], workflow_dir: Path) -> dict[str, Any
 def base_problems(plan: "Plan") -> Iterator[str]:
     """Starting weights that are missing, or other than the first run's; there is one set a workflow."""
     first = plan.base_run
-    try:
-        require_weights(first.recipe, first.settings)
-    except ConfigError as error:
-        yield f"runs.{first.name}: {error}"
     for run in plan.runs.values():
         if run.continues is not None:
             continue
+        try:
+            require_weights(run.recipe, run.settings)
+        except ConfigError as error:
+            yield f"runs.{run.name}: {error}"
         differing = [key for key, value in run.start.items() if value != first.start[key]]
         if differing:
             key = differing[0]

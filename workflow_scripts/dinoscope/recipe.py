@@ -98,11 +98,19 @@ def resolve_recipe(layers: Iterable[tuple[str, dict[str, Any]]], name: str) -> R
 
 
 def require_weights(recipe: str | Path, config: RunConfig) -> None:
-    """Refuses a recipe made for published weights (it, or one that it extends, is named *_lvd) that names none.
+    """Refuses a recipe without weights that is made for some.
+
+    That is one made for published weights (it, or one that it extends, is named *_lvd), or one that trains only a part
+    of the backbone.
 
     Raises:
         ConfigError: Says what to set.
     """
+    if not config.MODEL.WEIGHTS and config.student.trainable != "full":
+        raise ConfigError(
+            f"recipe {recipe}: student.trainable {config.student.trainable} leaves most of the backbone as it is, but "
+            "MODEL.WEIGHTS is empty: name the weights to start from, or set student.trainable to full"
+        )
     made_for = [path for path in recipe_chain(recipe) if path.stem.endswith("_lvd")]
     if made_for and not config.MODEL.WEIGHTS:
         raise ConfigError(

@@ -25,6 +25,9 @@ _SMALLEST = {
     "dino.koleo_topk": 1,
     "dino.kde_loss_weight": 0,
     "optim.freeze_backbone_epochs": 0,
+    "sampling.exponent": 0,
+    "sampling.max_tiles_per_slide": 1,
+    "sampling.tiles_per_visit": 1,
     "student.lora_rank": 1,
     "student.unfrozen_blocks": 0,
     "evaluation.eval_period_iterations": 0,
@@ -39,6 +42,7 @@ _CHOICES = {
     "gram.global_teacher_resize_method": ("bicubic", "bilinear"),
     "optim.optimizer": ("adamw",),
     "optim.scaling_rule": ("sqrt_wrt_1024", "linear_wrt_256", "none"),
+    "sampling.method": ("uniform", "tempered"),
     "student.ffn_layer": ("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"),
     "student.norm_layer": ("layernorm", "layernormbf16", "rmsnorm"),
     "student.pos_embed_rope_dtype": ("bf16", "fp32"),
@@ -144,6 +148,12 @@ def _spreading_problems(config: RunConfig) -> Iterable[str]:
         )
     if group is not None and group <= dino.koleo_topk:
         yield f"dino.koleo_topk ({dino.koleo_topk}) must be below dino.koleo_distributed_loss_group_size ({group})"
+    sampling = config.sampling
+    if sampling.tiles_per_visit > sampling.max_tiles_per_slide:
+        yield (
+            f"sampling.tiles_per_visit ({sampling.tiles_per_visit}) exceeds sampling.max_tiles_per_slide "
+            f"({sampling.max_tiles_per_slide}): lower the one or raise the other"
+        )
     if dino.kde_concentration <= 0:
         yield f"dino.kde_concentration is {dino.kde_concentration:g}; more than 0 is wanted"
 
@@ -210,10 +220,12 @@ def _length_problems(config: RunConfig) -> Iterable[str]:
         yield f"checkpointing.max_to_keep is {config.checkpointing.max_to_keep}; keep at least 2, or null for all"
     epochs, frozen = config.optim.epochs, config.optim.freeze_backbone_epochs
     warmup = config.optim.warmup_epochs if config.schedules is None else config.schedules.lr.warmup_epochs
-    if frozen and frozen + warmup > epochs:
+    cosine = 0 if config.schedules is None else config.schedules.lr.cosine_epochs or 0
+    if frozen and frozen + warmup + cosine > epochs:
         yield (
-            f"optim.freeze_backbone_epochs ({frozen:g}) and the warm-up of the learning rate ({warmup:g}) are longer "
-            f"than optim.epochs ({epochs})"
+            f"optim.freeze_backbone_epochs ({frozen:g}) and the schedule of the learning rate (warm-up {warmup:g}"
+            + (f", cosine {cosine:g}" if cosine else "")
+            + f") are longer than optim.epochs ({epochs})"
         )
     if config.schedules is None:
         for key in ("optim.warmup_epochs", "teacher.warmup_teacher_temp_epochs"):

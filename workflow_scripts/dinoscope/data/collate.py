@@ -38,6 +38,36 @@ class Batch:
         }
         return Batch(**moved)
 
+    def split(self, parts: int) -> list["Batch"]:
+        """As many batches of consecutive tiles, with the masks that their crops have here."""
+        if parts == 1:
+            return [self]
+        tiles = len(self.samples) // parts
+        assert tiles * parts == len(self.samples), f"{len(self.samples)} tiles do not make {parts} equal batches"
+        masks = _tiles_of(self.masks, len(self.samples), tiles)
+        return [
+            Batch(
+                samples=self.samples[part * tiles : (part + 1) * tiles],
+                global_crops=global_crops,
+                local_crops=local_crops,
+                gram_crops=gram_crops,
+                **mask_tensors(masks[part]),
+            )
+            for part, (global_crops, local_crops, gram_crops) in enumerate(
+                zip(
+                    _tiles_of(self.global_crops, len(self.samples), tiles),
+                    _tiles_of(self.local_crops, len(self.samples), tiles),
+                    [None] * parts if self.gram_crops is None else _tiles_of(self.gram_crops, len(self.samples), tiles),
+                    strict=True,
+                )
+            )
+        ]
+
+
+def _tiles_of(crops: Tensor, num_tiles: int, at_once: int) -> list[Tensor]:
+    """Crop-major crops of all tiles -> crop-major crops of so many tiles each."""
+    return [part.flatten(0, 1) for part in crops.unflatten(0, (-1, num_tiles)).split(at_once, dim=1)]
+
 
 class Collate:
     """Turns the samples of one rank and step into a Batch; masks derive from (seed, first sample number)."""

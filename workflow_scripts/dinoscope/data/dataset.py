@@ -1,5 +1,6 @@
-"""Tiles of slides as training samples."""
+"""Images of any kind as training samples."""
 
+import functools
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,47 +11,107 @@ import cv2
 from torch.utils.data import DataLoader, Dataset
 
 from dinoscope.data.collate import Batch, Collate
-from dinoscope.data.crops import AUGMENTATIONS, Augmentation, Crops, CropSizes, make_crops, sample_rng
-from dinoscope.data.sampler import StepSampler, tile_of_sample
-from dinoscope.data.tiles import MappedTiles
-from dinoscope.errors import DinoscopeError
+from dinoscope.data.crops import AUGMENTATIONS, Augmentation, Crops, CropSizes, for_stain, make_crops, sample_rng
+from dinoscope.data.images import map_images
+from dinoscope.data.sampler import StepSampler
+from dinoscope.data.sampling import SampleOrder, UniformOrder
+from dinoscope.data.sources import TrainingImages, UserImages, is_class_name
+from dinoscope.data.tiles import open_tiles
+from dinoscope.errors import ConfigError, DinoscopeError, SealError
 from dinoscope.processes import die_with_parent
-from dinoscope.slides.reader import SlidePool
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["SlideCrops", "build_loader", "crop_settings"]
+__all__ = ["ImageCrops", "build_loader", "crop_settings", "open_images"]
 
 
-class SlideCrops(Dataset):
-    """Sample number k -> crops of one tile; all random draws derive from (seed, k)."""
+class ImageCrops(Dataset):
+    """Sample number k -> crops of one image; all random draws derive from (seed, k).
+
+    Attributes:
+        order: Sample number -> number of the image; uniform unless another is given.
+    """
 
     def __init__(
         self,
-        tiles: MappedTiles,
-        slide_paths: Mapping[str, Path],
-        slide_mpps: Mapping[str, float],
+        images: TrainingImages,
         sizes: CropSizes,
         augmentation: Augmentation,
         seed: int,
+        order: SampleOrder | None = None,
     ) -> None:
-        self.tiles, self.sizes, self.augmentation, self.seed = tiles, sizes, augmentation, seed
-        self.slides = SlidePool(slide_paths, slide_mpps)
+        self.images, self.sizes, self.augmentation, self.seed = images, sizes, augmentation, seed
+        self.order = order or UniformOrder(len(images), seed)
 
     def __getitem__(self, sample: int) -> tuple[int, Crops] | DinoscopeError:
-        """Number and crops of a sample, or the error that its slide gave (torch would bury a raised one)."""
+        """Number and crops of a sample, or the error that its image gave (torch would bury a raised one)."""
         try:
             return sample, self._crops(sample)
         except DinoscopeError as error:
             return error
 
     def _crops(self, sample: int) -> Crops:
-        tile = self.tiles[tile_of_sample(sample, len(self.tiles), self.seed)]
-        kind = tile.kind
-        slide = self.slides[kind.slide_id]
-        image = slide.read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
-        return make_crops(image, self.sizes, self.augmentation, sample_rng(self.seed, sample))
+        index = self.order(sample)
+        image, sample_id = self.images.read(index)
+        height, width = image.shape[:2]
+        largest_px = max(self.sizes.global_px, self.sizes.local_px, self.sizes.gram_px or 0)
+        if min(height, width) < largest_px:
+            raise DinoscopeError(
+                f"image {sample_id} is {width} × {height} px, but crops are {largest_px} px; take images out that are "
+                "smaller on either side, or use smaller crops"
+            )
+        augmentation = _for_stain(self.augmentation, self.images.stain(index))
+        return make_crops(image, self.sizes, augmentation, sample_rng(self.seed, sample))
+
+
+_for_stain = functools.cache(for_stain)
+
+
+def open_images(
+    dataset_path: str | None,
+    *,
+    manifest: Path | None,
+    slides: str | None,
+    run_dir: Path,
+    sealed: Mapping[str, str | None] | None = None,
+) -> TrainingImages:
+    """What a run is trained on.
+
+    Args:
+        dataset_path: `train.dataset_path` of the recipe: a folder of images, module:Class, or None for the manifest.
+        manifest: The merged tile manifest; needed where `dataset_path` is None, and only there.
+        slides: Where the manifest's slides are.
+        run_dir: The run's folder, which keeps the list of images that it begins with.
+        sealed: Digests under "manifest" and "images" that the run was started with, when it goes on.
+
+    Raises:
+        ConfigError: Nothing to train on, or too much.
+        DinoscopeError: It cannot be read, or is no longer what the run was started with.
+    """
+    sealed = sealed or {}
+    if dataset_path is None:
+        if manifest is None or slides is None:
+            raise ConfigError("nothing to train on: give --manifest and --slides, or set train.dataset_path")
+        return open_tiles(manifest, slides, sealed.get("manifest"))
+    if manifest is not None:
+        raise ConfigError(
+            f"both --manifest {manifest.name} and train.dataset_path {dataset_path} say what to train on: leave one out"
+        )
+    if Path(dataset_path).is_dir():
+        return map_images(Path(dataset_path), run_dir / ".mapped", sealed.get("images"))
+    if not is_class_name(dataset_path):
+        raise ConfigError(
+            f"train.dataset_path {dataset_path} is neither a folder of images that exists nor module:Class, a data set "
+            "of your own"
+        )
+    images = UserImages(dataset_path)
+    if sealed.get("images") not in (None, images.digest()):
+        raise SealError(
+            f"run {run_dir.name} was started on other images of {dataset_path}: its digest was {sealed['images'][:8]} "
+            f"and is now {images.digest()[:8]}; restore them, or give a new run name"
+        )
+    return images
 
 
 def crop_settings(config: "RunConfig") -> tuple[CropSizes, Augmentation]:
@@ -74,7 +135,7 @@ def crop_settings(config: "RunConfig") -> tuple[CropSizes, Augmentation]:
 
 
 def build_loader(
-    dataset: SlideCrops, collate: Collate, *, first: int, last: int, rank: int, world_size: int, num_workers: int
+    dataset: ImageCrops, collate: Collate, *, first: int, last: int, rank: int, world_size: int, num_workers: int
 ) -> DataLoader[Batch]:
     """Batches of this rank for steps `first` to before `last`; the number of workers changes nothing but speed."""
     return DataLoader(

@@ -1,23 +1,28 @@
-"""A manifest of any size as three memory-mapped columns that all processes of a node share.
+"""The tiles of slides as training images, and their manifest as three memory-mapped columns for all processes.
 
 Twelve bytes a tile: the kind of tile (slide, level, sizes, mpp: one of few), x and y. The parquet manifest is streamed
-once into an uncompressed Arrow file named by the manifest's digest; workers map it and copy nothing.
+once into an uncompressed Arrow file named by the manifest's digest; workers map it and copy nothing. Its header says
+which rows are of one slide: they follow each other.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinoscope.errors import ManifestError
+from dinoscope.data.sources import Window
+from dinoscope.errors import ConfigError, ManifestError
 from dinoscope.files import atomic_path
 from dinoscope.slides.manifest import manifest_digest
+from dinoscope.slides.reader import SlidePool
+from dinoscope.slides.table import SlideRecord, read_slide_table
 
-__all__ = ["MappedTiles", "Tile", "TileKind", "map_manifest"]
+__all__ = ["MappedTiles", "SlideRows", "SlideTiles", "Tile", "TileKind", "map_manifest", "open_tiles"]
 
 _SCHEMA = pa.schema([("kind", pa.int32()), ("x", pa.int32()), ("y", pa.int32())])
 _KIND_COLUMNS = ["level", "read_px", "tile_px", "mpp", "footprint_px"]
@@ -44,6 +49,16 @@ class Tile:
     y: int
 
 
+@dataclass(frozen=True)
+class SlideRows:
+    """The rows of one slide, `start` to before `start + count`, and the stratum (site, scanner, stain) it is of."""
+
+    slide_id: str
+    stratum: str
+    start: int
+    count: int
+
+
 class MappedTiles:
     """The tiles of a manifest by number; indexing takes microseconds and no memory of its own."""
 
@@ -55,7 +70,7 @@ class MappedTiles:
         reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
         self.kinds = [TileKind(**kind) for kind in json.loads(reader.schema.metadata[b"kinds"])]
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        self._columns = [[column.to_numpy() for column in batch.columns] for batch in batches]
+        self._columns = [[_values(column) for column in batch.columns] for batch in batches]
         self._ends = np.cumsum([batch.num_rows for batch in batches])
 
     def __getstate__(self) -> Path:
@@ -63,6 +78,18 @@ class MappedTiles:
 
     def __setstate__(self, path: Path) -> None:
         self.__init__(path)
+
+    def slide_runs(self) -> list[tuple[str, int, int]]:
+        """Slide, first row and number of rows of every slide that has any, in the order of rows.
+
+        Raises:
+            ManifestError: The file was mapped by a version of dinoscope that did not note that.
+        """
+        with pa.ipc.open_file(pa.memory_map(str(self.path))) as reader:
+            runs = reader.schema.metadata.get(b"runs")
+        if runs is None:
+            raise ManifestError(f"{self.path} was made by an earlier version of dinoscope: delete it")
+        return [tuple(run) for run in json.loads(runs)]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -72,6 +99,86 @@ class MappedTiles:
         kind, x, y = self._columns[batch]
         row = index - (int(self._ends[batch - 1]) if batch else 0)
         return Tile(self.kinds[kind[row]], int(x[row]), int(y[row]))
+
+
+def _values(column: pa.Array) -> np.ndarray:
+    """The values of an int32 column without nulls; `to_numpy` would import pandas, 28 MB in every worker."""
+    return np.frombuffer(column.buffers()[1], np.int32, len(column), 4 * column.offset)
+
+
+class SlideTiles:
+    """The tiles of a manifest, read from their slides (a `TrainingImages`)."""
+
+    def __init__(self, tiles: MappedTiles, slides: Sequence[SlideRecord], digest: str) -> None:
+        """Takes the tiles, the slides that they are on, and the manifest's digest."""
+        self.tiles, self._digest = tiles, digest
+        self.slide_ids = sorted({kind.slide_id for kind in tiles.kinds})
+        records = {slide.slide_id: slide for slide in slides}
+        used = [records[slide_id] for slide_id in self.slide_ids]
+        self._stains = {slide.slide_id: slide.stain for slide in used}
+        self._strata = {slide.slide_id: _stratum(slide) for slide in used}
+        self._slides = SlidePool(
+            {slide.slide_id: slide.path for slide in used},
+            {slide.slide_id: slide.mpp for slide in used if slide.mpp is not None},
+        )
+
+    @property
+    def windows(self) -> list[Window]:
+        """The distinct sizes and resolutions of tiles."""
+        return [Window(px, px, mpp) for px, mpp in sorted({(kind.tile_px, kind.mpp) for kind in self.tiles.kinds})]
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def read(self, index: int) -> tuple[np.ndarray, str]:
+        """The tile, resampled, and its id: slide_id@x,y in level-0 pixels."""
+        tile = self.tiles[index]
+        kind = tile.kind
+        slide = self._slides[kind.slide_id]
+        image = slide.read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
+        return image, f"{kind.slide_id}@{tile.x},{tile.y}"
+
+    def stain(self, index: int) -> str | None:
+        """The stain of the tile's slide."""
+        return self._stains[self.tiles[index].kind.slide_id]
+
+    def slide_rows(self) -> list[SlideRows]:
+        """Which rows are of which slide and stratum, in the order of rows.
+
+        Raises:
+            ManifestError: See `MappedTiles.slide_runs`.
+        """
+        return [SlideRows(slide, self._strata[slide], start, count) for slide, start, count in self.tiles.slide_runs()]
+
+    def digest(self) -> str:
+        """Of the manifest."""
+        return self._digest
+
+
+def _stratum(slide: SlideRecord) -> str:
+    """Site, scanner and stain in one name; "unknown" where nothing is known."""
+    known = (slide.site, slide.scanner, slide.stain)
+    return " / ".join(part or "unknown" for part in known) if any(known) else "unknown"
+
+
+def open_tiles(manifest: Path, slides: str, sealed: str | None = None) -> SlideTiles:
+    """The tiles of a merged manifest on the slides of a table, a folder or a glob.
+
+    Args:
+        manifest: The merged manifest; its mapped form is kept in `.mapped` beside it.
+        slides: Where the slides are.
+        sealed: Digest of the manifest that a run was started with, when it goes on.
+
+    Raises:
+        ManifestError: See `map_manifest`.
+        ConfigError: The manifest has tiles of a slide that is not among the slides.
+    """
+    tiles = map_manifest(manifest, manifest.parent / ".mapped", sealed)
+    records = read_slide_table(slides)
+    unknown = {kind.slide_id for kind in tiles.kinds} - {slide.slide_id for slide in records}
+    if unknown:
+        raise ConfigError(f"the manifest has tiles of slide {min(unknown)}, which {slides} does not list")
+    return SlideTiles(tiles, records, sealed or manifest_digest(manifest))
 
 
 def map_manifest(manifest: Path, folder: Path, digest: str | None = None) -> MappedTiles:
@@ -102,23 +209,64 @@ def map_manifest(manifest: Path, folder: Path, digest: str | None = None) -> Map
 
 
 def _write_arrow(manifest: Path, target: Path) -> None:
-    """Two streaming passes: the kinds, which stand in the file's header, and the rows."""
-    kinds = sorted(set(_kinds(manifest)), key=lambda kind: tuple(asdict(kind).values()))
-    codes = {kind: code for code, kind in enumerate(kinds)}
-    header = json.dumps([asdict(kind) for kind in codes])
-    with (
-        pa.OSFile(str(target), "wb") as sink,
-        pa.ipc.new_file(sink, _SCHEMA.with_metadata({"kinds": header})) as writer,
-    ):
-        for batch in _batches(manifest, ["slide_id", *_KIND_COLUMNS, "x", "y"]):
-            present, inverse = _batch_kinds(batch)
-            column = np.array([codes[kind] for kind in present], dtype=np.int32)[inverse]
-            writer.write_batch(pa.record_batch([pa.array(column), batch["x"], batch["y"]], schema=_SCHEMA))
+    """Two streaming passes: where which kind and slide begins, which stands in the file's header, and the rows."""
+    changes, num_rows = _changes(manifest)
+    kinds = sorted({kind for kind, _ in changes}, key=astuple)
+    code_of = {kind: code for code, kind in enumerate(kinds)}
+    codes = np.array([code_of[kind] for kind, _ in changes], np.int32)
+    starts = np.array([start for _, start in changes], np.int64)
+    header = {
+        "kinds": json.dumps([asdict(kind) for kind in kinds]),
+        "runs": json.dumps(_slide_runs(changes, num_rows, manifest)),
+    }
+    row = 0
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA.with_metadata(header)) as writer:
+        for batch in _batches(manifest, ["x", "y"]):
+            kind_of_row = codes[np.searchsorted(starts, np.arange(row, row + batch.num_rows), side="right") - 1]
+            writer.write_batch(pa.record_batch([pa.array(kind_of_row), batch["x"], batch["y"]], schema=_SCHEMA))
+            row += batch.num_rows
 
 
-def _kinds(manifest: Path) -> Iterator[TileKind]:
+def _changes(manifest: Path) -> tuple[list[tuple[TileKind, int]], int]:
+    """Every kind with the row from which on tiles are of it, and the number of rows."""
+    changes: list[tuple[TileKind, int]] = []
+    row = 0
     for batch in _batches(manifest, ["slide_id", *_KIND_COLUMNS]):
-        yield from _batch_kinds(batch)[0]
+        for kind, start in _batch_changes(batch):
+            if not changes or kind != changes[-1][0]:
+                changes.append((kind, row + start))
+        row += batch.num_rows
+    return changes, row
+
+
+def _batch_changes(batch: pa.RecordBatch) -> Iterator[tuple[TileKind, int]]:
+    """Of a batch every row whose kind is not that of the row before, the first included."""
+    slides = batch["slide_id"]
+    slides = slides if pa.types.is_dictionary(slides.type) else slides.dictionary_encode()
+    columns = [slides.indices.to_numpy(), *(batch[name].to_numpy() for name in _KIND_COLUMNS)]
+    differs = np.zeros(batch.num_rows, bool)
+    differs[:1] = True
+    for column in columns:
+        differs[1:] |= column[1:] != column[:-1]
+    for row in np.flatnonzero(differs):
+        name, *numbers = (column[row].item() for column in columns)
+        yield TileKind(slides.dictionary[name].as_py(), **dict(zip(_KIND_COLUMNS, numbers, strict=True))), int(row)
+
+
+def _slide_runs(changes: list[tuple[TileKind, int]], num_rows: int, manifest: Path) -> list[tuple[str, int, int]]:
+    """Slide, first row and number of rows."""
+    firsts: list[tuple[str, int]] = []
+    for kind, start in changes:
+        if not firsts or kind.slide_id != firsts[-1][0]:
+            firsts.append((kind.slide_id, start))
+    ends = [*(start for _, start in firsts[1:]), num_rows]
+    twice = next((slide for slide, count in Counter(slide for slide, _ in firsts).items() if count > 1), None)
+    if twice is not None:
+        raise ManifestError(
+            f"manifest {manifest.name} has tiles of slide {twice} in more than one place; make it again with "
+            "merge_manifest"
+        )
+    return [(slide, start, end - start) for (slide, start), end in zip(firsts, ends, strict=True)]
 
 
 def _batches(manifest: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -129,20 +277,3 @@ def _batches(manifest: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise ManifestError(
             f"manifest {manifest.name} cannot be read ({error}); make it again with merge_manifest"
         ) from None
-
-
-def _batch_kinds(batch: pa.RecordBatch) -> tuple[list[TileKind], np.ndarray]:
-    """The distinct kinds of a batch and, for every row, which of them it is."""
-    slides = batch["slide_id"]
-    slides = slides if pa.types.is_dictionary(slides.type) else slides.dictionary_encode()
-    rows = np.empty(batch.num_rows, dtype=[("slide", "i4"), *((name, "f8") for name in _KIND_COLUMNS)])
-    rows["slide"] = slides.indices.to_numpy()
-    for name in _KIND_COLUMNS:
-        rows[name] = batch[name].to_numpy()
-    unique, inverse = np.unique(rows, return_inverse=True)
-    names = slides.dictionary.to_pylist()
-    whole = dict.fromkeys(_KIND_COLUMNS, int) | {"mpp": float}
-    kinds = [
-        TileKind(names[row["slide"]], **{name: convert(row[name]) for name, convert in whole.items()}) for row in unique
-    ]
-    return kinds, inverse.ravel()

@@ -14,15 +14,19 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinoscope.errors import CheckpointError
+from dinoscope.export.describe import describe_fit
 from dinoscope.files import atomic_path, read_json, sha256_file, write_json
 from dinoscope.models.card import PUBLISHED_ORIGIN, backbone_card
+from dinoscope.models.lora import merge_lora
 from dinoscope.models.registry import ViTSettings, settings_from_config
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import load_strictly, read_model_file, state_digest
 from dinoscope.recipe import load_recipe
+from dinoscope.train.checkpoint import FROZEN_NAME
 from dinoscope.train.run_folder import complete_checkpoints
 from dinoscope.train.seal import SEAL_NAME, read_seal
-from dinoscope.train.starting import check_fit, fresh_backbone
+from dinoscope.train.starting import fresh_backbone
+from dinoscope.train.trainable import describe_trained
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
@@ -48,6 +52,8 @@ def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher") 
     config = load_recipe(run_dir / "config.yaml")
     settings = settings_from_config(config.student)
     backbone = _read_backbone(folder, branch)
+    if config.student.trainable != "full":
+        backbone = merge_lora(_read_prefixed(folder.with_name(FROZEN_NAME), "model.frozen.backbone.") | backbone)
     _check_tensors(folder, backbone, settings)
     origin = (read_seal(run_dir) or {}).get("origin")
     card = backbone_card(settings, config, backbone, origin) | _run_card(run_dir, folder, config, branch)
@@ -64,7 +70,8 @@ def write_initial_weights(config: "RunConfig", output: Path) -> None:
     heads: dict[str, dict[str, Tensor]] = {}
     if config.MODEL.WEIGHTS:
         file = read_model_file(config.MODEL.WEIGHTS)
-        check_fit(file, settings)
+        for note in describe_fit(file, config):
+            _log.warning("%s: %s", file.path.name, note)
         backbone, heads = {name: tensor.float() for name, tensor in file.backbone.items()}, file.heads
         origin = file.card.get("origin") or PUBLISHED_ORIGIN
         _log.info("starting weights: %d tensors of %s (%s)", len(backbone), file.path.name, settings.arch)
@@ -91,20 +98,30 @@ def _locate(checkpoint: Path) -> tuple[Path, Path]:
 
 
 def _read_backbone(folder: Path, branch: str) -> dict[str, Tensor]:
-    """Reads only the tensors wanted, each into its place."""
-    try:
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever a damaged pickle raises
-        raise CheckpointError(f"checkpoint {folder} is damaged: its .metadata cannot be read ({error})") from None
+    stored = _stored_names(folder)
     for name in _BRANCH_NAMES[branch]:
         prefix = next((p for p in (f"model.{name}.backbone.", f"{name}.backbone.") if _any_starts(stored, p)), None)
         if prefix:
             break
     else:
         raise CheckpointError(f"checkpoint {folder} holds no {branch} backbone")
+    return _read_prefixed(folder, prefix)
+
+
+def _stored_names(folder: Path) -> dict[str, Any]:
+    try:
+        return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not there or has no .metadata: the checkpoint is incomplete") from None
+    except Exception as error:  # whatever a damaged pickle raises
+        raise CheckpointError(f"checkpoint {folder} is damaged: its .metadata cannot be read ({error})") from None
+
+
+def _read_prefixed(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Reads only the tensors wanted, each into its place."""
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in stored.items()
+        for key, entry in _stored_names(folder).items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     try:
@@ -147,6 +164,7 @@ def _run_card(run_dir: Path, folder: Path, config: "RunConfig", branch: str) -> 
         "samples_seen": final.get("samples_seen"),
         "metrics": final.get("metrics"),
         "gram_anchored": config.gram.use_loss,
+        "trained": describe_trained(seal.get("settings", {})),
     }
 
 

@@ -9,7 +9,7 @@ import yaml
 from dinoscope.config import RunConfig, StudentConfig
 from dinoscope.errors import WeightsError
 from dinoscope.models.registry import ARCHS, settings_from_config
-from dinoscope.models.settings_of_tensors import PUBLISHED_DEFAULTS, periods_fit
+from dinoscope.models.settings_of_tensors import PUBLISHED_DEFAULTS
 from dinoscope.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from dinoscope.models.weights import ModelFile, state_digest
 from dinoscope.train.starting import check_fit
@@ -86,13 +86,6 @@ def describe_fit(file: ModelFile, config: RunConfig) -> Iterator[str]:
     """
     wanted = settings_from_config(config.student)
     check_fit(file, wanted)
-    if not periods_fit(wanted, file.backbone):
-        ends = file.backbone["rope_embed.periods"].float()[[0, -1]].tolist()
-        raise WeightsError(
-            f"{file.path} has RoPE periods from {ends[0]:g} to {ends[1]:g}, the recipe asks for base "
-            f"{wanted.rope_base}, or {wanted.rope_min_period} to {wanted.rope_max_period}; change the recipe's "
-            "student.pos_embed_rope_base"
-        )
     for name in sorted((PUBLISHED_DEFAULTS.keys() - {"rope_base"}) & file.card.get("backbone", {}).keys()):
         ours, theirs = getattr(wanted, name), getattr(file.settings, name)
         if ours != theirs:

@@ -30,7 +30,23 @@ class BlockDraws:
 
 
 class Linear(nn.Linear):
-    """A linear layer with weights from a truncated normal of std 0.02 and bias 0."""
+    """A linear layer with weights from a truncated normal of std 0.02 and bias 0.
+
+    `lora` is None, or a module whose output is added to the layer's (lora.py).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_module("lora", None)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(…, inputs) -> (…, outputs)."""
+        plain = F.linear(tokens, self.weight, self.effective_bias())
+        return plain if self.lora is None else plain + self.lora(tokens)
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias as it is added."""
+        return self.bias
 
     def reset_parameters(self) -> None:
         """Fills weight and bias."""
@@ -52,9 +68,9 @@ class LinearMaskedKeyBias(Linear):
         if "bias_mask" in self._buffers:  # nn.Linear calls this before the buffer exists
             self.bias_mask.fill_(1.0).chunk(3)[1].zero_()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(…, D) -> (…, 3D)."""
-        return F.linear(tokens, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+    def effective_bias(self) -> Tensor:
+        """The bias with its key third set to zero."""
+        return self.bias * self.bias_mask.to(self.bias.dtype)
 
 
 class LayerScale(nn.Module):

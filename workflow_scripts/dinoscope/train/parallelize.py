@@ -78,7 +78,9 @@ def _shard(part: nn.Module, mesh: DeviceMesh, config: "RunConfig", trained: bool
     # without a backward nothing would give gathered weights of a teacher back
     keep_gathered = trained and precision.sharding_strategy == "SHARD_GRAD_OP"
     for block in getattr(part, "blocks", []):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
+        # a block of which nothing is trained need not wait for a backward
+        has_backward = any(parameter.requires_grad for parameter in block.parameters())
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not (keep_gathered and has_backward))
     fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
     if hasattr(part, "forward_crops"):
         register_fsdp_forward_method(part, "forward_crops")

@@ -4,6 +4,10 @@ Two systems, both of the published trainer: v1 (keys in `optim` and `teacher`) a
 wins when present. They differ at the seams, and the differences are kept: in v1 the warm-up ends on the peak and the
 cosine stops one step short of its end; in v2 the warm-up stops one step short of the peak and the cosine includes both
 ends.
+
+Under `optim.freeze_backbone_epochs` (N iterations) the backbone's learning rate is 0 for N iterations and its warm-up
+begins after them; the heads' warm-up begins at once, they stay at the peak until the backbone's ends, and both share
+the rest. The run is as long as without, the cosine N iterations shorter (an explicit `cosine_epochs` stays as it is).
 """
 
 import dataclasses
@@ -59,7 +63,7 @@ def cosine_schedule(
     if cosine_iters < 0:
         raise ConfigError(
             f"a schedule of {total_iters} iterations cannot hold {freeze_iters} frozen and {warmup_iters} warm-up "
-            "iterations: lower optim.warmup_epochs or raise optim.epochs"
+            "iterations: lower optim.warmup_epochs or optim.freeze_backbone_epochs, or raise optim.epochs"
         )
     if trunc_extra == 0:
         fall = (1 + np.cos(np.pi * np.arange(cosine_iters) / max(cosine_iters, 1))) / 2
@@ -138,7 +142,11 @@ def scaled_lr(lr: float, rule: str, global_batch: int) -> float:
 
 
 class ScheduleValues(NamedTuple):
-    """The values of one iteration; loss weights are None when nothing schedules them."""
+    """The values of one iteration.
+
+    Loss weights are None when nothing schedules them. `head_lr` is None where the heads follow `lr`, as they do in runs
+    without a head warm-up.
+    """
 
     lr: float
     weight_decay: float
@@ -147,11 +155,12 @@ class ScheduleValues(NamedTuple):
     last_layer_lr: float
     gram_weight: float | None
     local_loss_weight: float | None
+    head_lr: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedules:
-    """One float64 array a quantity, each as long as the run (iterations)."""
+    """One float64 array a quantity, each as long as the run; in the first `frozen_iterations` the heads train alone."""
 
     lr: np.ndarray
     weight_decay: np.ndarray
@@ -160,6 +169,8 @@ class Schedules:
     last_layer_lr: np.ndarray
     gram_weight: np.ndarray | None
     local_loss_weight: np.ndarray | None
+    head_lr: np.ndarray | None = None
+    frozen_iterations: int = 0
 
     def __len__(self) -> int:
         """Iterations of the run."""
@@ -191,18 +202,17 @@ def build_schedules(cfg: Any, global_batch: int) -> Schedules:
             if cfg.dino.reweight_dino_local_loss
             else None
         ),
+        frozen_iterations=_frozen_iterations(cfg),
     )
 
 
 def _build_v1(cfg: Any, global_batch: int) -> dict[str, np.ndarray]:
     optim, teacher, total = cfg.optim, cfg.teacher, _iterations(cfg, cfg.optim.epochs)
     common = {"total_iters": total, "trunc_extra": optim.schedule_trunc_extra}
-    lr = cosine_schedule(
-        scaled_lr(optim.lr, optim.scaling_rule, global_batch),
-        optim.min_lr,
-        warmup_iters=_iterations(cfg, optim.warmup_epochs),
-        **common,
-    )
+    peak, lr_warmup = scaled_lr(optim.lr, optim.scaling_rule, global_batch), _iterations(cfg, optim.warmup_epochs)
+    frozen = _frozen_iterations(cfg)
+    lr = cosine_schedule(peak, optim.min_lr, warmup_iters=lr_warmup, freeze_iters=frozen, **common)
+    head_lr = _head_lr(lr, frozen, lr_warmup, peak)
     warmup = _iterations(cfg, teacher.warmup_teacher_temp_epochs)
     rising = np.linspace(teacher.warmup_teacher_temp, teacher.teacher_temp, warmup)[:total]
     constant = np.full(total - len(rising), float(teacher.teacher_temp))
@@ -211,7 +221,10 @@ def _build_v1(cfg: Any, global_batch: int) -> dict[str, np.ndarray]:
         "weight_decay": cosine_schedule(optim.weight_decay, optim.weight_decay_end, **common),
         "momentum": cosine_schedule(teacher.momentum_teacher, teacher.final_momentum_teacher, **common),
         "teacher_temp": np.concatenate([rising, constant]),
-        "last_layer_lr": _frozen_at_first(lr, _iterations(cfg, optim.freeze_last_layer_epochs)),
+        "head_lr": head_lr,
+        "last_layer_lr": _frozen_at_first(
+            lr if head_lr is None else head_lr, _iterations(cfg, optim.freeze_last_layer_epochs)
+        ),
     }
 
 
@@ -219,14 +232,18 @@ def _build_v2(cfg: Any, global_batch: int) -> dict[str, np.ndarray]:
     def scaled(value: float) -> float:
         return scaled_lr(value, cfg.optim.scaling_rule, global_batch)
 
-    schedules = cfg.schedules
-    lr = _build_one(cfg, "schedules.lr", schedules.lr, peak=scaled(schedules.lr.peak), end=scaled(schedules.lr.end))
+    schedules, frozen = cfg.schedules, _frozen_iterations(cfg)
+    peak, end = scaled(schedules.lr.peak), scaled(schedules.lr.end)
+    lr = _build_one(cfg, "schedules.lr", schedules.lr, peak=peak, end=end, frozen=frozen)
+    head_lr = _head_lr(lr, frozen, _iterations(cfg, schedules.lr.warmup_epochs), peak)
+    last_layer = _iterations(cfg, getattr(schedules.lr, "freeze_last_layer_epochs", 0))
     return {
         "lr": lr,
         "weight_decay": _build_one(cfg, "schedules.weight_decay", schedules.weight_decay),
         "momentum": _build_one(cfg, "schedules.momentum", schedules.momentum),
         "teacher_temp": _build_one(cfg, "schedules.teacher_temp", schedules.teacher_temp),
-        "last_layer_lr": _frozen_at_first(lr, _iterations(cfg, getattr(schedules.lr, "freeze_last_layer_epochs", 0))),
+        "head_lr": head_lr,
+        "last_layer_lr": _frozen_at_first(lr if head_lr is None else head_lr, last_layer),
     }
 
 
@@ -238,23 +255,45 @@ def _gram_weight(cfg: Any) -> np.ndarray | None:
     return _build_one(cfg, "gram.loss_weight_schedule", cfg.gram.loss_weight_schedule)
 
 
-def _build_one(cfg: Any, key: str, section: Any, peak: float | None = None, end: float | None = None) -> np.ndarray:
+def _build_one(
+    cfg: Any, key: str, section: Any, peak: float | None = None, end: float | None = None, frozen: int = 0
+) -> np.ndarray:
     cosine_epochs = getattr(section, "cosine_epochs", None)
+    warmup, total = _iterations(cfg, section.warmup_epochs), _iterations(cfg, cfg.optim.epochs)
+    cosine = None if cosine_epochs is None else _iterations(cfg, cosine_epochs)
+    if frozen and frozen + warmup + (cosine or 0) > total:
+        raise ConfigError(
+            f"{key}: a run of {total} iterations cannot hold {frozen} with a frozen backbone, {warmup} of warm-up and "
+            f"{cosine or 0} of cosine: lower optim.freeze_backbone_epochs, {key}.warmup_epochs or {key}.cosine_epochs, "
+            "or raise optim.epochs"
+        )
     try:
-        return linear_warmup_cosine(
+        moving = linear_warmup_cosine(
             section.start,
             section.peak if peak is None else peak,
             section.end if end is None else end,
-            _iterations(cfg, section.warmup_epochs),
-            _iterations(cfg, cfg.optim.epochs),
-            None if cosine_epochs is None else _iterations(cfg, cosine_epochs),
+            warmup,
+            total - frozen,
+            cosine,
         )
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+    return np.concatenate([np.zeros(frozen), moving])
 
 
 def _iterations(cfg: Any, epochs: float) -> int:
     return round(epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+
+
+def _frozen_iterations(cfg: Any) -> int:
+    return _iterations(cfg, getattr(cfg.optim, "freeze_backbone_epochs", 0))
+
+
+def _head_lr(lr: np.ndarray, frozen: int, warmup: int, peak: float) -> np.ndarray | None:
+    """The heads' learning rate when the backbone's has `frozen` zeros first; None when it has none."""
+    if not frozen:
+        return None
+    return np.concatenate([lr[frozen : frozen + warmup], np.full(frozen, peak), lr[frozen + warmup :]])
 
 
 def _frozen_at_first(lr: np.ndarray, iterations: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """What a run was started with, sealed in its folder: nothing that changes the weights may differ when it goes on.
 
 `run_config.json` holds the settings (key -> value), the batch over all processes, and the digests of what the run took
-in when it started: manifest, starting weights, the run that it continues, and the gram teacher. A run goes on with
-those whatever becomes of them; other settings are refused. Nothing here imports torch: the same check runs when
+in when it started: tiles or images, starting weights, the run that it continues, and the gram teacher. A run goes on
+with those whatever becomes of them; other settings are refused. Nothing here imports torch: the same check runs when
 Snakemake plans.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dinoscope.config import RunConfig
+from dinoscope.data.sources import name_without_folders
 from dinoscope.errors import SealError
 from dinoscope.files import read_json, write_json, write_text
 from dinoscope.recipe import flatten, load_recipe
@@ -36,12 +37,14 @@ _NOT_SEALED = (
     "train.checkpointing",
     "train.log_every",
 )
+_DATA = "train.dataset_path"  # sealed by name; the digest of the images is sealed as well
 _WAY_OUT = "give a new run name, or delete the run's folder to start over"
 
 
 def sealed_settings(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of all settings that change the weights."""
-    return {key: value for key, value in flatten(config).items() if not key.startswith(_NOT_SEALED)}
+    named = flatten(config) | {_DATA: name_without_folders(config.train.dataset_path)}
+    return {key: value for key, value in named.items() if not key.startswith(_NOT_SEALED)}
 
 
 def read_seal(run_dir: Path) -> dict[str, Any] | None:
@@ -79,9 +82,10 @@ def seal_run(
         run_dir: The run's folder.
         config: The resolved recipe.
         global_batch: Tiles of one step over all processes.
-        inputs: Digests under "manifest", "weights", "continues" and "gram_teacher"; None where there is none.
+        inputs: Digests under "manifest" or "images", "weights", "continues" and "gram_teacher"; None where there is
+            none.
         origin: Where the weights come from in the end, for the model card.
-        slides: Ids of the slides that the run trains on.
+        slides: Ids of the slides that the run trains on, if it is slides.
     """
     (run_dir / METRICS_NAME).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "eval", ignore_errors=True)
@@ -130,9 +134,10 @@ def _compare(run_dir: Path, config: RunConfig, last_iteration: int) -> dict[str,
 
 
 def _without_folders(config: RunConfig) -> str:
-    """The resolved recipe as YAML; of weight files only their names, since results hold no absolute paths."""
+    """The resolved recipe as YAML; weight files and images by name alone: results hold no absolute paths."""
     named = OmegaConf.create(OmegaConf.to_container(config))
     named.MODEL.WEIGHTS = Path(named.MODEL.WEIGHTS).name
     if named.gram.ckpt:
         named.gram.ckpt = Path(named.gram.ckpt).name
+    named.train.dataset_path = name_without_folders(named.train.dataset_path)
     return OmegaConf.to_yaml(named)

@@ -12,12 +12,14 @@ from dinoscope.data.collate import Batch
 from dinoscope.losses.dino import dino_loss
 from dinoscope.losses.gram import gram_loss, resize_patches, select_tokens
 from dinoscope.losses.ibot import ibot_loss
+from dinoscope.losses.kde import distributed_kde_loss, kde_loss
 from dinoscope.losses.koleo import distributed_koleo_loss, koleo_loss
 from dinoscope.losses.sinkhorn import sinkhorn_knopp
 from dinoscope.models.heads import DINOHead
 from dinoscope.models.layers import BlockDraws
 from dinoscope.models.registry import ViTSettings
-from dinoscope.models.vit import BackboneOutput, DinoVisionTransformer
+from dinoscope.models.vit import BackboneOutput
+from dinoscope.train.trainable import adapted_backbone, freeze_untrained
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
@@ -36,11 +38,14 @@ class SSLModel(nn.Module):
     def __init__(self, config: "RunConfig", settings: ViTSettings) -> None:
         super().__init__()
         self.config, self.settings = config, settings
-        self.student = nn.ModuleDict({"backbone": DinoVisionTransformer(settings), **build_heads(config, settings)})
-        self.teacher = nn.ModuleDict({"backbone": DinoVisionTransformer(settings), **build_heads(config, settings)})
+        self.student, self.teacher = (
+            nn.ModuleDict({"backbone": adapted_backbone(settings, config.student), **build_heads(config, settings)})
+            for _ in range(2)
+        )
         self.gram_teacher: nn.ModuleDict | None = None
         if config.gram.use_loss and not config.gram.ema_teacher:
-            self.gram_teacher = nn.ModuleDict({"backbone": DinoVisionTransformer(settings)})
+            self.gram_teacher = nn.ModuleDict({"backbone": adapted_backbone(settings, config.student)})
+        freeze_untrained(self.student["backbone"], config.student)
         for network in self.frozen_networks():
             network.requires_grad_(False)
         self.train()
@@ -64,6 +69,7 @@ class SSLModel(nn.Module):
         gram_weight: float | None = None,
         local_loss_weight: float | None = None,
         draws: list[list[BlockDraws]] | None = None,
+        backbone_frozen: bool = False,
     ) -> tuple[Tensor, StepLosses]:
         """Total loss and its terms for one batch of this rank.
 
@@ -73,12 +79,14 @@ class SSLModel(nn.Module):
             gram_weight: Weight of the gram loss at this iteration; None outside gram runs.
             local_loss_weight: Weight of the local DINO loss under `dino.reweight_dino_local_loss`.
             draws: Random numbers of the student's forward pass.
+            backbone_frozen: Only the student's heads get gradients, and no backward runs through its backbone.
         """
         images = self._normalised(batch.global_crops)
         cls_targets, patch_targets, teacher_output = self._targets(images, batch, teacher_temp)
-        student_global, student_local = self.student["backbone"].forward_crops(
-            [images, self._normalised(batch.local_crops)], [batch.masks, None], draws, [False, True]
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
+            student_global, student_local = self.student["backbone"].forward_crops(
+                [images, self._normalised(batch.local_crops)], [batch.masks, None], draws, [False, True]
+            )
         losses = self._cls_losses(student_global, student_local, cls_targets)
         losses["ibot_loss"] = self._patch_loss(student_global, batch, patch_targets)
         total = self._total(losses, local_loss_weight)
@@ -117,16 +125,25 @@ class SSLModel(nn.Module):
                 global_logits.unflatten(0, (2, batch_size)), targets, ignore_diagonal=ignore_diagonal
             ),
         }
-        if not self.config.dino.koleo_loss_weight:
-            return losses | {"koleo_loss": logits.new_zeros(())}
-        koleo = [self._koleo(features) for features in global_out.cls_BD.chunk(2)]
-        return losses | {"koleo_loss": sum(koleo) / 2}
+        # of each global crop by itself: two crops of one tile must not be pushed apart
+        first_BD, second_BD = global_out.cls_BD.chunk(2)
+        losses["koleo_loss"] = logits.new_zeros(())
+        if self.config.dino.koleo_loss_weight:
+            losses["koleo_loss"] = (self._koleo(first_BD) + self._koleo(second_BD)) / 2
+        if self.config.dino.kde_loss_weight:
+            losses["kde_loss"] = (self._kde(first_BD) + self._kde(second_BD)) / 2
+        return losses
 
     def _koleo(self, features_BD: Tensor) -> Tensor:
         dino = self.config.dino
         if dino.koleo_loss_distributed:
             return distributed_koleo_loss(features_BD, dino.koleo_topk, dino.koleo_distributed_loss_group_size)
         return koleo_loss(features_BD)
+
+    def _kde(self, features_BD: Tensor) -> Tensor:
+        dino = self.config.dino
+        loss = distributed_kde_loss if dino.kde_loss_distributed else kde_loss
+        return loss(features_BD, dino.kde_concentration)
 
     def _patch_loss(self, global_out: BackboneOutput, batch: Batch, targets_MK: Tensor) -> Tensor:
         masked = global_out.patches_BPD.flatten(0, 1)[batch.mask_indices]
@@ -147,6 +164,7 @@ class SSLModel(nn.Module):
             dino.loss_weight * cls_loss
             + dino.koleo_loss_weight * 2 * losses["koleo_loss"]
             + self.config.ibot.loss_weight * losses["ibot_loss"]
+            + dino.kde_loss_weight * 2 * losses.get("kde_loss", 0.0)
         )
 
     def _gram_loss(self, student: BackboneOutput, teacher: BackboneOutput, batch: Batch) -> Tensor:

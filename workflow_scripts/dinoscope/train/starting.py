@@ -11,14 +11,17 @@ from torch import Tensor
 from dinoscope.errors import CheckpointError, ConfigError, WeightsError
 from dinoscope.files import read_json
 from dinoscope.models.card import PUBLISHED_ORIGIN
+from dinoscope.models.lora import fresh_adapters
 from dinoscope.models.registry import ViTSettings
+from dinoscope.models.settings_of_tensors import periods_fit
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
 from dinoscope.train.checkpoint import fill_from_full_state, load_checkpoint
 from dinoscope.train.optimizer import copy_state
 from dinoscope.train.run_folder import teacher_export_path
-from dinoscope.train.seal import SEAL_NAME, read_seal
+from dinoscope.train.seal import SEAL_NAME, read_seal, sealed_settings
 from dinoscope.train.ssl_step import SSLModel, build_heads
+from dinoscope.train.trainable import adapted_backbone, count_trained, describe_trained
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
@@ -68,7 +71,8 @@ def resolve_start(config: "RunConfig", weights: str | None, continues: Path | No
         gram_teacher: "last", an iteration of the run that is continued, or a model file.
 
     Raises:
-        ConfigError: A gram run without a gram teacher.
+        ConfigError: A gram run without a gram teacher, or one that trains another part of the backbone than the run
+            that it continues.
         CheckpointError: The run that is continued has no such teacher or no checkpoint.
     """
     parent_dir = continues.parent if continues else None
@@ -77,10 +81,23 @@ def resolve_start(config: "RunConfig", weights: str | None, continues: Path | No
     if config.gram.use_loss and not config.gram.ema_teacher:
         teacher = _gram_teacher(gram_teacher or config.gram.ckpt, parent_dir, parent, config)
     checkpoint = parent_dir / parent["checkpoint"] if parent else None
+    if parent_dir is not None:
+        _check_trained_alike(config, parent_dir)
     if checkpoint is not None and not (checkpoint / ".metadata").is_file():
         raise CheckpointError(f"run {parent_dir.name}: its checkpoint {parent['checkpoint']} is gone; train it again")
     start = weights or config.MODEL.WEIGHTS or None
     return Start(Path(start) if start else None, checkpoint, teacher)
+
+
+def _check_trained_alike(config: "RunConfig", parent_dir: Path) -> None:
+    """A run goes on with its parent's optimizer, so it trains the same part of the backbone."""
+    before = describe_trained((read_seal(parent_dir) or {}).get("settings", {}))
+    now = describe_trained(sealed_settings(config))
+    if before != now:
+        raise ConfigError(
+            f"run {parent_dir.name} trained student.trainable: {before}, and the run that continues it asks for {now}: "
+            f"set it to the same, or start from that run's teacher instead (MODEL.WEIGHTS: {parent_dir})"
+        )
 
 
 def _gram_teacher(wanted: str | None, parent_dir: Path | None, parent: dict | None, config: "RunConfig") -> Path | None:
@@ -115,7 +132,18 @@ def start_model(model: SSLModel, optimizer: torch.optim.Optimizer, start: Start,
     if model.gram_teacher is not None:
         story += _fill_gram_teacher(model, start, world)
     _check_filled(model)
+    trained, everything = count_trained(model.student["backbone"])
+    if trained < everything:
+        what = describe_trained(sealed_settings(model.config))
+        story += f"; trains {trained:,} of {everything:,} backbone parameters: {what}"
     return story
+
+
+def _adapters(model: SSLModel) -> dict[str, Tensor]:
+    """Adapters as they start, by name; empty where the recipe has none."""
+    with torch.device("meta"):
+        backbone = adapted_backbone(model.settings, model.config.student)
+    return fresh_adapters(backbone, model.config.train.seed + 2)
 
 
 def _whole_state(model: SSLModel, weights: Path | None) -> tuple[dict[str, dict[str, Tensor]], str]:
@@ -124,7 +152,7 @@ def _whole_state(model: SSLModel, weights: Path | None) -> tuple[dict[str, dict[
     heads = _fresh_heads(config, model.settings)
     if weights is None:
         backbone = fresh_backbone(model.settings, config.train.seed).state_dict()
-        return {"backbone": backbone, **heads}, "starts from scratch: random backbone, random heads"
+        return {"backbone": backbone | _adapters(model), **heads}, "starts from scratch: random backbone, random heads"
     file = read_model_file(weights)
     check_fit(file, model.settings)
     backbone = _with_untold(file, model)
@@ -132,7 +160,7 @@ def _whole_state(model: SSLModel, weights: Path | None) -> tuple[dict[str, dict[
     story = f"starts from {weights.name}: {len(backbone)} backbone tensors for student and teacher (sha256 {digest})"
     taken = {name: part for name, part in file.heads.items() if _same_shapes(part, heads[name])}
     story += "; heads from the file" if len(taken) == 2 else "; heads start random, the file has none that fit"
-    return {"backbone": backbone, **heads, **taken}, story
+    return {"backbone": backbone | _adapters(model), **heads, **taken}, story
 
 
 def _with_untold(file: ModelFile, model: SSLModel) -> dict[str, Tensor]:
@@ -163,6 +191,13 @@ def check_fit(file: ModelFile, settings: ViTSettings) -> None:
         raise WeightsError(
             f"{file.path} holds a {seen.arch} backbone, the recipe asks for {settings.arch}: {contradictions}; "
             "change the recipe's student section or give other weights"
+        )
+    if not periods_fit(settings, file.backbone):
+        ends = file.backbone["rope_embed.periods"].float()[[0, -1]].tolist()
+        raise WeightsError(
+            f"{file.path} has RoPE periods from {ends[0]:g} to {ends[1]:g}, the recipe asks for base "
+            f"{settings.rope_base}, or {settings.rope_min_period} to {settings.rope_max_period}; change the recipe's "
+            "student.pos_embed_rope_base"
         )
 
 
@@ -196,7 +231,7 @@ def _fill_gram_teacher(model: SSLModel, start: Start, world: "World") -> str:
     if world.is_main:
         file = read_model_file(start.gram_teacher)
         check_fit(file, model.settings)
-        backbone = _with_untold(file, model)
+        backbone = _with_untold(file, model) | _adapters(model)
         story = f"; gram teacher from {start.gram_teacher.parent.name}/{start.gram_teacher.name}"
     fill_from_full_state(model.gram_teacher["backbone"], backbone)
     return story

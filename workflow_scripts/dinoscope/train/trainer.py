@@ -23,15 +23,13 @@ import torch
 import torch.distributed as dist
 
 from dinoscope.data.collate import Batch, Collate
-from dinoscope.data.dataset import SlideCrops, build_loader, crop_settings
-from dinoscope.data.tiles import MappedTiles, map_manifest
+from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images
+from dinoscope.data.sources import TrainingImages
 from dinoscope.data.windows import crop_ranges
-from dinoscope.errors import ConfigError, DinoscopeError, RunError
+from dinoscope.errors import DinoscopeError, RunError
 from dinoscope.files import write_json
 from dinoscope.models.registry import settings_from_config
 from dinoscope.progress import Progress, progress
-from dinoscope.slides.manifest import manifest_digest
-from dinoscope.slides.table import SlideRecord, read_slide_table
 from dinoscope.train.checkpoint import (
     export_teacher,
     load_checkpoint,
@@ -61,24 +59,23 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads: its recipe, its tiles, where the slides are, and how it begins.
+    """What a run reads: its recipe, tiles with the slides they are on (unless the recipe names images), its start.
 
     `resolve_start` is asked only when the run begins: what it began with may be gone when it goes on.
     """
 
     config: "RunConfig"
-    manifest: Path
-    slides: str
+    manifest: Path | None
+    slides: str | None
     resolve_start: Callable[[], Start]
     run_dir: Path
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the main process finds out for all: tiles, slides, and either a start or a checkpoint to go on from."""
+    """What the main process finds out for all: the images, and either a start or a checkpoint to go on from."""
 
-    tiles: MappedTiles
-    slides: list[SlideRecord]
+    images: TrainingImages
     origin: str | None
     start: Start | None
     iteration: int
@@ -101,31 +98,22 @@ def train_run(inputs: RunInputs, world: World) -> None:
 
 
 def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, world: World) -> Prepared:
-    """What the main process does alone: lock, seal, map the manifest, find the slides."""
+    """What the main process does alone: lock, seal, find the images."""
     config, run_dir = inputs.config, inputs.run_dir
     stack.enter_context(run_lock(run_dir))
     global_batch = config.train.batch_size_per_gpu * world.size
-    checkpoints, mapped = complete_checkpoints(run_dir), inputs.manifest.parent / ".mapped"
+    where = {"manifest": inputs.manifest, "slides": inputs.slides, "run_dir": run_dir}
+    checkpoints = complete_checkpoints(run_dir)
     if checkpoints:
         seal = compare_with_seal(run_dir, config, global_batch)
-        tiles = map_manifest(inputs.manifest, mapped, seal["inputs"]["manifest"])
-        slides = _slides_of(tiles, inputs.slides)
-        return Prepared(tiles, slides, seal["origin"], None, *list(checkpoints.items())[-1])
-    start, tiles = inputs.resolve_start(), map_manifest(inputs.manifest, mapped)
-    slides = _slides_of(tiles, inputs.slides)
-    crop_ranges(tiles.kinds, crop_settings(config)[0])
-    digests = {"manifest": manifest_digest(inputs.manifest), **start.digests()}
-    trained_on = sorted({kind.slide_id for kind in tiles.kinds})
-    seal_run(run_dir, config, global_batch, digests, start.origin(), trained_on)
-    return Prepared(tiles, slides, start.origin(), start, -1, None)
-
-
-def _slides_of(tiles: MappedTiles, spec: str) -> list[SlideRecord]:
-    slides = read_slide_table(spec)
-    unknown = {kind.slide_id for kind in tiles.kinds} - {slide.slide_id for slide in slides}
-    if unknown:
-        raise ConfigError(f"the manifest has tiles of slide {min(unknown)}, which {spec} does not list")
-    return slides
+        images = open_images(config.train.dataset_path, **where, sealed=seal["inputs"])
+        return Prepared(images, seal["origin"], None, *list(checkpoints.items())[-1])
+    start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
+    crop_ranges(images.windows, crop_settings(config)[0])
+    kind = "manifest" if config.train.dataset_path is None else "images"
+    digests = {"manifest": None, kind: images.digest(), **start.digests()}
+    seal_run(run_dir, config, global_batch, digests, start.origin(), images.slide_ids)
+    return Prepared(images, start.origin(), start, -1, None)
 
 
 def _main_first(world: World, work: Callable[[], _T]) -> _T:
@@ -150,7 +138,7 @@ class Trainer:
     """The state of a run in one process."""
 
     def __init__(self, inputs: RunInputs, world: World, prepared: Prepared) -> None:
-        self.config, self.run_dir, self.world, self.tiles = inputs.config, inputs.run_dir, world, prepared.tiles
+        self.config, self.run_dir, self.world, self.images = inputs.config, inputs.run_dir, world, prepared.images
         self.origin = prepared.origin
         self.stream_seed = _stream_seed(self.config.train.seed, self.run_dir.name)
         self.global_batch = self.config.train.batch_size_per_gpu * world.size
@@ -164,7 +152,7 @@ class Trainer:
         self.window = MetricWindow(world)
         self.saved_iteration = prepared.iteration
         self.next_iteration = self._restore(prepared)
-        self.dataset = self._dataset(prepared.slides)
+        self.dataset = self._dataset()
 
     @property
     def num_iterations(self) -> int:
@@ -188,22 +176,20 @@ class Trainer:
             append_metrics(self.run_dir, {"event": name, "iteration": iteration, "note": story})
             _log.info("run %s %s", self.run_dir.name, story)
 
-    def _dataset(self, slides: list[SlideRecord]) -> SlideCrops:
+    def _dataset(self) -> ImageCrops:
         sizes, augmentation = crop_settings(self.config)
-        ranges = crop_ranges(self.tiles.kinds, sizes)
+        ranges = crop_ranges(self.images.windows, sizes)
         if self.world.is_main:
             self._summarise([str(r) for r in ranges])
-        paths = {slide.slide_id: slide.path for slide in slides}
-        mpps = {slide.slide_id: slide.mpp for slide in slides if slide.mpp is not None}
-        return SlideCrops(self.tiles, paths, mpps, sizes, augmentation, self.stream_seed)
+        return ImageCrops(self.images, sizes, augmentation, self.stream_seed)
 
     def _summarise(self, crops: Sequence[str]) -> None:
         samples = self.num_iterations * self.global_batch
-        peak = float(self.schedules.lr.max())
+        kind = "tiles" if self.config.train.dataset_path is None else "images"
         _log.info(
-            "%d tiles, %d iterations of %d tiles (%d processes on %s): %.1f passes over the data, peak lr %.3g",
-            *(len(self.tiles), self.num_iterations, self.global_batch, self.world.size, self.world.device.type),
-            *(samples / len(self.tiles), peak),
+            "%d %s, %d iterations of %d %s (%d processes on %s): %.1f passes over the data, peak lr %.3g",
+            *(len(self.images), kind, self.num_iterations, self.global_batch, kind),
+            *(self.world.size, self.world.device.type, samples / len(self.images), float(self.schedules.lr.max())),
         )
         for line in crops:
             _log.info("%s", line)
@@ -234,7 +220,7 @@ class Trainer:
         collate = Collate(
             config.train.batch_size_per_gpu,
             (grid_side, grid_side),
-            config.ibot.mask_sample_probability,
+            _mask_probability(config),
             tuple(config.ibot.mask_ratio_min_max),
             config.ibot.mask_random_circular_shift,
             self.stream_seed,
@@ -259,6 +245,7 @@ class Trainer:
     def _train_step(self, iteration: int, batch: Batch, values: ScheduleValues) -> None:
         if iteration == self.config.gram.it_load_ema_teacher and self.model.gram_teacher is not None:
             self._refresh_gram_teacher(iteration)
+        backbone_frozen = iteration < self.schedules.frozen_iterations
         apply_schedule(self.optimizer, values)
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = self.model(
@@ -267,12 +254,15 @@ class Trainer:
             gram_weight=values.gram_weight,
             local_loss_weight=values.local_loss_weight,
             draws=self._draws(iteration, batch),
+            backbone_frozen=backbone_frozen,
         )
         loss.backward()
         clip = self.config.optim.clip_grad
         norms = {f"{name}_grad_norm": clip_gradients(parameters, clip) for name, parameters in self.parts.items()}
         self.optimizer.step()
-        update_ema(self.model.teacher, self.model.student, values.momentum)
+        for name in self.parts:
+            if name != "backbone" or not backbone_frozen:
+                update_ema(self.model.teacher[name], self.model.student[name], values.momentum)
         if self._gram_refresh_due(iteration):
             self._refresh_gram_teacher(iteration + 1)
         self.window.add(terms | norms)
@@ -354,12 +344,17 @@ class Trainer:
             "iteration": iteration,
             "checkpoint": str(folder.relative_to(self.run_dir)),
             "teacher": str(teacher.relative_to(self.run_dir)),
-            "num_tiles": len(self.tiles),
+            "num_tiles": len(self.images),
             "samples_seen": self.num_iterations * self.global_batch,
-            "tiles": sorted({(kind.tile_px, round(kind.mpp, 6)) for kind in self.tiles.kinds}),
-            "crops": [vars(entry) for entry in crop_ranges(self.tiles.kinds, sizes)],
+            "tiles": sorted({(w.shorter_px, w.mpp and round(w.mpp, 6)) for w in self.images.windows}),
+            "crops": [vars(entry) for entry in crop_ranges(self.images.windows, sizes)],
             "metrics": _last_metrics(self.run_dir),
         }
+
+
+def _mask_probability(config: "RunConfig") -> float:
+    ibot = config.ibot
+    return ibot.mask_sample_probability if ibot.loss_weight or ibot.force_masking_even_with_zero_weight else 0.0
 
 
 def _schedule_line(values: ScheduleValues) -> dict[str, float]:
@@ -370,6 +365,8 @@ def _schedule_line(values: ScheduleValues) -> dict[str, float]:
         "last_layer_lr": values.last_layer_lr,
         "teacher_temp": values.teacher_temp,
     }
+    if values.head_lr is not None:
+        line["head_lr"] = values.head_lr
     if values.gram_weight is not None:
         line["gram_weight"] = values.gram_weight
     return line
