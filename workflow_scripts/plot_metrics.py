@@ -1,9 +1,10 @@
-"""Curves of one or more training runs: losses, schedules, gradient norms, throughput.
+"""Curves of one or more training runs: losses, schedules, gradient norms, throughput, signs of collapse.
 
     python workflow_scripts/plot_metrics.py --metrics results/runs/pretrain/training_metrics.json \\
         results/runs/gram/training_metrics.json --output curves.png
 
-A run is called by its folder. Reading a run that is still going on is fine.
+A run is called by its folder. Reading a run that is still going on is fine. Thin vertical lines mark restarts,
+extensions and updates of the gram teacher, ticks at the bottom skipped steps.
 """
 
 import argparse

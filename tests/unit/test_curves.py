@@ -65,6 +65,47 @@ def test_runs_have_colours_of_their_own_and_restarts_are_marked():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pretrain", "gram", "resumed"]
 
 
+def test_events_are_marked_by_kind_each_place_once():
+    frame = metrics(1000, gram=True, resumed=(300, 300, 600))
+    frame.attrs["events"] += [{"event": "gram_teacher_update", "iteration": i} for i in (250, 500, 250)]
+    frame.attrs["events"] += [{"event": "extended", "iteration": 800, "lr_before": 1.0}]
+    frame.attrs["events"] += [{"event": "skipped", "iteration": i} for i in range(100, 200)]
+    frame.attrs["events"] += [{"event": "another", "iteration": 7}, {"event": "resume"}]
+    figure = draw_curves({"gram": frame})
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["gram", "resumed", "gram teacher updated", "extended", "step skipped"]
+    for axes in panels_of(figure).values():
+        marks = {}
+        for line in axes.lines:
+            if line.get_gid():
+                kind, _, iteration = line.get_gid().split("-")
+                marks.setdefault(kind, []).append(int(iteration))
+                assert set(line.get_xdata()) == {int(iteration)}
+                assert line.get_ydata()[1] == (1 if kind != "skipped" else pytest.approx(0.07))
+        skipped = marks.pop("skipped")
+        assert marks == {"resume": [300, 600], "gram_teacher_update": [250, 500], "extended": [800]}
+        assert skipped[0] == 100 and 20 < len(skipped) <= 30 and skipped[-1] > 190  # ticks, not a hundred lines
+
+
+def test_old_runs_have_no_panels_for_what_they_did_not_log():
+    frame = metrics(30)[["total_loss", "lr", "last_layer_lr"]]
+    panels = panels_of(draw_curves({"old": frame}))
+    assert set(panels) == {"Total loss", "Learning rate"}
+    assert [text.get_text() for text in panels["Learning rate"].get_legend().get_texts()] == ["backbone", "last"]
+
+
+def test_titles_and_legends_do_not_overlap():
+    figure = draw_curves({"pretrain": metrics(30, gram=True, resumed=(5,))})
+    figure.canvas.draw()
+    renderer, checked = figure.canvas.get_renderer(), 0
+    for axes in figure.axes:
+        if axes.axison and axes.get_legend() is not None:
+            title, legend = axes._left_title.get_window_extent(renderer), axes.get_legend().get_window_extent(renderer)
+            assert title.x1 < legend.x0, axes.get_title(loc="left")
+            checked += 1
+    assert checked == 3
+
+
 @pytest.mark.parametrize(("count", "num_bins"), [(1000, 100), (1003, 200), (7, 200), (1, 200), (201, 200)])
 def test_bins_are_those_of_a_plain_loop(count, num_bins):
     generator = np.random.default_rng(0)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinoscope.errors import RunError
-from dinoscope.train.metrics import append_metrics, read_metrics
+from dinoscope.train.metrics import append_metrics, read_events, read_metrics
 
 
 def test_the_later_line_of_an_iteration_counts_and_cut_lines_spoil_nothing(tmp_path: Path) -> None:
@@ -19,11 +20,53 @@ def test_the_later_line_of_an_iteration_counts_and_cut_lines_spoil_nothing(tmp_p
     frame = read_metrics(tmp_path)
     assert frame["total_loss"].to_dict() == {4: 4.0, 9: 9.0, 14: -1.0}
     assert [event["event"] for event in frame.attrs["events"]] == ["start", "resume"]
+    assert read_events(tmp_path) == frame.attrs["events"]
+
+
+def test_what_a_restart_undid_is_left_out_until_it_is_done_again(tmp_path: Path) -> None:
+    for iteration in (9, 19, 29, 39):
+        append_metrics(tmp_path, {"iteration": iteration, "total_loss": 1.0})
+    append_metrics(tmp_path, {"event": "skipped", "iteration": 33})
+    append_metrics(tmp_path, {"event": "resume", "iteration": 20})
+    assert list(read_metrics(tmp_path).index) == [9, 19]
+    append_metrics(tmp_path, {"iteration": 29, "total_loss": 2.0})
+    append_metrics(tmp_path, {"event": "resume", "iteration": 30})
+    append_metrics(tmp_path, {"iteration": 39, "total_loss": 3.0})
+    assert read_metrics(tmp_path)["total_loss"].to_dict() == {9: 1.0, 19: 1.0, 29: 2.0, 39: 3.0}
+    assert [event["iteration"] for event in read_events(tmp_path)] == [33, 20, 30]
+
+
+def test_lines_need_not_say_the_same(tmp_path: Path) -> None:
+    append_metrics(tmp_path, {"iteration": 0, "total_loss": 1.0})
+    append_metrics(tmp_path, {"iteration": 1, "total_loss": float("nan"), "rankme": 20.0})
+    frame = read_metrics(tmp_path / "training_metrics.json")
+    assert frame.columns.tolist() == ["total_loss", "rankme"]
+    np.testing.assert_array_equal(frame.to_numpy(), [[1.0, np.nan], [np.nan, 20.0]])
+
+
+def test_the_published_trainers_lines_are_read_the_later_one_counts(tmp_path: Path) -> None:
+    lines = '{"iteration": 10, "total_loss": 3.0}\n{"iteration": 20, "total_loss": 2.0}\n'
+    (tmp_path / "training_metrics.json").write_text(lines + '{"iteration": 10, "total_loss": 1.0}\n')
+    assert read_metrics(tmp_path)["total_loss"].to_dict() == {10: 1.0, 20: 2.0}
+    assert read_events(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "rest", [b"\0\0\0\0", b'{"iteration": 5, "note": "\xc3', b"[1]\n", b'{"iteration": "x"}', b"\xff\xfe"]
+)
+def test_whatever_a_power_cut_left_at_the_end_spoils_nothing(tmp_path: Path, rest: bytes) -> None:
+    append_metrics(tmp_path, {"iteration": 4, "total_loss": 1.0})
+    with open(tmp_path / "training_metrics.json", "ab") as file:
+        file.write(rest)
+    assert read_metrics(tmp_path)["total_loss"].to_dict() == {4: 1.0}
+    append_metrics(tmp_path, {"iteration": 5, "total_loss": 2.0})
+    assert read_metrics(tmp_path)["total_loss"].to_dict() == {4: 1.0, 5: 2.0}
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="does not exist"):
-        read_metrics(tmp_path)
+    for read in (read_metrics, read_events):
+        with pytest.raises(RunError, match="does not exist"):
+            read(tmp_path)
     append_metrics(tmp_path, {"event": "start", "iteration": 0})
     with pytest.raises(RunError, match="no iteration yet"):
         read_metrics(tmp_path)

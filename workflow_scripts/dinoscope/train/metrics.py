@@ -10,7 +10,7 @@ from dinoscope.errors import RunError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["METRICS_NAME", "append_metrics", "read_metrics"]
+__all__ = ["METRICS_NAME", "append_metrics", "read_events", "read_metrics"]
 
 METRICS_NAME = "training_metrics.json"
 
@@ -27,31 +27,59 @@ def append_metrics(run_dir: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_metrics(run: str | Path) -> "pd.DataFrame":
-    """Metrics of a run, ours or the published trainer's.
+    """Metrics of a run, ours or the published trainer's, also while it is going on.
 
     Args:
         run: A run's folder or its training_metrics.json.
 
     Returns:
-        One row an iteration (the index); where a restart repeated an iteration the later line counts. Lines with a key
-        "event" (starts, resumes, gram teacher updates) are in `frame.attrs["events"]`, in file order.
+        One row an iteration (the index); what a line does not say is NaN. Where a run went on from a checkpoint, the
+        lines after that checkpoint are those of the later attempt only. The events (see `read_events`) are in
+        `frame.attrs["events"]`.
 
     Raises:
         RunError: There is no such file, or it holds no iteration.
     """
     import pandas as pd
 
+    path, lines = _read_lines(run)
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if line.get("event") == "resume":  # what an earlier attempt did from here on is undone
+            rows = {iteration: row for iteration, row in rows.items() if iteration < line.get("iteration", 0)}
+        elif "event" not in line and isinstance(line.get("iteration"), int):
+            rows[line["iteration"]] = line
+    if not rows:
+        raise RunError(f"{path} holds no iteration yet")
+    frame = pd.DataFrame(list(rows.values())).set_index("iteration").sort_index()
+    frame.attrs["events"] = [line for line in lines if "event" in line]
+    return frame
+
+
+def read_events(run: str | Path) -> list[dict[str, Any]]:
+    """What happened in a run, in the order of the file.
+
+    Args:
+        run: A run's folder or its training_metrics.json.
+
+    Returns:
+        Lines with `event` (start, resume, extended, gram_teacher_update, skipped), `iteration` and what belongs to it.
+        All attempts are in it: what is done again after a restart is there twice.
+
+    Raises:
+        RunError: There is no such file.
+    """
+    return [line for line in _read_lines(run)[1] if "event" in line]
+
+
+def _read_lines(run: str | Path) -> tuple[Path, list[dict[str, Any]]]:
     path = Path(run)
     path = path / METRICS_NAME if path.is_dir() else path
     if not path.is_file():
         raise RunError(f"{path} does not exist; give a run's folder or its {METRICS_NAME}")
-    lines = [line for text in path.read_text(encoding="utf-8").splitlines() if (line := _parse(text)) is not None]
-    rows = [line for line in lines if "event" not in line and "iteration" in line]
-    if not rows:
-        raise RunError(f"{path} holds no iteration yet")
-    frame = pd.DataFrame(rows).drop_duplicates("iteration", keep="last").set_index("iteration").sort_index()
-    frame.attrs["events"] = [line for line in lines if "event" in line]
-    return frame
+    # after a power cut a file may hold anything at its end
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return path, [line for text in texts if (line := _parse(text)) is not None]
 
 
 def _parse(text: str) -> dict[str, Any] | None:

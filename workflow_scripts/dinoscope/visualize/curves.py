@@ -1,10 +1,11 @@
-"""Curves of training runs: losses, schedules, gradient norms and throughput against the iteration."""
+"""Curves of training runs: losses, schedules, gradient norms, throughput and signs of collapse, by iteration."""
 
 import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,24 @@ RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", 
 LINE_STYLES = ("-", "--", ":")
 MAX_POINTS = 200
 NUM_COLUMNS = 4
+MARKS_APART = 300  # marks of one kind that are nearer than this part of the width are drawn as one
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How events of one kind are drawn: what the legend calls them, the line's style and its part of the height."""
+
+    label: str
+    style: Any
+    height: float = 1.0
+
+
+MARKS = {
+    "resume": _Mark("resumed", ":"),
+    "gram_teacher_update": _Mark("gram teacher updated", (0, (6, 3))),
+    "extended": _Mark("extended", "-."),
+    "skipped": _Mark("step skipped", "-", 0.07),
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +60,9 @@ PANELS = (
     _Panel("DINO loss, local crops", {"dino_local_crops_loss": ""}),
     _Panel("iBOT loss, masked patches", {"ibot_loss": ""}),
     _Panel("KoLeo loss", {"koleo_loss": ""}),
+    _Panel("KDE loss", {"kde_loss": ""}),
     _Panel("Gram loss", {"gram_loss": ""}),
-    _Panel("Learning rate", {"lr": "all", "last_layer_lr": "last layer"}),
+    _Panel("Learning rate", {"lr": "backbone", "last_layer_lr": "last", "head_lr": "heads"}),
     _Panel("Weight decay", {"wd": ""}),
     _Panel("Teacher momentum", {"mom": ""}),
     _Panel("Teacher temperature", {"teacher_temp": ""}),
@@ -52,14 +72,19 @@ PANELS = (
         log=True,
     ),
     _Panel("Throughput, tiles/s", {"samples_per_second": ""}),
+    _Panel("Rank of the features (RankMe)", {"rankme": ""}),
+    _Panel("Mean cosine of the features", {"mean_cosine": ""}),
+    _Panel("Teacher entropy, nats", {"teacher_entropy": "of each", "target_marginal_entropy": "of mean"}),
+    _Panel("KL, teacher to student, nats", {"teacher_student_kl": ""}),
 )
 
 
 def draw_curves(runs: Mapping[str, pd.DataFrame]) -> Figure:
     """Draws all quantities that any of the runs has logged, one colour a run.
 
-    Dotted vertical lines mark where a run was resumed. Beyond 200 points a curve is the mean of as many bins, with the
-    range of each bin behind it.
+    Thin vertical lines mark where a run was resumed or extended and where the gram teacher was updated, ticks at the
+    bottom where a step was skipped. Beyond 200 points a curve is the mean of as many bins, with the range of each bin
+    behind it.
 
     Args:
         runs: Name of the run -> its metrics, as `dinoscope.train.metrics.read_metrics` gives them.
@@ -75,7 +100,7 @@ def draw_curves(runs: Mapping[str, pd.DataFrame]) -> Figure:
             _draw_panel(axes, panel, runs)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        figure.legend(handles=_run_legend(runs), loc="outside upper left", ncols=6, frameon=False, fontsize=10)
+        figure.legend(handles=_run_legend(runs), loc="outside upper left", ncols=8, frameon=False, fontsize=10)
     return figure
 
 
@@ -123,8 +148,7 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, pd.DataFrame]) -> 
             if column in frame and frame[column].notna().any():
                 _draw_curve(axes, frame[column], color, style)
         if panel.columns.keys() & set(frame.columns):
-            for iteration in _restarts(frame):
-                axes.axvline(iteration, color=color, linewidth=0.9, linestyle=":", gid=f"restart-{name}-{iteration}")
+            _draw_marks(axes, name, frame, color)
     axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("iteration", color="#555555")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -152,9 +176,27 @@ def _draw_curve(axes: Axes, curve: pd.Series, color: str, style: str) -> None:
     axes.plot(bins["x"], bins["mean"], color=color, linestyle=style, linewidth=1.3, marker=marker, markersize=3)
 
 
-def _restarts(frame: pd.DataFrame) -> list[int]:
+def _draw_marks(axes: Axes, name: str, frame: pd.DataFrame, color: str) -> None:
+    for kind, mark in MARKS.items():
+        last = -np.inf
+        for iteration in _marked(frame, kind):
+            if iteration - last > max(frame.index.max(), 1) / MARKS_APART:
+                axes.axvline(
+                    iteration,
+                    ymax=mark.height,
+                    color=color,
+                    alpha=0.65,
+                    linewidth=0.9,
+                    linestyle=mark.style,
+                    gid=f"{kind}-{name}-{iteration}",
+                )
+                last = iteration
+
+
+def _marked(frame: pd.DataFrame, kind: str) -> list[int]:
+    """Iterations of the events of one kind; after a restart some are in the file twice."""
     events = frame.attrs.get("events", [])
-    return sorted({int(event["iteration"]) for event in events if event["event"] == "resume"})
+    return sorted({int(event["iteration"]) for event in events if event["event"] == kind and "iteration" in event})
 
 
 def _run_legend(runs: Mapping[str, pd.DataFrame]) -> list[Line2D]:
@@ -162,6 +204,13 @@ def _run_legend(runs: Mapping[str, pd.DataFrame]) -> list[Line2D]:
         Line2D([], [], color=RUN_COLORS[number % len(RUN_COLORS)], linewidth=2.5, label=name)
         for number, name in enumerate(runs)
     ]
-    if any(_restarts(frame) for frame in runs.values()):
-        handles.append(Line2D([], [], color="#555555", linestyle=":", label="resumed"))
+    for kind, mark in MARKS.items():
+        if any(_marked(frame, kind) for frame in runs.values()):
+            handles.append(_mark_handle(mark))
     return handles
+
+
+def _mark_handle(mark: _Mark) -> Line2D:
+    if mark.height < 1:
+        return Line2D([], [], color="#555555", linestyle="none", marker="|", markersize=6, label=mark.label)
+    return Line2D([], [], color="#555555", linewidth=0.9, linestyle=mark.style, label=mark.label)
