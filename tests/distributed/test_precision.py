@@ -56,7 +56,7 @@ def step(world: World, *overrides: str) -> tuple[float, dict[str, torch.Tensor]]
     parallelize_module.parallelize(model, world)
     start_model(model, build_optimizer(model.student, config, settings.depth), Start(None, None, None), world)
     draws = step_draws(settings, [8, 16], seed=0, step=0, rank=0, device=world.device)
-    loss, _ = model(batch(), teacher_temp=0.04, draws=draws)
+    loss, _ = model(batch(), model.targets([batch()], 0.04)[0], draws=draws)
     loss.backward()
     names = [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.student.named_parameters()]
     return loss.item(), {name: p.grad.full_tensor() for name, p in names}

@@ -366,7 +366,7 @@ def batch() -> Batch:
 
 
 def gradients(model: SSLModel, **options: bool) -> tuple[float, dict[str, torch.Tensor | None]]:
-    loss, _ = model(batch(), teacher_temp=0.04, **options)
+    loss, _ = model(batch(), model.targets([batch()], 0.04)[0], **options)
     loss.backward()
     named = [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.student.named_parameters()]
     return loss.item(), {name: None if p.grad is None else p.grad.full_tensor() for name, p in named}
@@ -389,7 +389,7 @@ def test_sharded_modules_give_frozen_parameters_no_gradients(
 
 def test_frozen_blocks_do_not_stay_gathered(place: Path, world: World) -> None:
     model = build(world, place / "last_n.yaml", "compute_precision.sharding_strategy=SHARD_GRAD_OP")
-    model(batch(), teacher_temp=0.04)
+    model(batch(), model.targets([batch()], 0.04)[0])
     first, last = model.student["backbone"].blocks
     assert all(isinstance(parameter, DTensor) for parameter in first.parameters())
     assert not any(isinstance(parameter, DTensor) for parameter in last.parameters())  # waits for its backward

@@ -121,7 +121,9 @@ def train(overrides: list[str], num_masked: list[int], world: World) -> list[dic
         draws = step_draws(settings, sizes, seed=0, step=step, rank=world.rank, device=world.device)
         apply_schedule(optimizer, values)
         optimizer.zero_grad(set_to_none=True)
-        loss, terms = model(batch, teacher_temp=values.teacher_temp, gram_weight=values.gram_weight, draws=draws)
+        loss, terms = model(
+            batch, model.targets([batch], values.teacher_temp)[0], gram_weight=values.gram_weight, draws=draws
+        )
         loss.backward()
         gradients = whole({name: p.grad for name, p in model.student.named_parameters()})
         norms = {part: clip_gradients(p, CLIP) for part, p in parameters_by_part(model.student).items()}

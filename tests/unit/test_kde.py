@@ -147,7 +147,7 @@ def step(*overrides):
         crops = [torch.randint(0, 256, (count, size, size, 3)).byte() for count, size in ((12, 32), (12, 16))]
     masks = torch.arange(4) < torch.tensor([1, 0] * 6)[:, None]
     batch = Batch(list(range(6)), *crops, None, **mask_tensors(masks))
-    total, terms = model(batch, teacher_temp=0.07)
+    total, terms = model(batch, model.targets([batch], 0.07)[0])
     total.backward()
     (output,) = model.student["backbone"].forward_crops([model._normalised(batch.global_crops)], [masks])
     return total.item(), terms, model.student["backbone"].cls_token.grad, output.cls_BD.detach()

@@ -72,7 +72,7 @@ def one_step(model: SSLModel, **options) -> torch.optim.Optimizer:
     """Loss, gradients, clipping, update and EMA, as in the trainer."""
     optimizer = build_optimizer(model.student, model.config, DEPTH)
     apply_schedule(optimizer, ScheduleValues(0.01, 0.1, 0.5, 0.07, 0.01, None, None))
-    loss, _ = model(batch(), teacher_temp=0.07, **options)
+    loss, _ = model(batch(), model.targets([batch()], 0.07)[0], **options)
     loss.backward()
     for parameters in parameters_by_part(model.student).values():
         clip_gradients(parameters, 3.0)
@@ -132,7 +132,10 @@ def test_the_backward_stops_at_the_first_block_that_is_trained() -> None:
 
 def test_with_a_frozen_backbone_the_heads_alone_are_trained() -> None:
     frozen, free = build("full"), build("full")
-    losses = [model(batch(), teacher_temp=0.07, backbone_frozen=model is frozen)[0] for model in (frozen, free)]
+    losses = [
+        model(batch(), model.targets([batch()], 0.07)[0], backbone_frozen=model is frozen)[0]
+        for model in (frozen, free)
+    ]
     assert losses[0].item() == losses[1].item()
     for loss in losses:
         loss.backward()

@@ -2,7 +2,8 @@
 
 Key names and defaults are those of the published DINOv3 trainer wherever it has the setting; keys of our own are
 `augmentation.*`, `sampling.*`, `dino.kde_*`, `optim.freeze_backbone_epochs`, `student.trainable` with what belongs to
-it, and `train.log_every`. An "epoch" is `train.OFFICIAL_EPOCH_LENGTH` iterations, not a pass over the data.
+it, and those of `train`, `checkpointing` and `evaluation` that it lacks. An "epoch" is `train.OFFICIAL_EPOCH_LENGTH`
+iterations, not a pass over the data.
 
 The comment of a key is its documentation: config/README.md shows it, and a test keeps both the same.
 How a YAML file becomes a RunConfig is in recipe.py.
@@ -27,6 +28,8 @@ class CheckpointingConfig:
 
     period: int = 3750  # iterations between checkpoints; the last iteration is always saved
     max_to_keep: int | None = 3  # newest checkpoints kept, at least 2; null keeps all
+    every_minutes: float | None = None  # minutes after which a checkpoint is saved besides; null: none
+    async_save: bool = True  # training goes on while files are written
     keep_every: int = 99999999999999999  # checkpoints of every so many iterations stay for good, as <it>_keep
 
 
@@ -260,12 +263,15 @@ class TrainConfig:
     # (see below)
     dataset_path: str | None = None
     OFFICIAL_EPOCH_LENGTH: int = 1250  # iterations
-    batch_size_per_gpu: int = 64  # tiles a process
+    batch_size_per_gpu: int = 64  # tiles that a process forwards at once
+    accumulation_steps: int = 1  # forwards whose gradients make one step: batch = processes × this × batch_size_per_gpu
     num_workers: int = 10  # loader processes a training process; changes nothing but speed
     seed: int = 0  # of every random draw
     compile: bool = True  # compile blocks with torch.compile (on GPUs)
     checkpointing: bool = False  # recompute attention and FFN activations in the backward
     checkpointing_full: bool = False  # recompute whole blocks
+    time_limit_minutes: float | None = None  # save and end in time, to be started again; null: no limit
+    stop_after_skipped: int = 20  # end after so many steps in a row whose loss or gradients are not finite
     log_every: int = 10  # iterations between lines in training_metrics.json
 
 
@@ -274,6 +280,7 @@ class EvaluationConfig:
     """Exports of the teacher while training."""
 
     eval_period_iterations: int = 12500  # the last iteration is always exported; 0: only that
+    max_to_keep: int | None = None  # newest exports kept; the first and the last always stay; null keeps all
 
 
 @dataclass

@@ -16,6 +16,8 @@ _SMALLEST = {
     "optim.clip_grad": 0,
     "train.OFFICIAL_EPOCH_LENGTH": 1,
     "train.batch_size_per_gpu": 1,
+    "train.accumulation_steps": 1,
+    "train.stop_after_skipped": 1,
     "train.log_every": 1,
     "train.num_workers": 0,
     "train.seed": 0,

@@ -51,6 +51,10 @@ class ImageCrops(Dataset):
         except DinoscopeError as error:
             return error
 
+    def sample_ids(self, samples: list[int]) -> list[str]:
+        """What messages call the images of these samples; each is read again."""
+        return [self.images.read(self.order(sample))[1] for sample in samples]
+
     def _crops(self, sample: int) -> Crops:
         index = self.order(sample)
         image, sample_id = self.images.read(index)

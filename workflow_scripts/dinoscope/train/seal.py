@@ -32,7 +32,10 @@ _NOT_SEALED = (
     "compute_precision.sharding_strategy",
     "optim.epochs",  # a run may be extended
     "train.batch_size_per_gpu",  # the batch over all processes is sealed instead
+    "train.accumulation_steps",
     "train.num_workers",
+    "train.time_limit_minutes",
+    "train.stop_after_skipped",
     "train.compile",
     "train.checkpointing",
     "train.log_every",

@@ -3,6 +3,9 @@
 Shape suffixes: B tiles of this rank, P patches of a global crop, M masked patches, K prototypes, D width.
 """
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +27,26 @@ from dinoscope.train.trainable import adapted_backbone, freeze_untrained
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["SSLModel", "StepLosses", "build_heads", "compute_dtype", "parameters_by_part"]
+__all__ = ["SSLModel", "StepLosses", "Targets", "build_heads", "compute_dtype", "parameters_by_part"]
 
 StepLosses = dict[str, Tensor]
+
+
+@dataclass
+class Targets:
+    """What the teacher makes of one batch.
+
+    Attributes:
+        images: The global crops, normalised (2B, 3, S, S).
+        cls_2BK: Centred and sharpened probabilities of CLS tokens.
+        patches_MK: The same of masked patches.
+        output: The teacher's tokens.
+    """
+
+    images: Tensor
+    cls_2BK: Tensor
+    patches_MK: Tensor
+    output: BackboneOutput
 
 
 class SSLModel(nn.Module):
@@ -61,11 +81,33 @@ class SSLModel(nn.Module):
             network.eval()
         return self
 
+    @torch.no_grad()
+    def targets(self, batches: Sequence[Batch], temperature: float) -> list[Targets]:
+        """Targets of all batches of a step; Sinkhorn-Knopp runs over all of them on all ranks together.
+
+        Args:
+            batches: What this rank forwards one after the other, on the device.
+            temperature: Of the teacher.
+        """
+        images = [self._normalised(batch.global_crops) for batch in batches]
+        outputs, cls_logits, patch_logits = [], [], []
+        for batch, crops in zip(batches, images, strict=True):
+            (output,) = self.teacher["backbone"].forward_crops([crops])
+            outputs.append(output)
+            cls_logits.append(self.teacher["dino_head"](output.cls_BD))
+            patch_logits.append(self.teacher["ibot_head"](output.patches_BPD.flatten(0, 1)[batch.mask_indices]))
+        cls_targets = _centred(cls_logits, temperature)
+        patch_targets = _centred(patch_logits, temperature)
+        return [
+            Targets(crops, cls.unflatten(0, (2, -1)), patches, output)
+            for crops, cls, patches, output in zip(images, cls_targets, patch_targets, outputs, strict=True)
+        ]
+
     def forward(
         self,
         batch: Batch,
+        targets: Targets,
         *,
-        teacher_temp: float,
         gram_weight: float | None = None,
         local_loss_weight: float | None = None,
         draws: list[list[BlockDraws]] | None = None,
@@ -75,43 +117,35 @@ class SSLModel(nn.Module):
 
         Args:
             batch: Crops and masks, on the device.
-            teacher_temp: Temperature of the teacher's targets.
+            targets: The teacher's for this batch.
             gram_weight: Weight of the gram loss at this iteration; None outside gram runs.
             local_loss_weight: Weight of the local DINO loss under `dino.reweight_dino_local_loss`.
             draws: Random numbers of the student's forward pass.
             backbone_frozen: Only the student's heads get gradients, and no backward runs through its backbone.
         """
-        images = self._normalised(batch.global_crops)
-        cls_targets, patch_targets, teacher_output = self._targets(images, batch, teacher_temp)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
             student_global, student_local = self.student["backbone"].forward_crops(
-                [images, self._normalised(batch.local_crops)], [batch.masks, None], draws, [False, True]
+                [targets.images, self._normalised(batch.local_crops)], [batch.masks, None], draws, [False, True]
             )
-        losses = self._cls_losses(student_global, student_local, cls_targets)
-        losses["ibot_loss"] = self._patch_loss(student_global, batch, patch_targets)
+        losses = self._cls_losses(student_global, student_local, targets.cls_2BK)
+        losses["ibot_loss"] = self._patch_loss(student_global, batch, targets.patches_MK)
         total = self._total(losses, local_loss_weight)
         if gram_weight is not None:
-            losses["gram_loss"] = self._gram_loss(student_global, teacher_output, batch)
+            losses["gram_loss"] = self._gram_loss(student_global, targets.output, batch)
             total = total + gram_weight * losses["gram_loss"]
         return total, {"total_loss": total.detach()} | {name: loss.detach() for name, loss in losses.items()}
 
     def _normalised(self, crops: Tensor) -> Tensor:
         """(N, S, S, 3) uint8 -> (N, 3, S, S) in the type of the computation."""
-        mean, std = (
-            torch.tensor(list(values), device=crops.device)
-            for values in (self.config.crops.rgb_mean, self.config.crops.rgb_std)
-        )
-        images = (crops.float() / 255 - mean) / std
+        mean, deviation = self._normalisation(crops.device)
+        images = (crops.float() / 255 - mean) / deviation
         return images.permute(0, 3, 1, 2).to(compute_dtype(self.config, crops.device.type))
 
-    @torch.no_grad()
-    def _targets(self, images: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, BackboneOutput]:
-        """Centred and sharpened teacher probabilities: of CLS tokens (2, B, K) and of masked patches (M, K)."""
-        (output,) = self.teacher["backbone"].forward_crops([images])
-        cls_logits = self.teacher["dino_head"](output.cls_BD)
-        patch_logits = self.teacher["ibot_head"](output.patches_BPD.flatten(0, 1)[batch.mask_indices])
-        cls_probs = sinkhorn_knopp(cls_logits, temperature)
-        return cls_probs.unflatten(0, (2, -1)), sinkhorn_knopp(patch_logits, temperature), output
+    @functools.cache  # noqa: B019 - there is one model a process
+    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        crops = self.config.crops
+        mean, deviation = (torch.tensor(list(values), device=device) for values in (crops.rgb_mean, crops.rgb_std))
+        return mean, deviation
 
     def _cls_losses(self, global_out: BackboneOutput, local_out: BackboneOutput, targets: Tensor) -> StepLosses:
         num_global, num_local = global_out.cls_BD.shape[0], local_out.cls_BD.shape[0]
@@ -203,6 +237,11 @@ class SSLModel(nn.Module):
             method=self.config.gram.global_teacher_resize_method,
             antialias=self.config.gram.global_teacher_resize_antialias,
         )
+
+
+def _centred(logits: list[Tensor], temperature: float) -> list[Tensor]:
+    """Sinkhorn-Knopp over the logits of several batches together."""
+    return list(sinkhorn_knopp(torch.cat(logits), temperature).split([len(part) for part in logits]))
 
 
 def compute_dtype(config: "RunConfig", device_type: str) -> torch.dtype:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images
+from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.windows import crop_ranges
 from dinoscope.errors import DinoscopeError, RunError
@@ -36,16 +37,17 @@ from dinoscope.train.checkpoint import (
     save_checkpoint,
 )
 from dinoscope.train.distributed import World
-from dinoscope.train.draws import step_draws
+from dinoscope.train.health import HealthWindow
 from dinoscope.train.lock import run_lock
 from dinoscope.train.metrics import append_metrics, read_metrics
-from dinoscope.train.optimizer import apply_schedule, build_optimizer, clip_gradients, copy_state, update_ema
+from dinoscope.train.optimizer import build_optimizer, copy_state
 from dinoscope.train.parallelize import parallelize
 from dinoscope.train.run_folder import complete_checkpoints, teacher_export_path
 from dinoscope.train.schedule import ScheduleValues, build_schedules
 from dinoscope.train.seal import compare_with_seal, seal_run
-from dinoscope.train.ssl_step import SSLModel, parameters_by_part
+from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
+from dinoscope.train.step import StepOutcome, TrainingStep, global_batch
 from dinoscope.train.window import MetricWindow
 
 if TYPE_CHECKING:
@@ -101,18 +103,18 @@ def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, world: World) -> Pr
     """What the main process does alone: lock, seal, find the images."""
     config, run_dir = inputs.config, inputs.run_dir
     stack.enter_context(run_lock(run_dir))
-    global_batch = config.train.batch_size_per_gpu * world.size
+    batch = global_batch(config, world.size)
     where = {"manifest": inputs.manifest, "slides": inputs.slides, "run_dir": run_dir}
     checkpoints = complete_checkpoints(run_dir)
     if checkpoints:
-        seal = compare_with_seal(run_dir, config, global_batch)
+        seal = compare_with_seal(run_dir, config, batch)
         images = open_images(config.train.dataset_path, **where, sealed=seal["inputs"])
         return Prepared(images, seal["origin"], None, *list(checkpoints.items())[-1])
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
     crop_ranges(images.windows, crop_settings(config)[0])
     kind = "manifest" if config.train.dataset_path is None else "images"
     digests = {"manifest": None, kind: images.digest(), **start.digests()}
-    seal_run(run_dir, config, global_batch, digests, start.origin(), images.slide_ids)
+    seal_run(run_dir, config, batch, digests, start.origin(), images.slide_ids)
     return Prepared(images, start.origin(), start, -1, None)
 
 
@@ -141,15 +143,16 @@ class Trainer:
         self.config, self.run_dir, self.world, self.images = inputs.config, inputs.run_dir, world, prepared.images
         self.origin = prepared.origin
         self.stream_seed = _stream_seed(self.config.train.seed, self.run_dir.name)
-        self.global_batch = self.config.train.batch_size_per_gpu * world.size
+        self.global_batch = global_batch(self.config, world.size)
         self.schedules = build_schedules(self.config, self.global_batch)
         self.settings = settings_from_config(self.config.student)
         with torch.device("meta"):
             self.model = SSLModel(self.config, self.settings)
         parallelize(self.model, world)
         self.optimizer = build_optimizer(self.model.student, self.config, self.settings.depth)
-        self.parts = parameters_by_part(self.model.student)
-        self.window = MetricWindow(world)
+        self.window, self.health = MetricWindow(world), HealthWindow(world)
+        self.step = TrainingStep(self.model, self.optimizer, world, self.stream_seed, self.health)
+        self.skipped_in_a_row = 0
         self.saved_iteration = prepared.iteration
         self.next_iteration = self._restore(prepared)
         self.dataset = self._dataset()
@@ -191,8 +194,17 @@ class Trainer:
             *(len(self.images), kind, self.num_iterations, self.global_batch, kind),
             *(self.world.size, self.world.device.type, samples / len(self.images), float(self.schedules.lr.max())),
         )
-        for line in crops:
+        for line in [*crops, *self._order().story(self.num_iterations)]:
             _log.info("%s", line)
+
+    def _order(self) -> SampleOrder:
+        return sample_order(
+            self.images,
+            self.config.sampling,
+            seed=self.stream_seed,
+            batch_size=self.config.train.batch_size_per_gpu,
+            global_batch=self.global_batch,
+        )
 
     def run(self) -> None:
         """Trains to the end and writes final.json."""
@@ -218,13 +230,14 @@ class Trainer:
         config = self.config
         grid_side = config.crops.global_crops_size // config.student.patch_size
         collate = Collate(
-            config.train.batch_size_per_gpu,
+            config.train.batch_size_per_gpu * config.train.accumulation_steps,
             (grid_side, grid_side),
             _mask_probability(config),
             tuple(config.ibot.mask_ratio_min_max),
             config.ibot.mask_random_circular_shift,
             self.stream_seed,
         )
+        self.dataset.order = self._order()
         loader = build_loader(
             self.dataset,
             collate,
@@ -245,37 +258,33 @@ class Trainer:
     def _train_step(self, iteration: int, batch: Batch, values: ScheduleValues) -> None:
         if iteration == self.config.gram.it_load_ema_teacher and self.model.gram_teacher is not None:
             self._refresh_gram_teacher(iteration)
-        backbone_frozen = iteration < self.schedules.frozen_iterations
-        apply_schedule(self.optimizer, values)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, terms = self.model(
-            batch,
-            teacher_temp=values.teacher_temp,
-            gram_weight=values.gram_weight,
-            local_loss_weight=values.local_loss_weight,
-            draws=self._draws(iteration, batch),
-            backbone_frozen=backbone_frozen,
-        )
-        loss.backward()
-        clip = self.config.optim.clip_grad
-        norms = {f"{name}_grad_norm": clip_gradients(parameters, clip) for name, parameters in self.parts.items()}
-        self.optimizer.step()
-        for name in self.parts:
-            if name != "backbone" or not backbone_frozen:
-                update_ema(self.model.teacher[name], self.model.student[name], values.momentum)
+        frozen = iteration < self.schedules.frozen_iterations
+        outcome = self.step(iteration, batch, values, backbone_frozen=frozen)
+        if outcome.skipped:
+            self._skipped(iteration, batch, outcome)
+        else:
+            self.skipped_in_a_row = 0
+            self.window.add(outcome.terms)
         if self._gram_refresh_due(iteration):
             self._refresh_gram_teacher(iteration + 1)
-        self.window.add(terms | norms)
 
-    def _draws(self, iteration: int, batch: Batch) -> Any:
-        return step_draws(
-            self.settings,
-            [batch.global_crops.shape[0], batch.local_crops.shape[0]],
-            seed=self.stream_seed,
-            step=iteration,
-            rank=self.world.rank,
-            device=self.world.device,
-        )
+    def _skipped(self, iteration: int, batch: Batch, outcome: StepOutcome) -> None:
+        """Tells of a step that left the weights as they were; too many in a row end the run."""
+        self.skipped_in_a_row += 1
+        mine = [] if outcome.own_loss_finite else self.dataset.sample_ids(batch.samples)
+        gathered: list[list[str]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(gathered, mine)
+        samples = [name for part in gathered for name in part]
+        story = f"skips iteration {iteration}: its loss or gradients are not finite"
+        self._event("skipped", iteration, story + (f"; the loss is not on {_some(samples)}" if samples else ""))
+        limit = self.config.train.stop_after_skipped
+        if self.skipped_in_a_row >= limit:
+            kept = list(complete_checkpoints(self.run_dir))
+            raise RunError(
+                f"run {self.run_dir.name}: {limit} steps in a row, up to iteration {iteration}, had a loss or gradients "
+                "that are not finite; lower optim.lr or lengthen its warm-up under a new run name"
+                + (f" (the last good checkpoint is of iteration {kept[-1]})" if kept else "")
+            )
 
     def _gram_refresh_due(self, iteration: int) -> bool:
         """Whether the gram teacher follows the EMA teacher after this iteration."""
@@ -297,11 +306,17 @@ class Trainer:
         due = (iteration + 1) % self.config.train.log_every == 0 or self.next_iteration == self.num_iterations
         if due:
             line = self.window.close(iteration, self.global_batch)
+            if "dino_global_crops_loss" in line:
+                line |= self.health.close(line["dino_global_crops_loss"])
             if self.world.is_main:
                 append_metrics(self.run_dir, line | _schedule_line(values))
         if shown is not None:
             last = self.window.last
-            rate = f"loss {last['total_loss']:.3f}, {last['samples_per_second']:.1f} tiles/s, " if last else ""
+            rate = (
+                f"loss {last['total_loss']:.3f}, {last['samples_per_second']:.1f} tiles/s, "
+                if "total_loss" in last
+                else ""
+            )
             shown.advance(note=f"{rate}lr {values.lr:.2e}")
 
     def _keep(self, iteration: int) -> None:
@@ -314,7 +329,6 @@ class Trainer:
             self._save(iteration)
 
     def _save(self, iteration: int) -> None:
-        self.window.require_finite(iteration)
         save_checkpoint(self.run_dir, iteration, self.model, self.optimizer, self.config.checkpointing, self.world)
         self.saved_iteration = iteration
 
@@ -350,6 +364,10 @@ class Trainer:
             "crops": [vars(entry) for entry in crop_ranges(self.images.windows, sizes)],
             "metrics": _last_metrics(self.run_dir),
         }
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _mask_probability(config: "RunConfig") -> float:
