@@ -70,6 +70,33 @@ def test_checkpointed_blocks_change_nothing(world: World, option: str) -> None:
     assert all(torch.equal(gradients[name], other[name]) for name in gradients)
 
 
+def saved_bytes(world: World, *overrides: str) -> int:
+    """What autograd keeps from the forward for the backward."""
+    config = load_recipe(RECIPE, [*SMALL, *overrides])
+    settings = settings_from_config(config.student)
+    with torch.device("meta"):
+        model = SSLModel(config, settings)
+    parallelize_module.parallelize(model, world)
+    start_model(model, build_optimizer(model.student, config, settings.depth), Start(None, None, None), world)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        kept[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+        return tensor
+
+    images = torch.randn(8, 3, 64, 64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.student["backbone"].forward_crops([images])
+    return sum(kept.values())
+
+
+def test_checkpointing_keeps_less_the_more_it_recomputes(world: World) -> None:
+    nothing = saved_bytes(world)
+    whole_blocks = saved_bytes(world, "train.checkpointing_full=true")
+    assert whole_blocks < 0.5 * nothing
+
+
 @pytest.mark.filterwarnings("default")  # torch's compiler warns of its own doings
 def test_compiled_blocks_change_nothing_beyond_rounding(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, gradients = step(world)

@@ -214,3 +214,33 @@ def test_both_steps_move_the_weights(trained: dict) -> None:
         moved = [(second[network][key] - weight).abs().max() for key, weight in first[network].items()]
         assert min(moved) > 0, network
         assert max(moved) > at_least, network
+
+
+def train_sharded_in_nodes(rank: int, folder: Path) -> None:
+    """Four processes on two nodes of two, as if."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
+    world = World(rank, rank % 2, 4, torch.device("cpu"), local_size=2)
+    results = train([*KOLEO, "compute_precision.sharding_strategy=HYBRID_SHARD"], UNEQUAL, world)
+    config = load_recipe(RECIPE, [*SMALL, "compute_precision.sharding_strategy=HYBRID_SHARD"])
+    with torch.device("meta"):
+        model = SSLModel(config, settings_from_config(config.student))
+    parallelize(model, world)
+    weight = model.student["backbone"].blocks[0].mlp.fc1.weight
+    torch.save((results, weight.device_mesh.shape, weight.to_local().shape), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_sharding_within_nodes_changes_nothing(trained: dict, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_sharded_in_nodes, (tmp_path,), nprocs=4)
+    expected = trained[1][0]["unequal masks"][0]
+    for rank in range(4):
+        results, mesh, shard = torch.load(tmp_path / f"{rank}.pt")
+        assert mesh == (2, 2) and shard == (128, 64)  # half of the 256 rows: replicas, each in two shards
+        gradients = joined_gradients(results[0])
+        for name, (gradient, norm) in joined_gradients(expected).items():
+            assert (gradients[name][0] - gradient).norm() < 2e-6 * (gradient.norm() + 1e-3 * norm), name
+        for name, weight in expected["student"].items():
+            clear = expected["gradients"][name].abs() > 1e-5
+            assert not clear.any() or (results[0]["student"][name] - weight)[clear].abs().max() < 1e-7, name

@@ -1,6 +1,9 @@
 """The memory-mapped manifest, and its tiles as training images."""
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import dinoscope
 from dinoscope.data.sources import Window
-from dinoscope.data.tiles import map_manifest, open_tiles
+from dinoscope.data.tiles import MappedTiles, SlideRows, SlideTiles, map_manifest, open_tiles
 from dinoscope.errors import ConfigError, ManifestError
 from dinoscope.slides.manifest import TILE_SCHEMA, manifest_digest, merge_manifests, tile_table, write_tiles
+from dinoscope.slides.table import SlideRecord
 from tiny_slides import write_manifest, write_slide
 
 ABOUT = {"tile_set": "train", "tile_px": 64, "requested_mpp": 0.5, "mpp": 0.5, "stride_px": 64}
@@ -88,3 +93,61 @@ def test_tiles_are_read_from_their_slides(tmp_path: Path) -> None:
     table.write_text("\n".join(["slide_id\tpath\tstain", rows[0], ""]))
     with pytest.raises(ConfigError, match=r"has tiles of slide a, which .*slides\.tsv does not list"):
         open_tiles(tmp_path / "train.parquet", str(table))
+
+
+def test_rows_of_a_slide_follow_each_other_at_all_resolutions(tmp_path: Path) -> None:
+    rng, parts = np.random.default_rng(0), []
+    for slide, mpps in (("b", [0.5, 1.0]), ("a", [0.5]), ("c", [1.0, 0.5, 0.25])):
+        columns = {"x": rng.integers(0, 999, 40_000), "y": 0, "level": 0, "tile_px": 64, "read_px": 64}
+        columns |= {"mpp": rng.choice(mpps, 40_000), "footprint_px": 128, "tissue_fraction": 0.9}
+        parts.append(tmp_path / f"{slide}.parquet")
+        write_tiles(parts[-1], tile_table(slide, columns), ABOUT | {"slide_id": slide})
+    merge_manifests(parts, tmp_path / "train.parquet")
+    tiles = map_manifest(tmp_path / "train.parquet", tmp_path / "mapped")
+    assert tiles.slide_runs() == [("a", 0, 40_000), ("b", 40_000, 40_000), ("c", 80_000, 40_000)]
+    rows = pq.read_table(tmp_path / "train.parquet").to_pandas()
+    assert len(tiles.kinds) == len(rows.groupby(["slide_id", "mpp"], observed=True)) == 6
+    for index in [*rng.integers(0, 120_000, 300), 39_999, 40_000, 65_535, 65_536, 119_999]:
+        row, tile = rows.iloc[index], tiles[index]
+        assert (tile.kind.slide_id, tile.kind.mpp, tile.x) == (row.slide_id, row.mpp, row.x)
+
+
+def test_slides_in_two_places_are_refused(manifest: Path, tmp_path: Path) -> None:
+    table = pq.read_table(manifest)
+    mixed = pa.concat_tables([table.slice(0, 3), table.slice(5, 10), table.slice(3, 2)])
+    about = {"dinoscope": pq.read_metadata(manifest).metadata[b"dinoscope"]}
+    pq.write_table(mixed.replace_schema_metadata(about), tmp_path / "mixed.parquet")
+    with pytest.raises(ManifestError, match="has tiles of slide a in more than one place; make it again"):
+        map_manifest(tmp_path / "mixed.parquet", tmp_path / "mapped")
+
+
+def test_files_mapped_before_slides_were_noted_still_open(manifest: Path, tmp_path: Path) -> None:
+    tiles = map_manifest(manifest, tmp_path / "mapped")
+    with pa.ipc.open_file(str(tiles.path)) as reader:
+        schema = reader.schema.with_metadata({"kinds": reader.schema.metadata[b"kinds"]})
+        table = reader.read_all().replace_schema_metadata(schema.metadata)
+    with pa.ipc.new_file(str(tmp_path / "old.arrow"), schema) as writer:
+        writer.write_table(table)
+    old = MappedTiles(tmp_path / "old.arrow")
+    assert old[70_000] == tiles[70_000]
+    with pytest.raises(ManifestError, match=r"old\.arrow was made by an earlier version of dinoscope: delete it"):
+        old.slide_runs()
+
+
+def test_strata_are_site_scanner_and_stain(manifest: Path, tmp_path: Path) -> None:
+    tiles = map_manifest(manifest, tmp_path / "mapped")
+    records = [SlideRecord("a", Path("a"), "a", frozenset(), site="X", stain="HE")]
+    records.append(SlideRecord("b [1]", Path("b"), "b", frozenset(), mpp=0.5))
+    rows = SlideTiles(tiles, records, "digest").slide_rows()
+    assert rows == [SlideRows("a", "X / unknown / HE", 0, 5), SlideRows("b [1]", "unknown", 5, 70_000)]
+
+
+def test_opening_tiles_does_not_import_pandas(manifest: Path, tmp_path: Path) -> None:
+    """It would take 28 MB of every worker's memory."""
+    tiles = map_manifest(manifest, tmp_path / "mapped")
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer)[3].x, 'pandas' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(dinoscope.__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(tiles), capture_output=True, env=environment, check=True
+    )
+    assert found.stdout.split() == [str(tiles[3].x).encode(), b"False"]

@@ -39,7 +39,8 @@ class ComputePrecisionConfig:
 
     param_dtype: str = "bf16"  # fp32 | bf16 of forward and backward; on CPUs fp32 is always used
     reduce_dtype: str = "fp32"  # fp32 | bf16 of the gradient reduction
-    sharding_strategy: str = "SHARD_GRAD_OP"  # SHARD_GRAD_OP keeps gathered weights for the backward | FULL_SHARD
+    # SHARD_GRAD_OP keeps gathered weights for the backward | FULL_SHARD does not | HYBRID_SHARD: FULL_SHARD in a node
+    sharding_strategy: str = "SHARD_GRAD_OP"
 
 
 @dataclass
@@ -268,8 +269,8 @@ class TrainConfig:
     num_workers: int = 10  # loader processes a training process; changes nothing but speed
     seed: int = 0  # of every random draw
     compile: bool = True  # compile blocks with torch.compile (on GPUs)
-    checkpointing: bool = False  # recompute attention and FFN activations in the backward
-    checkpointing_full: bool = False  # recompute whole blocks
+    checkpointing: bool = False  # recompute all but matrix products in the backward: less memory, a little slower
+    checkpointing_full: bool = False  # recompute whole blocks in the backward: least memory, a third slower
     time_limit_minutes: float | None = None  # save and end in time, to be started again; null: no limit
     stop_after_skipped: int = 20  # end after so many steps in a row whose loss or gradients are not finite
     log_every: int = 10  # iterations between lines in training_metrics.json

@@ -39,7 +39,7 @@ _CHOICES = {
     "augmentation.recipe": ("dinov3", "pathology"),
     "compute_precision.param_dtype": ("bf16", "fp32"),
     "compute_precision.reduce_dtype": ("bf16", "fp32"),
-    "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "FULL_SHARD"),
+    "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"),
     "gram.tokens_used": ("all", "masked", "unmasked"),
     "gram.global_teacher_resize_method": ("bicubic", "bilinear"),
     "optim.optimizer": ("adamw",),
@@ -151,6 +151,13 @@ def _spreading_problems(config: RunConfig) -> Iterable[str]:
     if group is not None and group <= dino.koleo_topk:
         yield f"dino.koleo_topk ({dino.koleo_topk}) must be below dino.koleo_distributed_loss_group_size ({group})"
     sampling = config.sampling
+    if sampling.exponent > 1:
+        yield f"sampling.exponent is {sampling.exponent:g}; at most 1 (proportional to the tiles) is wanted"
+    if sampling.method == "tempered" and batch % sampling.tiles_per_visit:
+        yield (
+            f"train.batch_size_per_gpu ({batch}) is no multiple of sampling.tiles_per_visit "
+            f"({sampling.tiles_per_visit}): change one of them"
+        )
     if sampling.tiles_per_visit > sampling.max_tiles_per_slide:
         yield (
             f"sampling.tiles_per_visit ({sampling.tiles_per_visit}) exceeds sampling.max_tiles_per_slide "

@@ -1,13 +1,14 @@
 """The order of samples: computed from the step number, never stored.
 
 Sample number k counts all samples that a run ever sees, over all ranks. Step s of W ranks with B tiles each takes the
-numbers s·W·B … (s+1)·W·B - 1, rank after rank. Sample k is tile number k mod N of pass k div N over the N tiles, in an
-order that is a pseudo-random permutation of its own for every pass, evaluated at one index in O(1) time and memory.
+numbers s·W·B … (s+1)·W·B - 1, rank after rank. Sampled uniformly (sampling.py has the tempered order) sample k is tile
+number k mod N of pass k div N over the N tiles, in an order that is a pseudo-random permutation of its own for every
+pass, evaluated at one index in O(1) time and memory.
 """
 
 from collections.abc import Iterator
 
-__all__ = ["StepSampler", "permuted_index", "tile_of_sample"]
+__all__ = ["StepSampler", "mix64", "permuted_index", "tile_of_sample"]
 
 _MASK64 = (1 << 64) - 1
 _ROUNDS = 6
@@ -29,17 +30,17 @@ def permuted_index(index: int, size: int, seed: int, epoch: int) -> int:
         raise IndexError(f"index {index} is outside 0 … {size - 1}")
     half = max(1, (size - 1).bit_length() + 1 >> 1)
     low_bits = (1 << half) - 1
-    key = _mix(_mix(seed & _MASK64) ^ epoch)
+    key = mix64(mix64(seed & _MASK64) ^ epoch)
     while True:
         left, right = index >> half, index & low_bits
         for turn in range(_ROUNDS):
-            left, right = right, left ^ (_mix(key ^ (turn << 56) ^ right) & low_bits)
+            left, right = right, left ^ (mix64(key ^ (turn << 56) ^ right) & low_bits)
         index = left << half | right
         if index < size:
             return index
 
 
-def _mix(value: int) -> int:
+def mix64(value: int) -> int:
     """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit changes every output bit."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -259,14 +260,13 @@ def _slide_runs(changes: list[tuple[TileKind, int]], num_rows: int, manifest: Pa
     for kind, start in changes:
         if not firsts or kind.slide_id != firsts[-1][0]:
             firsts.append((kind.slide_id, start))
-    ends = [*(start for _, start in firsts[1:]), num_rows]
     twice = next((slide for slide, count in Counter(slide for slide, _ in firsts).items() if count > 1), None)
     if twice is not None:
         raise ManifestError(
             f"manifest {manifest.name} has tiles of slide {twice} in more than one place; make it again with "
             "merge_manifest"
         )
-    return [(slide, start, end - start) for (slide, start), end in zip(firsts, ends, strict=True)]
+    return [(slide, start, end - start) for (slide, start), (_, end) in pairwise([*firsts, ("", num_rows)])]
 
 
 def _batches(manifest: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:

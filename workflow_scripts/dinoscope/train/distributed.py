@@ -19,12 +19,21 @@ __all__ = ["World", "joined_world"]
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a run. Collectives on CPU tensors go through gloo, on GPU tensors through NCCL."""
+    """This process among all of a run. Collectives on CPU tensors go through gloo, on GPU tensors through NCCL.
+
+    Attributes:
+        rank: Number of this process.
+        local_rank: Its number on its node.
+        size: Number of all processes.
+        device: What it computes on.
+        local_size: Number of processes on its node.
+    """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -68,11 +77,13 @@ def joined_world() -> Iterator[World]:
     dist.init_process_group(backend)
     rank = dist.get_rank()
     try:
-        yield World(rank, local_rank, dist.get_world_size(), device)
+        yield World(rank, local_rank, dist.get_world_size(), device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     except Exception as error:
         # before the group is destroyed: the others then fail too, for want of this process
-        known = isinstance(error, DinoscopeError)
-        record_error(str(error) if known else f"process {rank} ended with {type(error).__name__}: {error}")
+        if isinstance(error, DinoscopeError):
+            record_error(str(error), error.exit_status)
+        else:
+            record_error(f"process {rank} ended with {type(error).__name__}: {error}")
         raise
     finally:
         dist.destroy_process_group()

@@ -2,9 +2,11 @@
 
 Order of wrapping: activation checkpointing of a block, then its compilation, then sharding of block by block and last
 of the whole submodule. Parameters stay float32 in the shards; forward and backward run in
-`compute_precision.param_dtype` on GPUs, gradients are averaged over ranks in `reduce_dtype`.
+`compute_precision.param_dtype` on GPUs, gradients are averaged over ranks in `reduce_dtype`. Teachers are sharded like
+the student. HYBRID_SHARD shards within each node and keeps a copy a node, so that only gradients travel between nodes.
 """
 
+import contextlib
 import logging
 import shutil
 import sysconfig
@@ -17,6 +19,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from dinoscope.train.ssl_step import SSLModel, compute_dtype
 
@@ -27,6 +30,16 @@ if TYPE_CHECKING:
 __all__ = ["parallelize"]
 
 _log = logging.getLogger(__name__)
+_ATEN = torch.ops.aten
+_PRODUCTS = (
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+)
 
 
 def parallelize(model: SSLModel, world: "World") -> None:
@@ -36,12 +49,8 @@ def parallelize(model: SSLModel, world: "World") -> None:
     """
     # outputs are views of the tokens; FSDP warns of in-place operations on them, of which there are none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    train = model.config.train
-    blocks = model.student["backbone"].blocks
-    for index, block in enumerate(blocks):
-        if train.checkpointing or train.checkpointing_full:
-            blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)
+    mesh = _mesh(model.config, world)
+    _checkpoint_activations(model.student["backbone"].blocks, model.config)
     for network in (model.student, *model.frozen_networks()):
         for block in network["backbone"].blocks:
             if _compiles(model.config, world.device.type):
@@ -52,6 +61,27 @@ def parallelize(model: SSLModel, world: "World") -> None:
     model.to_empty(device=world.device)
     for tensor in model.state_dict().values():
         tensor.fill_(float("nan"))
+
+
+def _mesh(config: "RunConfig", world: "World") -> DeviceMesh:
+    if config.compute_precision.sharding_strategy != "HYBRID_SHARD":
+        return init_device_mesh(world.device.type, (world.size,))
+    assert world.size % world.local_size == 0, f"{world.size} processes on nodes of {world.local_size}"
+    shape = (world.size // world.local_size, world.local_size)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _checkpoint_activations(blocks: nn.ModuleList, config: "RunConfig") -> None:
+    """Recomputes, in the backward, whole blocks (checkpointing_full) or all but their matrix products."""
+    if not (config.train.checkpointing or config.train.checkpointing_full):
+        return
+    options = {} if config.train.checkpointing_full else {"context_fn": _keeping_products}
+    for index, block in enumerate(blocks):
+        blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False, **options)
+
+
+def _keeping_products() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return create_selective_checkpoint_contexts(list(_PRODUCTS))
 
 
 def _compiles(config: "RunConfig", device_type: str) -> bool:
