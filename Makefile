@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: setup demo test unlock clean help
+.PHONY: setup demo test kill-test unlock clean help
 
 PYTHON ?= python3
 WHEELHOUSE ?=
@@ -51,6 +51,9 @@ test: $(VENV)/.test-tools-done  ## all checks and tests
 	snakefmt --check Snakefile rules
 	snakemake --lint
 	pytest
+
+kill-test: $(VENV)/.test-tools-done  ## kill trainings 50 times, also while they save (long)
+	DINOSCOPE_KILLS=50 pytest tests/distributed/test_checkpoints.py -k killed
 
 unlock:  ## after Snakemake was killed (SIGKILL, power cut): then run the same command again
 	snakemake --unlock --cores 1

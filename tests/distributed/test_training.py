@@ -15,7 +15,7 @@ import torch
 
 from dinoscope.files import read_json
 from dinoscope.models.weights import load_backbone
-from dinoscope.train.metrics import read_metrics
+from dinoscope.train.metrics import read_events, read_metrics
 from dinoscope.train.run_folder import complete_checkpoints
 from tiny_slides import write_manifest, write_slide
 
@@ -235,6 +235,59 @@ def test_the_number_of_loader_workers_changes_nothing_and_a_run_can_be_extended(
     assert_same_end(place / "runs/workers/main", finished)
     assert train(place, "workers", "train.num_workers=0", "optim.epochs=5").returncode == 0
     assert read_json(place / "runs/workers/main/final.json")["iteration"] == 29
+    (extended,) = [e for e in read_events(place / "runs/workers/main") if e["event"] == "extended"]
+    assert extended["iteration"] == 24
+    assert re.fullmatch(r"has 5 epochs instead of 4: its learning rate goes from \S+ to \S+", extended["note"])
+    old, new = map(float, re.findall(r"(?:from|to) (\S+)", extended["note"]))
+    assert old == pytest.approx(read_metrics(finished)["lr"][23], rel=5e-3)  # where the old cosine ended
+    assert new > 10 * old
+
+
+def test_tempered_sampling_resumes_exactly_and_keeps_its_strata(place: Path) -> None:
+    tempered = ["sampling.method=tempered", "sampling.tiles_per_visit=2"]
+    assert train(place, "tempered", *tempered).returncode == 0
+    whole = place / "runs/tempered/main"
+    (stratum,) = read_json(whole / "final.json")["strata"]
+    assert (stratum["stratum"], stratum["slides"], stratum["sample_share"]) == ("unknown", 2, 1.0)
+    process = subprocess.Popen(command("broken", *tempered), cwd=place, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (place / "runs/broken/main/ckpt/9").is_dir())
+    process.kill()
+    process.wait()
+    table = (place / "slides.tsv").read_text()
+    (place / "slides.tsv").write_text(_with_sites(table))
+    refused = train(place, "broken", *tempered)
+    (place / "slides.tsv").write_text(table)
+    assert "these columns of the slide table have changed since it was started" in last_error(refused.stderr)
+    assert train(place, "broken", *tempered, "train.num_workers=2").returncode == 0
+    assert_same_end(place / "runs/broken/main", whole)
+
+
+def _with_sites(table: str) -> str:
+    header, *rows = table.splitlines()
+    return "\n".join([f"{header}\tsite", *(f"{row}\tsite {index}" for index, row in enumerate(rows))]) + "\n"
+
+
+def test_a_run_whose_loss_is_never_finite_ends_with_a_sentence(place: Path) -> None:
+    """A learning rate that blows the weights up at the first step with one above 0."""
+    spoiled = ["optim.lr=1e30", "optim.scaling_rule=none", "train.stop_after_skipped=4", "optim.clip_grad=0"]
+    done = train(place, "spoiled", *spoiled)
+    assert done.returncode != 0
+    assert "4 steps in a row, up to iteration" in last_error(done.stderr)
+    skipped = [event for event in read_events(place / "runs/spoiled/main") if event["event"] == "skipped"]
+    assert len(skipped) == 4
+    assert re.search(r"the loss is not on slide_\d@\d+,\d+", skipped[0]["note"])
+    assert not (place / "runs/spoiled/main/final.json").exists()
+
+
+def test_accumulated_steps_are_steps_of_the_undivided_batch(place: Path) -> None:
+    """One process with 2 × 2 tiles a step: as many samples as with 4 at once, and it may go on as that."""
+    divided = ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "optim.epochs=2"]
+    assert without_launcher(place, command("divided", *divided)).returncode == 0
+    run = place / "runs/divided/main"
+    assert read_json(run / "final.json")["samples_seen"] == 48
+    undivided = ["train.batch_size_per_gpu=4", "optim.epochs=3"]
+    assert without_launcher(place, command("divided", *undivided)).returncode == 0
+    assert read_json(run / "final.json")["iteration"] == 17
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(place: Path, finished: Path) -> None:
@@ -376,6 +429,11 @@ def test_conversion_refuses_what_is_not_whole(place: Path, finished: Path, tmp_p
     shard = next((run / "ckpt/23").glob("*.distcp"))
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 3])
+    assert f"{shard.name} has {len(content) // 3} bytes, not the {len(content)} that" in refused(run / "final.json")
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{shard.name} no longer holds what was written" in refused(run / "final.json")
+    shard.write_bytes(content[: len(content) // 3])
+    (run / "ckpt/23/files.json").unlink()
     assert "its tensors cannot be read" in refused(run / "final.json")
     (run / "ckpt/23/.metadata").write_bytes(b"rubbish")
     assert "its .metadata cannot be read" in refused(run / "final.json")

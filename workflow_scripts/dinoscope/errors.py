@@ -8,7 +8,8 @@
     ├── CheckpointError    a training checkpoint that is missing, incomplete or damaged
     ├── RunError           a training run that must not start or cannot go on
     │   ├── SealError      settings differ from those the run was started with
-    │   └── LockError      another process is training in the same folder
+    │   ├── LockError      another process is training in the same folder
+    │   └── StoppedError   a training run that saved its state and is to be started again
     └── FeaturesError      a feature file that is damaged or does not fit the others
 
 Each message is one sentence that names the slide, run, file or key, the value found, what was wanted and what to do.
@@ -25,12 +26,15 @@ __all__ = [
     "RunError",
     "SealError",
     "SlideError",
+    "StoppedError",
     "WeightsError",
 ]
 
 
 class DinoscopeError(ValueError):
     """Base of every error that is the input's doing, not ours."""
+
+    exit_status = 1  # of the program that ends with it
 
 
 class ConfigError(DinoscopeError):
@@ -63,6 +67,12 @@ class SealError(RunError):
 
 class LockError(RunError):
     """Another process is training in the same folder."""
+
+
+class StoppedError(RunError):
+    """A training run saved its state before its end, as it was asked to; it is to be started again."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class FeaturesError(DinoscopeError):

@@ -23,7 +23,8 @@ from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import load_strictly, read_model_file, state_digest
 from dinoscope.recipe import load_recipe
 from dinoscope.train.checkpoint import FROZEN_NAME
-from dinoscope.train.run_folder import complete_checkpoints
+from dinoscope.train.checkpoint_files import require_whole
+from dinoscope.train.run_folder import newest_checkpoint
 from dinoscope.train.seal import SEAL_NAME, read_seal
 from dinoscope.train.starting import fresh_backbone
 from dinoscope.train.trainable import describe_trained
@@ -53,7 +54,9 @@ def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher") 
     settings = settings_from_config(config.student)
     backbone = _read_backbone(folder, branch)
     if config.student.trainable != "full":
-        backbone = merge_lora(_read_prefixed(folder.with_name(FROZEN_NAME), "model.frozen.backbone.") | backbone)
+        frozen = folder.with_name(FROZEN_NAME)
+        require_whole(frozen, "checksums")
+        backbone = merge_lora(_read_prefixed(frozen, "model.frozen.backbone.") | backbone)
     _check_tensors(folder, backbone, settings)
     origin = (read_seal(run_dir) or {}).get("origin")
     card = backbone_card(settings, config, backbone, origin) | _run_card(run_dir, folder, config, branch)
@@ -83,18 +86,20 @@ def write_initial_weights(config: "RunConfig", output: Path) -> None:
 
 
 def _locate(checkpoint: Path) -> tuple[Path, Path]:
-    """The DCP folder and the run folder that a path stands for."""
+    """The DCP folder and the run folder that a path stands for; the folder's files hold what was written."""
     if checkpoint.name == "final.json" and checkpoint.is_file():
-        return checkpoint.parent / read_json(checkpoint)["checkpoint"], checkpoint.parent
-    if (checkpoint / ".metadata").is_file():
-        return checkpoint, checkpoint.parent.parent
-    complete = complete_checkpoints(checkpoint)
-    if not complete:
+        folder, run_dir = checkpoint.parent / read_json(checkpoint)["checkpoint"], checkpoint.parent
+    elif (checkpoint / ".metadata").is_file():
+        folder, run_dir = checkpoint, checkpoint.parent.parent
+    elif (newest := newest_checkpoint(checkpoint, "checksums")) is not None:
+        return newest[1], checkpoint
+    else:
         raise CheckpointError(
             f"{checkpoint} is neither a final.json, nor a complete checkpoint folder (ckpt/<it> with .metadata), "
             "nor the folder of a run that has one"
         )
-    return list(complete.values())[-1], checkpoint
+    require_whole(folder, "checksums")
+    return folder, run_dir
 
 
 def _read_backbone(folder: Path, branch: str) -> dict[str, Tensor]:

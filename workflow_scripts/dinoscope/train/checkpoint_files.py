@@ -62,7 +62,9 @@ def why_damaged(folder: Path, verify: Verification = "sizes") -> str | None:
 
 
 def require_whole(folder: Path, verify: Verification = "sizes") -> None:
-    """Raises CheckpointError, which names what is off, unless the folder is whole."""
+    """Raises CheckpointError, which names what is off, unless the folder is there and whole."""
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} is not there; put it back, or use another one")
     if reason := why_damaged(folder, verify):
         raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {reason}; use another one")
 

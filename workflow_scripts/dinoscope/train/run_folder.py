@@ -17,6 +17,7 @@ __all__ = [
     "prune_checkpoints",
     "prune_exports",
     "remove_partial",
+    "replace_folder",
     "set_damaged_aside",
     "teacher_export_path",
 ]
@@ -84,6 +85,13 @@ def remove_partial(run_dir: Path) -> None:
             shutil.rmtree(leftover)
 
 
+def replace_folder(partial: Path, target: Path) -> None:
+    """Gives a folder its name; one that has it already is deleted."""
+    if target.is_dir():
+        _delete(target)
+    partial.rename(target)
+
+
 def teacher_export_path(run_dir: Path, iteration: int) -> Path:
     """Where the teacher of an iteration is exported to."""
     return run_dir / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
@@ -107,7 +115,7 @@ def prune_exports(run_dir: Path, max_to_keep: int | None, keep: Collection[int] 
 
 
 def _delete(folder: Path) -> None:
-    doomed = folder.with_name(f".{folder.name}.partial")
+    doomed = folder.with_name(f".{folder.name}.deleted.partial")
     folder.rename(doomed)  # a kill halfway through the deletion must not leave half of it under its name
     shutil.rmtree(doomed)
 

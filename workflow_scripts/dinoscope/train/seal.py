@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 
 from dinoscope.config import RunConfig
 from dinoscope.data.sources import name_without_folders
-from dinoscope.errors import SealError
+from dinoscope.errors import ConfigError, SealError
 from dinoscope.files import read_json, write_json, write_text
 from dinoscope.recipe import flatten, load_recipe
 from dinoscope.train.metrics import METRICS_NAME
 from dinoscope.train.run_folder import complete_checkpoints
 
-__all__ = ["SEAL_NAME", "check_seal", "compare_with_seal", "read_seal", "seal_run", "sealed_settings"]
+__all__ = ["SEAL_NAME", "check_seal", "compare_order", "compare_with_seal", "read_seal", "seal_run", "sealed_settings"]
 
 SEAL_NAME = "run_config.json"
 _NOT_SEALED = (
@@ -85,8 +85,8 @@ def seal_run(
         run_dir: The run's folder.
         config: The resolved recipe.
         global_batch: Tiles of one step over all processes.
-        inputs: Digests under "manifest" or "images", "weights", "continues" and "gram_teacher"; None where there is
-            none.
+        inputs: Digests under "manifest" or "images", "strata", "weights", "continues" and "gram_teacher"; None where
+            there is none.
         origin: Where the weights come from in the end, for the model card.
         slides: Ids of the slides that the run trains on, if it is slides.
     """
@@ -101,7 +101,7 @@ def compare_with_seal(run_dir: Path, config: RunConfig, global_batch: int) -> di
     """Refuses to go on with a run under other settings; nothing in its folder is changed then.
 
     Returns:
-        The seal.
+        The seal, and under "epochs" the `optim.epochs` that the run had until now.
 
     Raises:
         SealError: Settings or batch differ, or the run is shorter now than what is done of it.
@@ -113,15 +113,38 @@ def compare_with_seal(run_dir: Path, config: RunConfig, global_batch: int) -> di
             f"on with {global_batch}: start as many processes as before (launch.processes), or set "
             f"train.batch_size_per_gpu so that processes times it is {seal['global_batch']}"
         )
+    epochs = _epochs_until_now(run_dir)
     write_text(run_dir / "config.yaml", _without_folders(config))
-    return seal
+    return seal | {"epochs": epochs}
+
+
+def _epochs_until_now(run_dir: Path) -> int | None:
+    try:
+        return load_recipe(run_dir / "config.yaml").optim.epochs
+    except ConfigError:  # gone or damaged: it is written anew
+        return None
+
+
+def compare_order(run_dir: Path, seal: dict[str, Any], strata: str | None) -> None:
+    """Refuses to go on when the slides of a run have moved to other sites, scanners or stains.
+
+    Raises:
+        SealError: The order of samples would not be that of the start.
+    """
+    if seal["inputs"].get("strata") != strata:
+        raise SealError(
+            f"run {run_dir.name} samples its tiles by site, scanner and stain, and these columns of the slide table "
+            f"have changed since it was started; change them back, {_WAY_OUT}"
+        )
 
 
 def _compare(run_dir: Path, config: RunConfig, last_iteration: int) -> dict[str, Any]:
     run, seal = run_dir.name, read_seal(run_dir)
     if seal is None:
         raise SealError(f"run {run} has checkpoints but its {SEAL_NAME} is gone; put it back, or {_WAY_OUT}")
-    old, new = seal["settings"], sealed_settings(config)
+    # keys that came after the run was started had the effect of their defaults
+    old = sealed_settings(OmegaConf.structured(RunConfig)) | seal["settings"]
+    new = sealed_settings(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if changed:
         shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:3])

@@ -17,34 +17,44 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images
 from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
-from dinoscope.data.windows import crop_ranges
-from dinoscope.errors import DinoscopeError, RunError
+from dinoscope.data.windows import CropRange, crop_ranges
+from dinoscope.errors import DinoscopeError, RunError, StoppedError
 from dinoscope.files import write_json
 from dinoscope.models.registry import settings_from_config
 from dinoscope.progress import Progress, progress
-from dinoscope.train.checkpoint import (
-    export_teacher,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dinoscope.train.checkpoint import export_teacher, load_checkpoint
+from dinoscope.train.checkpoint_files import clean_end_marked
+from dinoscope.train.clock import RunClock
+from dinoscope.train.disk_errors import in_words, not_written
 from dinoscope.train.distributed import World
+from dinoscope.train.forecast import forecast
 from dinoscope.train.health import HealthWindow
-from dinoscope.train.lock import run_lock
+from dinoscope.train.lock import HeldLock, run_lock
 from dinoscope.train.metrics import append_metrics, read_metrics
 from dinoscope.train.optimizer import build_optimizer, copy_state
+from dinoscope.train.outlook import Warmup, outlook, speed_if_readable, warnings
 from dinoscope.train.parallelize import parallelize
-from dinoscope.train.run_folder import complete_checkpoints, teacher_export_path
+from dinoscope.train.run_folder import (
+    complete_checkpoints,
+    newest_checkpoint,
+    prune_exports,
+    remove_partial,
+    set_damaged_aside,
+    teacher_export_path,
+)
+from dinoscope.train.saving import CheckpointSaver
 from dinoscope.train.schedule import ScheduleValues, build_schedules
-from dinoscope.train.seal import compare_with_seal, seal_run
+from dinoscope.train.seal import compare_order, compare_with_seal, seal_run
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.step import StepOutcome, TrainingStep, global_batch
@@ -75,13 +85,17 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the main process finds out for all: the images, and either a start or a checkpoint to go on from."""
+    """What the main process finds out for all: the images, and either a start or a checkpoint to go on from.
+
+    `epochs` is the length that a run which goes on had until now.
+    """
 
     images: TrainingImages
     origin: str | None
     start: Start | None
     iteration: int
     checkpoint: Path | None
+    epochs: int | None = None
 
 
 def train_run(inputs: RunInputs, world: World) -> None:
@@ -91,31 +105,61 @@ def train_run(inputs: RunInputs, world: World) -> None:
 
     Raises:
         RunError: Another process trains in the folder, the settings differ from those the run was started with, the
-            loss is not finite, or the process was asked to stop (after a checkpoint).
+            loss is not finite, or its last files cannot be written.
+        StoppedError: It was asked to stop, or came near its time limit, and is to be started again.
         DinoscopeError: An input is wrong.
     """
+    locks: list[HeldLock] = []  # the main process holds one
+
+    def require_held() -> None:
+        for lock in locks:
+            lock.require_held()
+
     with contextlib.ExitStack() as stack:
-        prepared = _main_first(world, lambda: _prepare(inputs, stack, world))
-        Trainer(inputs, world, prepared).run()
+        prepared = _main_first(world, lambda: _prepare(inputs, stack, locks, world))
+        saver = CheckpointSaver(inputs.run_dir, inputs.config.checkpointing, world, require_held)
+        Trainer(inputs, world, prepared, stack.enter_context(saver)).run()
 
 
-def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, world: World) -> Prepared:
-    """What the main process does alone: lock, seal, find the images."""
+def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, locks: list[HeldLock], world: World) -> Prepared:
+    """What the main process does alone: lock, seal, find the images; tidy up what a killed trainer left."""
+    locks.append(stack.enter_context(run_lock(inputs.run_dir)))
+    prepared = _find(inputs, world)
+    if prepared.checkpoint is not None:
+        set_damaged_aside(inputs.run_dir, prepared.iteration)
+    remove_partial(inputs.run_dir)
+    stack.enter_context(clean_end_marked(inputs.run_dir))
+    return prepared
+
+
+def _find(inputs: RunInputs, world: World) -> Prepared:
     config, run_dir = inputs.config, inputs.run_dir
-    stack.enter_context(run_lock(run_dir))
     batch = global_batch(config, world.size)
     where = {"manifest": inputs.manifest, "slides": inputs.slides, "run_dir": run_dir}
-    checkpoints = complete_checkpoints(run_dir)
-    if checkpoints:
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is not None:
         seal = compare_with_seal(run_dir, config, batch)
         images = open_images(config.train.dataset_path, **where, sealed=seal["inputs"])
-        return Prepared(images, seal["origin"], None, *list(checkpoints.items())[-1])
+        compare_order(run_dir, seal, _order_of(images, inputs, world).digest())
+        return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"])
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
     crop_ranges(images.windows, crop_settings(config)[0])
     kind = "manifest" if config.train.dataset_path is None else "images"
-    digests = {"manifest": None, kind: images.digest(), **start.digests()}
+    strata = _order_of(images, inputs, world).digest()
+    digests = {"manifest": None, kind: images.digest(), "strata": strata, **start.digests()}
     seal_run(run_dir, config, batch, digests, start.origin(), images.slide_ids)
     return Prepared(images, start.origin(), start, -1, None)
+
+
+def _order_of(images: TrainingImages, inputs: RunInputs, world: World) -> SampleOrder:
+    batch = global_batch(inputs.config, world.size)
+    return sample_order(
+        images,
+        inputs.config.sampling,
+        seed=_stream_seed(inputs.config.train.seed, inputs.run_dir.name),
+        batch_size=batch // world.size,
+        global_batch=batch,
+    )
 
 
 def _main_first(world: World, work: Callable[[], _T]) -> _T:
@@ -136,10 +180,17 @@ def _main_first(world: World, work: Callable[[], _T]) -> _T:
     return outcome[0]
 
 
+def _end_all(world: World, error: DinoscopeError) -> NoReturn:
+    """Ends a run with an error that all ranks know of; the main process says it."""
+    if world.is_main:
+        raise error
+    sys.exit(error.exit_status)
+
+
 class Trainer:
     """The state of a run in one process."""
 
-    def __init__(self, inputs: RunInputs, world: World, prepared: Prepared) -> None:
+    def __init__(self, inputs: RunInputs, world: World, prepared: Prepared, saver: CheckpointSaver) -> None:
         self.config, self.run_dir, self.world, self.images = inputs.config, inputs.run_dir, world, prepared.images
         self.origin = prepared.origin
         self.stream_seed = _stream_seed(self.config.train.seed, self.run_dir.name)
@@ -153,7 +204,10 @@ class Trainer:
         self.window, self.health = MetricWindow(world), HealthWindow(world)
         self.step = TrainingStep(self.model, self.optimizer, world, self.stream_seed, self.health)
         self.skipped_in_a_row = 0
-        self.saved_iteration = prepared.iteration
+        self.saver = saver
+        train = self.config.train
+        self.clock = RunClock(self.config.checkpointing.every_minutes, train.time_limit_minutes)
+        self.order = _order_of(self.images, inputs, world)
         self.next_iteration = self._restore(prepared)
         self.dataset = self._dataset()
 
@@ -172,39 +226,52 @@ class Trainer:
         load_checkpoint(folder, self.model, self.optimizer)
         if iteration + 1 < self.num_iterations:
             self._event("resume", iteration + 1, f"resumes after iteration {iteration}, from ckpt/{folder.name}")
+            self._tell_extension(iteration + 1, prepared.epochs)
         return iteration + 1
+
+    def _tell_extension(self, iteration: int, epochs: int | None) -> None:
+        """The joint of the learning rate, where a run goes on with another length."""
+        if epochs in (None, self.config.optim.epochs):
+            return
+        before = build_schedules(OmegaConf.merge(self.config, {"optim": {"epochs": epochs}}), self.global_batch)
+        old, new = before.at(min(iteration, len(before) - 1)).lr, self.schedules.at(iteration).lr
+        story = f"has {self.config.optim.epochs} epochs instead of {epochs}"
+        self._event("extended", iteration, f"{story}: its learning rate goes from {old:.3g} to {new:.3g}")
 
     def _event(self, name: str, iteration: int, story: str) -> None:
         if self.world.is_main:
-            append_metrics(self.run_dir, {"event": name, "iteration": iteration, "note": story})
+            self._append({"event": name, "iteration": iteration, "note": story})
             _log.info("run %s %s", self.run_dir.name, story)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            append_metrics(self.run_dir, line)
+        except OSError as error:  # a full disk costs a line, never the run
+            _log.warning("run %s: a line of metrics cannot be written: %s", self.run_dir.name, error)
 
     def _dataset(self) -> ImageCrops:
         sizes, augmentation = crop_settings(self.config)
         ranges = crop_ranges(self.images.windows, sizes)
         if self.world.is_main:
-            self._summarise([str(r) for r in ranges])
-        return ImageCrops(self.images, sizes, augmentation, self.stream_seed)
+            self._summarise(ranges)
+        return ImageCrops(self.images, sizes, augmentation, self.stream_seed, self.order)
 
-    def _summarise(self, crops: Sequence[str]) -> None:
-        samples = self.num_iterations * self.global_batch
+    def _summarise(self, crops: Sequence[CropRange]) -> None:
+        """Says on the main process what the run will take, before its first step."""
         kind = "tiles" if self.config.train.dataset_path is None else "images"
-        _log.info(
-            "%d %s, %d iterations of %d %s (%d processes on %s): %.1f passes over the data, peak lr %.3g",
-            *(len(self.images), kind, self.num_iterations, self.global_batch, kind),
-            *(self.world.size, self.world.device.type, samples / len(self.images), float(self.schedules.lr.max())),
-        )
-        for line in [*crops, *self._order().story(self.num_iterations)]:
+        world, left = self.world, self.num_iterations - self.next_iteration
+        _log.info("data: %d %s, on %s", len(self.images), kind, world.device.type)
+        for line in self.order.story(self.num_iterations):
             _log.info("%s", line)
-
-    def _order(self) -> SampleOrder:
-        return sample_order(
-            self.images,
-            self.config.sampling,
-            seed=self.stream_seed,
-            batch_size=self.config.train.batch_size_per_gpu,
-            global_batch=self.global_batch,
-        )
+        if not left:
+            return
+        ahead = forecast(self.config, self.settings, world.size, len(self.images), world.device.type, world.local_size)
+        speed = speed_if_readable(self.config, self.images, ahead)
+        for label, text in outlook(self.config, ahead, speed, crops, self.run_dir, self.next_iteration):
+            _log.info("%s: %s", label, text)
+        for text in warnings(self.config, ahead, speed, crops, self.run_dir):
+            _log.warning("warning: %s", text)
+        self.warmup = Warmup(ahead)
 
     def run(self) -> None:
         """Trains to the end and writes final.json."""
@@ -214,9 +281,7 @@ class Trainer:
                 self._train_step(iteration, batch, values)
                 self.next_iteration = iteration + 1
                 self._log_step(iteration, values, shown)
-                self._keep(iteration)
-                if self.next_iteration < self.num_iterations and self.world.any(bool(stop)):
-                    self._stop_early(iteration)
+                self._keep(iteration, bool(stop))
         self._finish()
 
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
@@ -237,7 +302,6 @@ class Trainer:
             config.ibot.mask_random_circular_shift,
             self.stream_seed,
         )
-        self.dataset.order = self._order()
         loader = build_loader(
             self.dataset,
             collate,
@@ -281,8 +345,8 @@ class Trainer:
         if self.skipped_in_a_row >= limit:
             kept = list(complete_checkpoints(self.run_dir))
             raise RunError(
-                f"run {self.run_dir.name}: {limit} steps in a row, up to iteration {iteration}, had a loss or gradients "
-                "that are not finite; lower optim.lr or lengthen its warm-up under a new run name"
+                f"run {self.run_dir.name}: {limit} steps in a row, up to iteration {iteration}, had a loss or "
+                "gradients that are not finite; lower optim.lr or lengthen its warm-up under a new run name"
                 + (f" (the last good checkpoint is of iteration {kept[-1]})" if kept else "")
             )
 
@@ -309,7 +373,7 @@ class Trainer:
             if "dino_global_crops_loss" in line:
                 line |= self.health.close(line["dino_global_crops_loss"])
             if self.world.is_main:
-                append_metrics(self.run_dir, line | _schedule_line(values))
+                self._append(line | _schedule_line(values))
         if shown is not None:
             last = self.window.last
             rate = (
@@ -319,24 +383,50 @@ class Trainer:
             )
             shown.advance(note=f"{rate}lr {values.lr:.2e}")
 
-    def _keep(self, iteration: int) -> None:
-        """Checkpoint and teacher export where they are due; both are at the last iteration."""
+    def _keep(self, iteration: int, stop: bool) -> None:
+        """Teacher export and checkpoint where they are due, and the end of a run that must stop."""
         last = self.next_iteration == self.num_iterations
-        period = self.config.evaluation.eval_period_iterations
-        if last or (period and (iteration + 1) % period == 0):
+        stop, out_of_time, save_is_due = self._agree(stop)
+        ends = last or stop or out_of_time
+        export_period, period = self.config.evaluation.eval_period_iterations, self.config.checkpointing.period
+        if not last and export_period and self.next_iteration % export_period == 0:
+            self._export(iteration, last=False)
+        if ends or save_is_due or self.next_iteration % period == 0:
+            self._save(iteration, ends=ends)
+        if ends and not last:
+            self._stop_early(iteration, "was asked to stop" if stop else "came near its time limit")
+
+    def _agree(self, stop: bool) -> list[bool]:
+        """Whether any process was asked to stop; by the main process's clock: is time up, is a save due."""
+        clock, main = self.clock, self.world.is_main
+        flags = [stop, main and clock.time_is_up(self.saver.seconds), main and clock.save_is_due()]
+        return self.world.reduce(torch.tensor(flags, dtype=torch.int), dist.ReduceOp.MAX).bool().tolist()
+
+    def _save(self, iteration: int, *, ends: bool) -> None:
+        _main_first(self.world, self.saver.require_held)
+        self.clock.saved()
+        cause = self.saver.save(iteration, self.model, self.optimizer, blocking=ends)
+        if ends and cause is not None:
+            _end_all(self.world, not_written(self.run_dir, f"checkpoint {iteration}", cause))
+
+    def _export(self, iteration: int, *, last: bool) -> None:
+        _main_first(self.world, self.saver.require_held)
+        try:
             export_teacher(self.run_dir, iteration, self.model, self.origin, self.world)
-        if last or (iteration + 1) % self.config.checkpointing.period == 0:
-            self._save(iteration)
+        except OSError as error:
+            what, cause = f"teacher export {iteration}", in_words(error)
+            if last:
+                _end_all(self.world, not_written(self.run_dir, what, cause))
+            if self.world.is_main:
+                _log.warning(
+                    "run %s: %s cannot be written (%s); the training goes on without it", self.run_dir.name, what, cause
+                )
+            return
+        _main_first(self.world, lambda: prune_exports(self.run_dir, self.config.evaluation.max_to_keep))
 
-    def _save(self, iteration: int) -> None:
-        save_checkpoint(self.run_dir, iteration, self.model, self.optimizer, self.config.checkpointing, self.world)
-        self.saved_iteration = iteration
-
-    def _stop_early(self, iteration: int) -> None:
-        if iteration != self.saved_iteration:
-            self._save(iteration)
-        raise RunError(
-            f"run {self.run_dir.name} was asked to stop and saved its state after iteration {iteration}; "
+    def _stop_early(self, iteration: int, why: str) -> None:
+        raise StoppedError(
+            f"run {self.run_dir.name} {why} and saved its state after iteration {iteration}; "
             "start it again to go on from there"
         )
 
@@ -344,11 +434,13 @@ class Trainer:
         iteration = self.num_iterations - 1
         teacher = teacher_export_path(self.run_dir, iteration)
         if not _main_first(self.world, teacher.is_file):
-            export_teacher(self.run_dir, iteration, self.model, self.origin, self.world)
-        if self.world.is_main:
-            _log.info("run %s is finished after %d iterations", self.run_dir.name, self.num_iterations)
-            write_json(self.run_dir / "final.json", self._final(iteration, teacher))
-        dist.barrier()
+            self._export(iteration, last=True)
+        _main_first(self.world, lambda: self._write_final(iteration, teacher))
+
+    def _write_final(self, iteration: int, teacher: Path) -> None:
+        self.saver.require_held()
+        _log.info("run %s is finished after %d iterations", self.run_dir.name, self.num_iterations)
+        write_json(self.run_dir / "final.json", self._final(iteration, teacher))
 
     def _final(self, iteration: int, teacher: Path) -> dict[str, Any]:
         folder = complete_checkpoints(self.run_dir)[iteration]
@@ -362,6 +454,7 @@ class Trainer:
             "samples_seen": self.num_iterations * self.global_batch,
             "tiles": sorted({(w.shorter_px, w.mpp and round(w.mpp, 6)) for w in self.images.windows}),
             "crops": [vars(entry) for entry in crop_ranges(self.images.windows, sizes)],
+            "strata": [vars(share) for share in self.order.shares(self.num_iterations)],
             "metrics": _last_metrics(self.run_dir),
         }
 
