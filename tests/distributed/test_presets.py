@@ -21,7 +21,8 @@ RUNS = REPOSITORY / "config" / "runs"
 ALONE = sorted(path.stem for path in RUNS.glob("*.yaml") if not load_recipe(path).gram.use_loss)
 GRAM = sorted(path.stem for path in RUNS.glob("*.yaml") if load_recipe(path).gram.use_loss)
 SMALL = ["student.arch=vit_nano", "train.OFFICIAL_EPOCH_LENGTH=2", "train.batch_size_per_gpu=2", "train.num_workers=0"]
-SMALL += ["optim.epochs=4", "teacher.warmup_teacher_temp_epochs=1", "train.dataset_path=images", "sampling.method=uniform"]
+SMALL += ["optim.epochs=4", "teacher.warmup_teacher_temp_epochs=1"]
+SMALL += ["train.dataset_path=images", "sampling.method=uniform", "train.accumulation_steps=2"]
 SMALL += [f"{loss}.{key}" for loss in ("dino", "ibot") for key in ("head_n_prototypes=256", "head_hidden_dim=64")]
 
 
