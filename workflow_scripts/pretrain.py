@@ -3,12 +3,14 @@
 One GPU box:     python workflow_scripts/launch.py -- workflow_scripts/pretrain.py ARGUMENTS
 the same:        torchrun --standalone --nproc-per-node gpu workflow_scripts/pretrain.py ARGUMENTS
 one process:     python workflow_scripts/pretrain.py ARGUMENTS
+what it takes:   python workflow_scripts/pretrain.py ARGUMENTS --plan
 
 A run resumes from its newest complete checkpoint when the same command is given again.
 """
 
 import argparse
 import functools
+import os
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
@@ -24,14 +26,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", help="backbone file to start from; wins over the recipe's MODEL.WEIGHTS")
     parser.add_argument("--continues", type=Path, help="final.json of the run that is continued, optimizer included")
     parser.add_argument("--gram-teacher", help="last | iteration of an export of that run | exported teacher file")
+    parser.add_argument("--plan", action="store_true", help="print what the run will take, and change nothing")
+    parser.add_argument("--processes", default="auto", help="with --plan: auto (as launch.py) | gpu | a number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Joins the process group and trains."""
+    """Joins the process group and trains, or plans."""
     arguments = parse_arguments()
     from dinoscope.recipe import load_recipe, require_weights
+    from dinoscope.recipe_checks import check_processes
     from dinoscope.train.distributed import joined_world
     from dinoscope.train.starting import resolve_start
     from dinoscope.train.trainer import RunInputs, train_run
@@ -40,8 +45,15 @@ def main() -> None:
     if arguments.weights is None and arguments.continues is None:
         require_weights(arguments.config, config)
     start = functools.partial(resolve_start, config, arguments.weights, arguments.continues, arguments.gram_teacher)
+    inputs = RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir)
+    if arguments.plan:
+        from dinoscope.train.planning import plan_run
+
+        print(plan_run(inputs, arguments.config, arguments.overrides, arguments.processes))
+        return
+    check_processes(config, int(os.environ.get("WORLD_SIZE", 1)))
     with joined_world() as world:
-        train_run(RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir), world)
+        train_run(inputs, world)
 
 
 if __name__ == "__main__":

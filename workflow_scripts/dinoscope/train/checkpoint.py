@@ -35,6 +35,7 @@ __all__ = [
     "FROZEN_NAME",
     "export_teacher",
     "fill_from_full_state",
+    "frozen_names",
     "frozen_state",
     "load_checkpoint",
     "training_state",
@@ -77,7 +78,7 @@ def load_checkpoint(
 def training_state(model: SSLModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """All that a checkpoint holds; the tensors are those of model and optimizer, not copies."""
     tensors = model.state_dict()  # first: FSDP gives back weights that are still gathered, and with them their names
-    frozen = {f"{network}.backbone.{name}" for network in ("student", "teacher") for name in _frozen_names(model)}
+    frozen = {f"{network}.backbone.{name}" for network in ("student", "teacher") for name in frozen_names(model)}
     names = {id(p): name.replace(_WRAPPER, "") for name, p in model.named_parameters()}
     moments = {}
     for group in optimizer.param_groups:
@@ -91,7 +92,7 @@ def training_state(model: SSLModel, optimizer: torch.optim.Optimizer) -> dict[st
     return {"model": {k: v for k, v in tensors.items() if k not in frozen}, "optimizer": moments}
 
 
-def _frozen_names(model: SSLModel) -> list[str]:
+def frozen_names(model: SSLModel) -> list[str]:
     """The backbone's tensors, buffers included, that are not trained; none where checkpoints hold everything."""
     if model.config.student.trainable == "full":
         return []
@@ -104,14 +105,14 @@ def _frozen_names(model: SSLModel) -> list[str]:
 def frozen_state(model: SSLModel) -> dict[str, Any]:
     """What `ckpt/frozen` holds, empty where there is none; the tensors are the student's."""
     tensors = model.student["backbone"].state_dict()
-    frozen = {f"frozen.backbone.{name}": tensors[name] for name in _frozen_names(model)}
+    frozen = {f"frozen.backbone.{name}": tensors[name] for name in frozen_names(model)}
     return {"model": frozen} if frozen else {}
 
 
 @torch.no_grad()
 def _copy_frozen_to_teacher(model: SSLModel) -> None:
     student, teacher = (network["backbone"].state_dict() for network in (model.student, model.teacher))
-    for name in _frozen_names(model):
+    for name in frozen_names(model):
         teacher[name].copy_(student[name])
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dinoscope.config import RunConfig
     from dinoscope.train.distributed import World
 
-__all__ = ["parallelize"]
+__all__ = ["checkpoint_activations", "parallelize"]
 
 _log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
@@ -50,7 +50,7 @@ def parallelize(model: SSLModel, world: "World") -> None:
     # outputs are views of the tokens; FSDP warns of in-place operations on them, of which there are none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(model.config, world)
-    _checkpoint_activations(model.student["backbone"].blocks, model.config)
+    checkpoint_activations(model.student["backbone"].blocks, model.config)
     for network in (model.student, *model.frozen_networks()):
         for block in network["backbone"].blocks:
             if _compiles(model.config, world.device.type):
@@ -71,7 +71,7 @@ def _mesh(config: "RunConfig", world: "World") -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _checkpoint_activations(blocks: nn.ModuleList, config: "RunConfig") -> None:
+def checkpoint_activations(blocks: nn.ModuleList, config: "RunConfig") -> None:
     """Recomputes, in the backward, whole blocks (checkpointing_full) or all but their matrix products."""
     if not (config.train.checkpointing or config.train.checkpointing_full):
         return

@@ -42,7 +42,7 @@ from dinoscope.train.health import HealthWindow
 from dinoscope.train.lock import HeldLock, run_lock
 from dinoscope.train.metrics import append_metrics, read_metrics
 from dinoscope.train.optimizer import build_optimizer, copy_state
-from dinoscope.train.outlook import Warmup, outlook, speed_if_readable, warnings
+from dinoscope.train.outlook import Warmup, outlook, warnings
 from dinoscope.train.parallelize import parallelize
 from dinoscope.train.run_folder import (
     complete_checkpoints,
@@ -55,6 +55,7 @@ from dinoscope.train.run_folder import (
 from dinoscope.train.saving import CheckpointSaver
 from dinoscope.train.schedule import ScheduleValues, build_schedules
 from dinoscope.train.seal import compare_order, compare_with_seal, seal_run
+from dinoscope.train.speed import speed_if_readable
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.step import StepOutcome, TrainingStep, global_batch
@@ -208,6 +209,7 @@ class Trainer:
         train = self.config.train
         self.clock = RunClock(self.config.checkpointing.every_minutes, train.time_limit_minutes)
         self.order = _order_of(self.images, inputs, world)
+        self.warmup: Warmup | None = None
         self.next_iteration = self._restore(prepared)
         self.dataset = self._dataset()
 
@@ -313,11 +315,15 @@ class Trainer:
         )
         iteration, waiting_since = self.next_iteration, time.perf_counter()
         for batch in loader:
-            self.window.waited(time.perf_counter() - waiting_since)
+            data_time = time.perf_counter() - waiting_since
+            self.window.waited(data_time)
             if isinstance(batch, DinoscopeError):
                 raise batch
             yield iteration, batch.to(self.world.device)
-            iteration, waiting_since = iteration + 1, time.perf_counter()
+            now = time.perf_counter()
+            if self.warmup is not None and (story := self.warmup.note(iteration, now - waiting_since, data_time)):
+                _log.info("%s", story)
+            iteration, waiting_since = iteration + 1, now
 
     def _train_step(self, iteration: int, batch: Batch, values: ScheduleValues) -> None:
         if iteration == self.config.gram.it_load_ema_teacher and self.model.gram_teacher is not None:
