@@ -36,7 +36,7 @@ class Tissue:
     training: np.ndarray
 
 
-def read_cells(folder: Path) -> Cells:
+def read_cells(folder: Path, split: int) -> Cells:
     """All cells; a file's name is its parent image's and a number."""
     files = sorted(folder.glob("*/*.jpg"))
     parents = np.array([file.stem.rpartition("_")[0] for file in files])
@@ -44,11 +44,11 @@ def read_cells(folder: Path) -> Cells:
         np.stack([cv2.imread(str(file))[..., ::-1] for file in files]),
         np.array([file.parent.name for file in files]),
         parents,
-        np.isin(parents, _half(np.unique(parents))),
+        np.isin(parents, _half(np.unique(parents), split)),
     )
 
 
-def read_tissue(folder: Path) -> Tissue:
+def read_tissue(folder: Path, split: int) -> Tissue:
     """All tissue images; a patch is nucleus where at least half of its pixels are."""
     files = sorted(folder.glob("images/*.png"))
     masks = np.stack([cv2.imread(str(folder / "masks" / file.name), cv2.IMREAD_UNCHANGED) > 0 for file in files])
@@ -57,11 +57,11 @@ def read_tissue(folder: Path) -> Tissue:
     images = [cv2.imread(str(file))[..., ::-1] for file in files]
     enlarged = [cv2.resize(image, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC) for image in images]
     names = np.array([file.name for file in files])
-    return Tissue(np.stack(enlarged), (share >= 0.5).reshape(len(files), -1), np.isin(names, _half(names)))
+    return Tissue(np.stack(enlarged), (share >= 0.5).reshape(len(files), -1), np.isin(names, _half(names, split)))
 
 
-def _half(names: np.ndarray) -> np.ndarray:
-    return np.random.default_rng(0).permutation(names)[: len(names) // 2]
+def _half(names: np.ndarray, split: int) -> np.ndarray:
+    return np.random.default_rng(split).permutation(names)[: len(names) // 2]
 
 
 def tiles_of(images: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ __all__ = [
     "pca_colors",
 ]
 
+_VALUES_AT_ONCE = 2**21  # a few tissue images, or 75 cells
 Features = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -37,7 +38,7 @@ def features_of(path: Path) -> Features:
 
     def extract(images: np.ndarray) -> dict[str, np.ndarray]:
         found = []
-        for batch in np.array_split(images, -(-len(images) // 64)):
+        for batch in np.array_split(images, -(-images.size // _VALUES_AT_ONCE)):
             pixels = torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float() / 255
             with torch.inference_mode():
                 found.append(model.forward_features((pixels - mean) / std))
