@@ -116,7 +116,7 @@ def sharded(config: RunConfig, world: World, watch: Stopwatch) -> Callable[[Batc
     optimizer = build_optimizer(model.student, config, settings.depth)
     start_model(model, optimizer, Start(None, None, None), world)
     step = TrainingStep(model, optimizer, world, 0, phase=watch)
-    return lambda batch: step(0, batch, VALUES)
+    return lambda batch: step(0, batch.split(config.train.accumulation_steps), VALUES)
 
 
 def plain(config: RunConfig, device: torch.device) -> Callable[[Batch], None]:

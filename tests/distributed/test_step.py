@@ -86,7 +86,7 @@ def test_accumulated_parts_are_the_undivided_batch(world: World, overrides: list
     found = {}
     for parts in (1, 4):
         step = training_step(world, parts, *overrides)
-        outcome = step(0, batch(), VALUES)
+        outcome = step(0, batch().split(parts), VALUES)
         found[parts] = outcome, gradients(step), weights(step)
     (whole, whole_gradients, whole_weights), (split, split_gradients, split_weights) = found[1], found[4]
     assert whole.terms.keys() == split.terms.keys() >= {"gram_loss", "ibot_loss", "backbone_grad_norm"}
@@ -113,7 +113,7 @@ def test_parts_that_were_centred_alone_would_differ(world: World) -> None:
 
 def test_a_step_that_is_not_finite_changes_nothing(world: World) -> None:
     step = training_step(world, 1)
-    step(0, batch(), VALUES)
+    step(0, [batch()], VALUES)
     before, moments = weights(step), [dict(state) for state in step.optimizer.state.values()]
     moments = [{key: value.clone() for key, value in state.items()} for state in moments]
     forward = step.model.forward
@@ -123,12 +123,12 @@ def test_a_step_that_is_not_finite_changes_nothing(world: World) -> None:
         return loss * float("nan"), terms | {"total_loss": terms["total_loss"] * float("nan")}
 
     step.model.forward = spoiled
-    outcome = step(1, batch(1), VALUES)
+    outcome = step(1, [batch(1)], VALUES)
     assert outcome.skipped and not outcome.own_loss_finite
     after = weights(step)
     assert all(torch.equal(before[name], after[name]) for name in before)
     for old, new in zip(moments, step.optimizer.state.values(), strict=True):
         assert all(torch.equal(old[key], new[key]) for key in old)
     step.model.forward = forward
-    assert not step(2, batch(2), VALUES).skipped
+    assert not step(2, [batch(2)], VALUES).skipped
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(step).items())

@@ -149,7 +149,8 @@ def test_half_written_folders_are_removed_and_a_finished_one_takes_its_name(tmp_
     assert (old / "__0_0.distcp").read_bytes() == b"new"
     checkpoint(tmp_path, ".9.partial")
     (tmp_path / "eval/.training_3.deleted.partial").mkdir(parents=True)
-    remove_partial(tmp_path)
+    for folder in ("ckpt", "eval"):
+        remove_partial(tmp_path / folder)
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["4"]
     assert not list((tmp_path / "eval").iterdir())
 

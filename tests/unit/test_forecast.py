@@ -1,5 +1,6 @@
 """What a run is forecast to take, against what it takes: autograd's own tensors, the profiler, files of checkpoints."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,16 @@ def allocated_at_most(model: SSLModel, batch: Batch) -> int:
     return most
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Without it, the work space that each thread of the CPU's attention has would count: 1.6 MB in a small model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("arch", "tiles", "prototypes", "student", "gram", "mode"), CASES)
 def test_activations(arch: str, tiles: int, prototypes: int, student: dict, gram: dict, mode: str) -> None:
     gram_section = {"gram": gram | {"it_load_ema_teacher": 0}} if gram else {}

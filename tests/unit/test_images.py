@@ -317,9 +317,9 @@ def test_errors_of_later_images_reach_the_trainer(place: Path) -> None:
 def test_what_is_built_differently_in_another_process_is_refused(place: Path) -> None:
     images = UserImages("cells_of_mine:Cells")
     state = pickle.dumps(images)
-    with h5py.File(place / "fewer.h5", "w") as file:
+    with h5py.File(place / "only_one.h5", "w") as file:
         file["images"] = np.stack([noise(0)])
-    (place / "cells_of_mine.py").write_text(EXAMPLE.replace("cells.h5", "fewer.h5"))
+    (place / "cells_of_mine.py").write_text(EXAMPLE.replace("cells.h5", "only_one.h5"))
     del sys.modules["cells_of_mine"]
     with pytest.raises(DinoscopeError, match="has 1 images in one process and 10 in another"):
         pickle.loads(state).read(0)
@@ -375,7 +375,7 @@ def test_a_run_on_a_folder_and_how_it_goes_on(folder: Path) -> None:
     assert not (run / "run_config.json").exists()
     done = pretrain(place, given, "optim.epochs=1")
     assert done.returncode == 0, done.stderr
-    assert "6 images, 3 iterations of 2 images" in done.stderr
+    assert "data: 6 images" in done.stderr
     assert "global crops 64 px, magnification unknown (the smallest ones are upsampled)" in done.stderr
     final, seal = read_json(run / "final.json"), read_json(run / "run_config.json")
     assert (final["num_tiles"], final["tiles"], final["crops"][0]["finest_mpp"]) == (6, [[72, None]], None)

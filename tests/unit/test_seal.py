@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from dinoscope.errors import SealError
+from dinoscope.files import read_json, write_json
 from dinoscope.recipe import load_recipe
-from dinoscope.train.seal import check_seal, compare_with_seal, read_seal, seal_run
+from dinoscope.train.seal import check_seal, compare_order, compare_with_seal, read_seal, seal_run, write_config
 
 RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny.yaml"
 INPUTS = {"manifest": "abc", "weights": "def", "continues": None, "gram_teacher": None}
@@ -37,8 +38,36 @@ def test_a_run_never_started_passes(tmp_path: Path) -> None:
 def test_unchanged_and_harmless_changes_pass(run: Path) -> None:
     harmless = ["optim.epochs=20", "train.num_workers=0", "checkpointing.period=7", "train.log_every=1"]
     check_seal(run, RECIPE, harmless)
-    assert compare_with_seal(run, load_recipe(RECIPE, harmless), 16)["inputs"] == INPUTS
+    seal = compare_with_seal(run, load_recipe(RECIPE, harmless), 16)
+    assert (seal["inputs"], seal["epochs"]) == (INPUTS, 10)
+    assert load_recipe(run / "config.yaml").optim.epochs == 10  # something else may still refuse the run
+    write_config(run, load_recipe(RECIPE, harmless))
     assert load_recipe(run / "config.yaml").optim.epochs == 20
+
+
+def test_keys_that_came_later_had_the_effect_of_their_defaults(run: Path) -> None:
+    path = run / "run_config.json"
+    seal = read_json(path)
+    del seal["settings"]["student.trainable"]
+    write_json(path, seal)
+    check_seal(run, RECIPE)
+    with pytest.raises(SealError, match=r"student\.trainable was 'full' and is now 'norms'"):
+        check_seal(run, RECIPE, ["student.trainable=norms"])
+
+
+def test_other_stains_or_strata_are_refused(run: Path) -> None:
+    seal = {"inputs": {"strata": "a", "stains": "b"}}
+    compare_order(run, seal, "a", "b")
+    with pytest.raises(SealError, match="column stain of the slide table has changed"):
+        compare_order(run, seal, "a", "c")
+    with pytest.raises(SealError, match="these columns of the slide table have changed"):
+        compare_order(run, seal, "c", "b")
+
+
+def test_fewer_tiles_at_once_are_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    divided = ["train.batch_size_per_gpu=4", "train.accumulation_steps=2"]
+    compare_with_seal(run, load_recipe(RECIPE, divided), 16)
+    assert "with 8 tiles a forward and goes on with 4" in caplog.text
 
 
 def test_a_changed_setting_is_refused_and_nothing_is_lost(run: Path) -> None:

@@ -115,7 +115,8 @@ def require_weights(recipe: str | Path, config: RunConfig) -> None:
     if made_for and not config.MODEL.WEIGHTS:
         raise ConfigError(
             f"recipe {recipe} continues from published weights, but MODEL.WEIGHTS is empty: set it to the file "
-            "(docs/weights.md says where to get it); a copy of the recipe under another name starts from scratch"
+            f"(docs/weights.md says where to get it); to start from scratch, extend a copy of {made_for[-1].name} "
+            "under a name without _lvd"
         )
 
 

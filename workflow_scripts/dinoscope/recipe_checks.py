@@ -153,6 +153,11 @@ def _spreading_problems(config: RunConfig) -> Iterable[str]:
     sampling = config.sampling
     if sampling.exponent > 1:
         yield f"sampling.exponent is {sampling.exponent:g}; at most 1 (proportional to the tiles) is wanted"
+    if sampling.method == "tempered" and config.train.dataset_path is not None:
+        yield (
+            "sampling.method is tempered, which goes by site, scanner and stain of slides, but train.dataset_path "
+            "names images without slides: set sampling.method to uniform"
+        )
     if sampling.method == "tempered" and batch % sampling.tiles_per_visit:
         yield (
             f"train.batch_size_per_gpu ({batch}) is no multiple of sampling.tiles_per_visit "

@@ -1,6 +1,8 @@
 """Images of any kind as training samples."""
 
 import functools
+import hashlib
+import json
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,14 +18,14 @@ from dinoscope.data.images import map_images
 from dinoscope.data.sampler import StepSampler
 from dinoscope.data.sampling import SampleOrder, UniformOrder
 from dinoscope.data.sources import TrainingImages, UserImages, is_class_name
-from dinoscope.data.tiles import open_tiles
+from dinoscope.data.tiles import SlideTiles, open_tiles
 from dinoscope.errors import ConfigError, DinoscopeError, SealError
 from dinoscope.processes import die_with_parent
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["ImageCrops", "build_loader", "crop_settings", "open_images"]
+__all__ = ["ImageCrops", "build_loader", "crop_settings", "open_images", "stains_digest"]
 
 
 class ImageCrops(Dataset):
@@ -52,8 +54,8 @@ class ImageCrops(Dataset):
             return error
 
     def sample_ids(self, samples: list[int]) -> list[str]:
-        """What messages call the images of these samples; each is read again."""
-        return [self.images.read(self.order(sample))[1] for sample in samples]
+        """What messages call the images of these samples."""
+        return [self.images.sample_id(self.order(sample)) for sample in samples]
 
     def _crops(self, sample: int) -> Crops:
         index = self.order(sample)
@@ -136,6 +138,14 @@ def crop_settings(config: "RunConfig") -> tuple[CropSizes, Augmentation]:
         gram_no_distortions=crops.gram_teacher_no_distortions,
     )
     return sizes, replace(augmentation, horizontal_flips=crops.horizontal_flips, **given)
+
+
+def stains_digest(images: TrainingImages, config: "RunConfig") -> str | None:
+    """Of the slides' stains, where distortions go by them; None where nothing depends on a stain."""
+    if not isinstance(images, SlideTiles) or not crop_settings(config)[1].by_stain:
+        return None
+    kinds = {slide: (stain or "").partition(":")[0].casefold() for slide, stain in images.slide_stains().items()}
+    return hashlib.sha256(json.dumps(sorted(kinds.items())).encode()).hexdigest()
 
 
 def build_loader(

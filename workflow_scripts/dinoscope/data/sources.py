@@ -65,6 +65,10 @@ class TrainingImages(Protocol):
         """The image, uint8 RGB (H, W, 3), and its sample id. Raises DinoscopeError, naming it, when it cannot."""
         ...
 
+    def sample_id(self, index: int) -> str:
+        """What messages call the image, without reading it."""
+        ...
+
     def stain(self, index: int) -> str | None:
         """How the image is stained, as column `stain` of the slide table says; None where unknown."""
         ...
@@ -137,6 +141,10 @@ class UserImages:
                 "of shape (height, width, 3), or a pair of that and a sample id"
             )
         return np.ascontiguousarray(image), str(sample_id)
+
+    def sample_id(self, index: int) -> str:
+        """module:Class[index]; the data set itself may call it otherwise."""
+        return f"{self.name}[{index}]"
 
     def stain(self, index: int) -> str | None:
         """Unknown."""

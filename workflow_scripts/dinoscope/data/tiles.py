@@ -137,11 +137,20 @@ class SlideTiles:
         kind = tile.kind
         slide = self._slides[kind.slide_id]
         image = slide.read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
-        return image, f"{kind.slide_id}@{tile.x},{tile.y}"
+        return image, self.sample_id(index)
+
+    def sample_id(self, index: int) -> str:
+        """slide_id@x,y in level-0 pixels."""
+        tile = self.tiles[index]
+        return f"{tile.kind.slide_id}@{tile.x},{tile.y}"
 
     def stain(self, index: int) -> str | None:
         """The stain of the tile's slide."""
         return self._stains[self.tiles[index].kind.slide_id]
+
+    def slide_stains(self) -> dict[str, str | None]:
+        """slide_id -> stain of the slides that have tiles."""
+        return dict(self._stains)
 
     def slide_rows(self) -> list[SlideRows]:
         """Which rows are of which slide and stratum, in the order of rows.

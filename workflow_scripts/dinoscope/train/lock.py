@@ -101,7 +101,7 @@ class HeldLock:
 @contextlib.contextmanager
 def run_lock(
     run_dir: Path,
-    wait_seconds: float = 30.0,
+    wait_seconds: float | None = None,
     *,
     decided_by: Literal["kernel", "heartbeat"] | None = None,
     heartbeat_seconds: float = 10.0,
@@ -113,7 +113,8 @@ def run_lock(
 
     Args:
         run_dir: Folder of the run; made when it is not there.
-        wait_seconds: How long to wait for another trainer before refusing.
+        wait_seconds: How long to wait for another trainer before refusing; None: 30 s, and where heartbeats decide as
+            long as one that was killed counts.
         decided_by: What decides who holds the lock; None: what fits the folder's file system.
         heartbeat_seconds: Time between two touches of the file.
         stale_seconds: Age of the last touch from which on a lock no longer counts.
@@ -125,6 +126,8 @@ def run_lock(
     path = run_dir / ".lock"
     by_kernel = (decided_by or _what_decides(run_dir)) == "kernel"
     try_to_hold = _hold_by_kernel if by_kernel else _hold_by_heartbeat
+    if wait_seconds is None:
+        wait_seconds = 30.0 if by_kernel else stale_seconds + 2 * heartbeat_seconds
     started, waiting = time.monotonic(), False
     while (lock := try_to_hold(path, heartbeat_seconds, stale_seconds)) is None:
         known = _read_holder(path) or "another process"

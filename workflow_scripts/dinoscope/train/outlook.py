@@ -245,8 +245,9 @@ def time_in_words(seconds: float) -> str:
 
 def _more_data(num_workers: int, cores: int) -> str:
     if num_workers < cores:
-        return f"raise train.num_workers (now {num_workers} on {_count(cores, 'core')} a process), or pack the tiles"
-    return f"all {_count(cores, 'core')} of a process load already (train.num_workers {num_workers}): pack the tiles"
+        return f"raise train.num_workers (now {num_workers} on {_count(cores, 'core')} a process)"
+    busy = f"all {_count(cores, 'core')} of a process load already (train.num_workers {num_workers})"
+    return f"{busy}: faster storage or more cores would help"
 
 
 def _memory_of_device(ahead: Forecast) -> int | None:

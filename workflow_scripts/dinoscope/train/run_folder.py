@@ -78,11 +78,10 @@ def prune_checkpoints(run_dir: Path, max_to_keep: int | None) -> None:
         _delete(folder)
 
 
-def remove_partial(run_dir: Path) -> None:
-    """Deletes what a killed trainer left half written or half deleted; only the trainer that holds the lock may."""
-    for folder in (run_dir / "ckpt", run_dir / "eval"):
-        for leftover in folder.glob(".*.partial"):
-            shutil.rmtree(leftover)
+def remove_partial(folder: Path) -> None:
+    """Deletes what was left half written or half deleted in `ckpt` or `eval`; only who holds the run's lock may."""
+    for leftover in folder.glob(".*.partial"):
+        shutil.rmtree(leftover)
 
 
 def replace_folder(partial: Path, target: Path) -> None:

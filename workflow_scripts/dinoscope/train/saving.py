@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointSaver"]
 
 _log = logging.getLogger(__name__)
+_FIRST_SAVE = 60.0  # seconds allowed for a save while none has been timed
 _TIMEOUT = datetime.timedelta(hours=2)  # of one rank's wait for the others' files
 
 
@@ -65,7 +66,8 @@ class CheckpointSaver:
         """
         self.run_dir, self.settings, self.world, self.require_held = run_dir, settings, world, require_held
         self.iteration: int | None = None  # of the last save that was begun
-        self.seconds = 0.0  # that the last save took
+        self._longest: float | None = None  # seconds that a save took
+        self._began = 0.0
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[str | None] | None = None
@@ -99,11 +101,17 @@ class CheckpointSaver:
         folders = self._folders(iteration, model, optimizer)
         if not blocking:
             folders = {target: _copied(state) for target, state in folders.items()}
-        self.iteration = iteration
+        self.iteration, self._began = iteration, time.monotonic()
         if blocking:
             return self._write(iteration, folders)
         self._under_way = self._thread.submit(self._write, iteration, folders)
         return None
+
+    def seconds_needed(self) -> float:
+        """What a save would take that began now: the longest so far, and the rest of the one that is under way."""
+        longest = self._longest if self._longest is not None else _FIRST_SAVE
+        under_way = self._under_way is not None and not self._under_way.done()
+        return longest + (max(0.0, longest - (time.monotonic() - self._began)) if under_way else 0.0)
 
     def wait(self) -> str | None:
         """Waits for the save that is under way; returns why it could not be written, None if all is well."""
@@ -142,7 +150,7 @@ class CheckpointSaver:
             self._on_main(lambda: self._give_up(iteration, cause))  # the others must not end before
             return cause
         finally:
-            self.seconds = time.monotonic() - started
+            self._longest = max(self._longest or 0.0, time.monotonic() - started)
         if self.world.is_main:
             self._prune()
         return None
@@ -151,7 +159,7 @@ class CheckpointSaver:
         partial = target.with_name(f".{target.name}.partial")
 
         def begin() -> None:
-            remove_partial(self.run_dir)
+            remove_partial(self.run_dir / "ckpt")
             partial.mkdir(parents=True)
 
         def finish() -> None:
@@ -179,7 +187,7 @@ class CheckpointSaver:
 
     def _give_up(self, iteration: int, cause: str) -> None:
         try:
-            remove_partial(self.run_dir)  # it may be what fills the disk
+            remove_partial(self.run_dir / "ckpt")  # it may be what fills the disk
         except OSError as error:
             _log.warning("run %s: the partial checkpoint cannot be removed: %s", self.run_dir.name, error)
         kept = list(complete_checkpoints(self.run_dir))

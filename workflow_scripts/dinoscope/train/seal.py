@@ -6,6 +6,7 @@ with those whatever becomes of them; other settings are refused. Nothing here im
 Snakemake plans.
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,18 @@ from dinoscope.recipe import flatten, load_recipe
 from dinoscope.train.metrics import METRICS_NAME
 from dinoscope.train.run_folder import complete_checkpoints
 
-__all__ = ["SEAL_NAME", "check_seal", "compare_order", "compare_with_seal", "read_seal", "seal_run", "sealed_settings"]
+__all__ = [
+    "SEAL_NAME",
+    "check_seal",
+    "compare_order",
+    "compare_with_seal",
+    "read_seal",
+    "seal_run",
+    "sealed_settings",
+    "write_config",
+]
 
+_log = logging.getLogger(__name__)
 SEAL_NAME = "run_config.json"
 _NOT_SEALED = (
     "MODEL.WEIGHTS",  # the digest of what it holds is sealed instead
@@ -85,8 +96,8 @@ def seal_run(
         run_dir: The run's folder.
         config: The resolved recipe.
         global_batch: Tiles of one step over all processes.
-        inputs: Digests under "manifest" or "images", "strata", "weights", "continues" and "gram_teacher"; None where
-            there is none.
+        inputs: Digests under "manifest" or "images", "strata", "stains", "weights", "continues" and "gram_teacher";
+            None where there is none.
         origin: Where the weights come from in the end, for the model card.
         slides: Ids of the slides that the run trains on, if it is slides.
     """
@@ -94,6 +105,7 @@ def seal_run(
     shutil.rmtree(run_dir / "eval", ignore_errors=True)
     write_text(run_dir / "config.yaml", _without_folders(config))
     seal = {"version": 1, "origin": origin, "global_batch": global_batch, "inputs": inputs, "slides": list(slides)}
+    seal["batch_size_per_gpu"] = config.train.batch_size_per_gpu
     write_json(run_dir / SEAL_NAME, seal | {"settings": sealed_settings(config)})
 
 
@@ -111,11 +123,21 @@ def compare_with_seal(run_dir: Path, config: RunConfig, global_batch: int) -> di
         raise SealError(
             f"run {run_dir.name} was started with {seal['global_batch']} tiles a step over all processes and would go "
             f"on with {global_batch}: start as many processes as before (launch.processes), or set "
-            f"train.batch_size_per_gpu so that processes times it is {seal['global_batch']}"
+            f"train.batch_size_per_gpu and train.accumulation_steps so that processes × both is {seal['global_batch']}"
         )
-    epochs = _epochs_until_now(run_dir)
+    at_once, before = config.train.batch_size_per_gpu, seal.get("batch_size_per_gpu")
+    if before not in (None, at_once):
+        _log.warning(
+            "run %s was started with %d tiles a forward and goes on with %d: KoLeo, kernel density and Gram over all "
+            "images compare the tiles of one forward, so these losses are others from here on",
+            *(run_dir.name, before, at_once),
+        )
+    return seal | {"epochs": _epochs_until_now(run_dir)}
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Writes the settings that a run goes on with; to be called when nothing refuses it any more."""
     write_text(run_dir / "config.yaml", _without_folders(config))
-    return seal | {"epochs": epochs}
 
 
 def _epochs_until_now(run_dir: Path) -> int | None:
@@ -125,12 +147,17 @@ def _epochs_until_now(run_dir: Path) -> int | None:
         return None
 
 
-def compare_order(run_dir: Path, seal: dict[str, Any], strata: str | None) -> None:
-    """Refuses to go on when the slides of a run have moved to other sites, scanners or stains.
+def compare_order(run_dir: Path, seal: dict[str, Any], strata: str | None, stains: str | None) -> None:
+    """Refuses to go on when the slides of a run have got other sites, scanners or stains that it goes by.
 
     Raises:
-        SealError: The order of samples would not be that of the start.
+        SealError: The order of samples, or how they are distorted, would not be that of the start.
     """
+    if "stains" in seal["inputs"] and seal["inputs"]["stains"] != stains:
+        raise SealError(
+            f"run {run_dir.name} spares colours by the stain of each slide, and column stain of the slide table has "
+            f"changed since it was started; change it back, {_WAY_OUT}"
+        )
     if seal["inputs"].get("strata") != strata:
         raise SealError(
             f"run {run_dir.name} samples its tiles by site, scanner and stain, and these columns of the slide table "

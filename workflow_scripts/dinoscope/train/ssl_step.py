@@ -240,8 +240,11 @@ class SSLModel(nn.Module):
 
 
 def _centred(logits: list[Tensor], temperature: float) -> list[Tensor]:
-    """Sinkhorn-Knopp over the logits of several batches together."""
-    return list(sinkhorn_knopp(torch.cat(logits), temperature).split([len(part) for part in logits]))
+    """Sinkhorn-Knopp over the logits of several batches together; the list is emptied, to free their memory."""
+    sizes = [len(part) for part in logits]
+    joined = torch.cat(logits)
+    logits.clear()
+    return list(sinkhorn_knopp(joined, temperature).split(sizes))
 
 
 def compute_dtype(config: "RunConfig", device_type: str) -> torch.dtype:

@@ -195,10 +195,15 @@ def check_fit(file: ModelFile, settings: ViTSettings) -> None:
     if not periods_fit(settings, file.backbone):
         ends = file.backbone["rope_embed.periods"].float()[[0, -1]].tolist()
         raise WeightsError(
-            f"{file.path} has RoPE periods from {ends[0]:g} to {ends[1]:g}, the recipe asks for base "
-            f"{settings.rope_base}, or {settings.rope_min_period} to {settings.rope_max_period}; change the recipe's "
-            "student.pos_embed_rope_base"
+            f"{file.path} has RoPE periods from {ends[0]:g} to {ends[1]:g}, the recipe asks for {_periods(settings)}; "
+            "change the recipe's student.pos_embed_rope_base"
         )
+
+
+def _periods(settings: ViTSettings) -> str:
+    if settings.rope_base is not None:
+        return f"base {settings.rope_base:g}"
+    return f"periods from {settings.rope_min_period:g} to {settings.rope_max_period:g}"
 
 
 def fresh_backbone(settings: ViTSettings, seed: int) -> DinoVisionTransformer:

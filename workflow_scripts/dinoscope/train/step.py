@@ -70,22 +70,23 @@ class TrainingStep:
         self.model, self.optimizer, self.world, self.stream_seed = model, optimizer, world, stream_seed
         self.health, self.phase = health, phase
         self.parts = parameters_by_part(model.student)
-        self.accumulation = model.config.train.accumulation_steps
+        self._unread: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
-        self, iteration: int, batch: Batch, values: ScheduleValues, *, backbone_frozen: bool = False
+        self, iteration: int, batches: list[Batch], values: ScheduleValues, *, backbone_frozen: bool = False
     ) -> StepOutcome:
-        """Trains on one batch of this rank.
+        """Trains on what this rank forwards in one step.
 
         Args:
             iteration: Counted from 0.
-            batch: On the device, `train.accumulation_steps` times `train.batch_size_per_gpu` tiles.
+            batches: On the device, `train.accumulation_steps` of them.
             values: Of the schedules at this iteration.
             backbone_frozen: Only the heads are trained.
         """
         apply_schedule(self.optimizer, values)
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self._gradients(iteration, batch.split(self.accumulation), values, backbone_frozen)
+        self._unread = []
+        terms = self._gradients(iteration, batches, values, backbone_frozen)
         with self.phase("update"):
             clip = self.model.config.optim.clip_grad
             terms |= {f"{name}_grad_norm": clip_gradients(part, clip) for name, part in self.parts.items()}
@@ -93,6 +94,8 @@ class TrainingStep:
             if self.world.any(not finite):
                 self.optimizer.zero_grad(set_to_none=True)
                 return StepOutcome(terms, skipped=True, own_loss_finite=bool(terms["total_loss"].isfinite()))
+            for targets, features in self._unread:
+                self.health.add(targets, features)
             self.optimizer.step()
             for name in self.parts:
                 if name != "backbone" or not backbone_frozen:
@@ -106,8 +109,8 @@ class TrainingStep:
         with self.phase("teacher"):
             targets = self.model.targets(batches, values.teacher_temp)
         if self.health is not None:
-            for one in targets:
-                self.health.add(one.cls_2BK.flatten(0, 1), one.output.cls_BD.chunk(2)[0])
+            # looked at once the step is known to count
+            self._unread = [(one.cls_2BK.flatten(0, 1), one.output.cls_BD.chunk(2)[0].clone()) for one in targets]
         means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.world.device))
         for part, (batch, of_batch) in enumerate(zip(batches, _released(targets), strict=True)):
             with self.phase("student"):

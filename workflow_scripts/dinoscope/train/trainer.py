@@ -24,7 +24,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from dinoscope.data.collate import Batch, Collate
-from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images
+from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images, stains_digest
 from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.windows import CropRange, crop_ranges
@@ -54,7 +54,7 @@ from dinoscope.train.run_folder import (
 )
 from dinoscope.train.saving import CheckpointSaver
 from dinoscope.train.schedule import ScheduleValues, build_schedules
-from dinoscope.train.seal import compare_order, compare_with_seal, seal_run
+from dinoscope.train.seal import compare_order, compare_with_seal, seal_run, write_config
 from dinoscope.train.speed import speed_if_readable
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
@@ -128,7 +128,8 @@ def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, locks: list[HeldLoc
     prepared = _find(inputs, world)
     if prepared.checkpoint is not None:
         set_damaged_aside(inputs.run_dir, prepared.iteration)
-    remove_partial(inputs.run_dir)
+    for folder in ("ckpt", "eval"):
+        remove_partial(inputs.run_dir / folder)
     stack.enter_context(clean_end_marked(inputs.run_dir))
     return prepared
 
@@ -141,13 +142,14 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
     if checkpoint is not None:
         seal = compare_with_seal(run_dir, config, batch)
         images = open_images(config.train.dataset_path, **where, sealed=seal["inputs"])
-        compare_order(run_dir, seal, _order_of(images, inputs, world).digest())
+        compare_order(run_dir, seal, _order_of(images, inputs, world).digest(), stains_digest(images, config))
+        write_config(run_dir, config)
         return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"])
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
     crop_ranges(images.windows, crop_settings(config)[0])
     kind = "manifest" if config.train.dataset_path is None else "images"
-    strata = _order_of(images, inputs, world).digest()
-    digests = {"manifest": None, kind: images.digest(), "strata": strata, **start.digests()}
+    of_table = {"strata": _order_of(images, inputs, world).digest(), "stains": stains_digest(images, config)}
+    digests = {"manifest": None, kind: images.digest(), **of_table, **start.digests()}
     seal_run(run_dir, config, batch, digests, start.origin(), images.slide_ids)
     return Prepared(images, start.origin(), start, -1, None)
 
@@ -211,6 +213,7 @@ class Trainer:
         self.order = _order_of(self.images, inputs, world)
         self.warmup: Warmup | None = None
         self.next_iteration = self._restore(prepared)
+        self.first_iteration = self.next_iteration
         self.dataset = self._dataset()
 
     @property
@@ -278,9 +281,9 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end and writes final.json."""
         with _stop_requests() as stop, self._progress() as shown:
-            for iteration, batch in self._batches():
+            for iteration, batches in self._batches():
                 values = self.schedules.at(iteration)
-                self._train_step(iteration, batch, values)
+                self._train_step(iteration, batches, values)
                 self.next_iteration = iteration + 1
                 self._log_step(iteration, values, shown)
                 self._keep(iteration, bool(stop))
@@ -293,7 +296,7 @@ class Trainer:
             f"training {self.run_dir.name}", self.num_iterations, start=self.next_iteration, unit="iterations"
         )
 
-    def _batches(self) -> Iterator[tuple[int, Batch]]:
+    def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
         config = self.config
         grid_side = config.crops.global_crops_size // config.student.patch_size
         collate = Collate(
@@ -319,31 +322,32 @@ class Trainer:
             self.window.waited(data_time)
             if isinstance(batch, DinoscopeError):
                 raise batch
-            yield iteration, batch.to(self.world.device)
+            parts = batch.split(self.config.train.accumulation_steps)
+            yield iteration, [part.to(self.world.device) for part in parts]
             now = time.perf_counter()
             if self.warmup is not None and (story := self.warmup.note(iteration, now - waiting_since, data_time)):
                 _log.info("%s", story)
             iteration, waiting_since = iteration + 1, now
 
-    def _train_step(self, iteration: int, batch: Batch, values: ScheduleValues) -> None:
+    def _train_step(self, iteration: int, batches: list[Batch], values: ScheduleValues) -> None:
         if iteration == self.config.gram.it_load_ema_teacher and self.model.gram_teacher is not None:
             self._refresh_gram_teacher(iteration)
         frozen = iteration < self.schedules.frozen_iterations
-        outcome = self.step(iteration, batch, values, backbone_frozen=frozen)
+        outcome = self.step(iteration, batches, values, backbone_frozen=frozen)
         if outcome.skipped:
-            self._skipped(iteration, batch, outcome)
+            self._skipped(iteration, batches, outcome)
         else:
             self.skipped_in_a_row = 0
             self.window.add(outcome.terms)
         if self._gram_refresh_due(iteration):
             self._refresh_gram_teacher(iteration + 1)
 
-    def _skipped(self, iteration: int, batch: Batch, outcome: StepOutcome) -> None:
+    def _skipped(self, iteration: int, batches: list[Batch], outcome: StepOutcome) -> None:
         """Tells of a step that left the weights as they were; too many in a row end the run."""
         self.skipped_in_a_row += 1
-        mine = [] if outcome.own_loss_finite else self.dataset.sample_ids(batch.samples)
+        mine = [sample for batch in batches for sample in batch.samples]
         gathered: list[list[str]] = [[] for _ in range(self.world.size)]
-        dist.all_gather_object(gathered, mine)
+        dist.all_gather_object(gathered, [] if outcome.own_loss_finite else self.dataset.sample_ids(mine))
         samples = [name for part in gathered for name in part]
         story = f"skips iteration {iteration}: its loss or gradients are not finite"
         self._event("skipped", iteration, story + (f"; the loss is not on {_some(samples)}" if samples else ""))
@@ -405,7 +409,7 @@ class Trainer:
     def _agree(self, stop: bool) -> list[bool]:
         """Whether any process was asked to stop; by the main process's clock: is time up, is a save due."""
         clock, main = self.clock, self.world.is_main
-        flags = [stop, main and clock.time_is_up(self.saver.seconds), main and clock.save_is_due()]
+        flags = [stop, main and clock.time_is_up(self.saver.seconds_needed()), main and clock.save_is_due()]
         return self.world.reduce(torch.tensor(flags, dtype=torch.int), dist.ReduceOp.MAX).bool().tolist()
 
     def _save(self, iteration: int, *, ends: bool) -> None:
@@ -439,7 +443,8 @@ class Trainer:
     def _finish(self) -> None:
         iteration = self.num_iterations - 1
         teacher = teacher_export_path(self.run_dir, iteration)
-        if not _main_first(self.world, teacher.is_file):
+        # one that is there may be of an earlier attempt, whose last checkpoint was damaged
+        if self.next_iteration > self.first_iteration or not _main_first(self.world, teacher.is_file):
             self._export(iteration, last=True)
         _main_first(self.world, lambda: self._write_final(iteration, teacher))
 
