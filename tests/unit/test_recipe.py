@@ -80,6 +80,7 @@ def test_every_published_key_is_honoured_or_accounted_for_once(shared: Path) -> 
     ("text", "sentence"),
     [
         ("optim: {lrr: 1}", "unknown key optim.lrr; did you mean optim.lr?"),
+        ("optim: {learning_rate: 1e-4}", "unknown key optim.learning_rate; optim has epochs, optimizer, adamw_beta1"),
         ("optim: {lr: high}", "optim.lr is 'high'; wanted is a number"),
         ("optim: {epochs: 2.5}", "optim.epochs is 2.5; wanted is a whole number"),
         ("train: {compile: maybe}", "train.compile is 'maybe'; wanted is true or false"),

@@ -239,6 +239,11 @@ def test_check_weights_notes_what_differs_and_fails_on_what_does_not_fit(
         "note: crops.rgb_mean is 0.485, 0.456, 0.406 in the recipe, but 0.4, 0.4, 0.4 was used for the weights",
         "note: crops.rgb_std is 0.229, 0.224, 0.225 in the recipe, but 0.2, 0.2, 0.2 was used for the weights",
     ]
+    (tmp_path / "model.json").unlink()  # as with a published file: nothing tells
+    recipe = load_recipe(tmp_path / "notes.yaml")
+    assert list(describe_fit(read_model_file(tmp_path / "file.pth"), recipe)) == [
+        "student.norm_layer is layernorm in the recipe, but published models have layernormbf16"
+    ]
     said = run_check(tmp_path / "file.pth", "--config", tmp_path / "misfit.yaml")
     assert said.returncode == 1
     assert "mask_k_bias is True in the file and False in the recipe" in said.stderr

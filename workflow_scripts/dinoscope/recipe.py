@@ -236,9 +236,13 @@ def _nearest(dotted: str) -> str:
     matches = (
         difflib.get_close_matches(dotted, known, 1, 0.75)
         or same_leaf[:1]
-        or difflib.get_close_matches(dotted, known, 1)
+        or (difflib.get_close_matches(dotted, known, 1) if "." not in dotted else [])
     )
-    return f"; did you mean {matches[0]}?" if matches else ""
+    if matches:
+        return f"; did you mean {matches[0]}?"
+    section = dotted.rpartition(".")[0]
+    siblings = [key.rpartition(".")[2] for key in _known_keys(RunConfig, "") if key.rpartition(".")[0] == section]
+    return f"; {section} has {', '.join(siblings)}" if siblings else ""
 
 
 def _known_keys(schema: type, prefix: str) -> Iterable[str]:

@@ -86,11 +86,12 @@ def describe_fit(file: ModelFile, config: RunConfig) -> Iterator[str]:
     """
     wanted = settings_from_config(config.student)
     check_fit(file, wanted)
-    for name in sorted((PUBLISHED_DEFAULTS.keys() - {"rope_base"}) & file.card.get("backbone", {}).keys()):
+    told = file.card.get("backbone", {})
+    for name in sorted(PUBLISHED_DEFAULTS.keys() - {"rope_base"}):
         ours, theirs = getattr(wanted, name), getattr(file.settings, name)
         if ours != theirs:
-            key = _RECIPE_KEYS.get(name, name)
-            yield f"student.{key} is {ours} in the recipe, but the weights were made with {theirs}"
+            made = f"the weights were made with {theirs}" if name in told else f"published models have {theirs}"
+            yield f"student.{_RECIPE_KEYS.get(name, name)} is {ours} in the recipe, but {made}"
     for key in ("mean", "std"):
         ours, theirs = list(getattr(config.crops, f"rgb_{key}")), list(file.card.get(key, ()))
         if theirs and ours != theirs:
