@@ -84,7 +84,8 @@ def sample(training: subprocess.Popen, run: Path) -> dict[str, list[tuple[int, f
             processes = {"trainer": training.pid}
             processes |= {f"loader {i}": pid for i, pid in enumerate(children(training.pid))}
             for name, pid in processes.items():
-                found.setdefault(name, []).append((iteration, private_mb(pid)))
+                if megabytes := private_mb(pid):  # none is left of a process that ends
+                    found.setdefault(name, []).append((iteration, megabytes))
         except (OSError, KeyError, IndexError, ValueError):
             continue
     return found
