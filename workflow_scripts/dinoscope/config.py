@@ -269,8 +269,8 @@ class TrainConfig:
     num_workers: int = 10  # loader processes a training process; changes nothing but speed
     seed: int = 0  # of every random draw
     compile: bool = True  # compile blocks with torch.compile (on GPUs)
-    checkpointing: bool = False  # recompute all but matrix products in the backward: less memory, a little slower
-    checkpointing_full: bool = False  # recompute whole blocks in the backward: least memory, a third slower
+    checkpointing: bool = False  # recompute all but matrix products in the backward: less memory
+    checkpointing_full: bool = False  # recompute whole blocks in the backward: least memory, one more forward
     time_limit_minutes: float | None = None  # save and end in time, to be started again; null: no limit
     stop_after_skipped: int = 20  # end after so many steps in a row whose loss or gradients are not finite
     log_every: int = 10  # iterations between lines in training_metrics.json

@@ -146,7 +146,7 @@ def global_batch(config: "RunConfig", num_processes: int) -> int:
 
 
 def _released(items: list) -> Iterator:
-    """Hands out items, keeping none that was handed out: their memory is free before the next one is used."""
+    """Hands out items, keeping none that was handed out, so that what one alone holds (images, tokens) is freed."""
     items.reverse()
     while items:
         yield items.pop()
