@@ -21,6 +21,9 @@ PLAN = one_sentence(make_plan)(
 )
 
 if workflow.is_main_process:
+    gpus = one_sentence(PLAN.visible_gpus)(os.environ)
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     for note in PLAN.notes():
         print(f"note: {note}", file=sys.stderr)
 
@@ -157,6 +160,12 @@ def run_options(wildcards, input):
     teacher = PLAN.runs[wildcards.run].gram_teacher
     continued = ["--continues", input.continued] if input.continued else []
     return continued + ([] if teacher is None else ["--gram-teacher", teacher])
+
+
+def kept_exports(wildcards, resources):
+    """Arguments for the exported teachers that other runs need; no trigger."""
+    kept = PLAN.kept_exports(wildcards.run)
+    return ["--keep-exports", *map(str, kept)] if kept else []
 
 
 def basis_features(wildcards):

@@ -53,10 +53,11 @@ rule train:
         run_dir=subpath(output.final, parent=True),
         launch=launch_options,
         options=run_options,
+        keep=kept_exports,
     shell:
         "python {params.launcher:q} {params.launch:q} --threads {threads} --stop-with-snakemake -- {params.script:q}"
         " --config {input.recipe:q} {params.data:q}"
-        " --weights {input.weights:q} {params.options:q} --run-dir {params.run_dir:q} 2>&1 | tee -i {log:q}"
+        " --weights {input.weights:q} {params.options:q} {params.keep:q} --run-dir {params.run_dir:q} 2>&1 | tee -i {log:q}"
 
 
 rule convert:

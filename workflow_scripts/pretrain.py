@@ -26,6 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", help="backbone file to start from; wins over the recipe's MODEL.WEIGHTS")
     parser.add_argument("--continues", type=Path, help="final.json of the run that is continued, optimizer included")
     parser.add_argument("--gram-teacher", help="last | iteration of an export of that run | exported teacher file")
+    parser.add_argument(
+        "--keep-exports", type=int, nargs="+", default=[], metavar="N", help="iterations whose exported teacher stays"
+    )
     parser.add_argument("--plan", action="store_true", help="print what the run will take, and change nothing")
     parser.add_argument("--processes", default="auto", help="with --plan: auto (as launch.py) | gpu | a number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
@@ -45,14 +48,15 @@ def main() -> None:
     if arguments.weights is None and arguments.continues is None:
         require_weights(arguments.config, config)
     start = functools.partial(resolve_start, config, arguments.weights, arguments.continues, arguments.gram_teacher)
-    inputs = RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir)
+    keep = tuple(arguments.keep_exports)
+    inputs = RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir, keep)
     if arguments.plan:
         from dinoscope.train.planning import plan_run
 
         print(plan_run(inputs, arguments.config, arguments.overrides, arguments.processes))
         return
     check_processes(config, int(os.environ.get("WORLD_SIZE", 1)))
-    with joined_world() as world:
+    with joined_world(config.train.hang_minutes) as world:
         train_run(inputs, world)
 
 

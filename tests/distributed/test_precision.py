@@ -44,7 +44,7 @@ def batch() -> Batch:
             rng.integers(0, 255, (2, 64, 64, 3), np.uint8), rng.integers(0, 255, (4, 32, 32, 3), np.uint8), None
         )
 
-    return Collate(4, (4, 4), 0.5, (0.1, 0.45), False, 0)([(i, crops()) for i in range(4)])
+    return Collate(4, 16, 0.5, (0.1, 0.45), False, 0)([(i, crops()) for i in range(4)])
 
 
 def step(world: World, *overrides: str) -> tuple[float, dict[str, torch.Tensor]]:

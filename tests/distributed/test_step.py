@@ -44,7 +44,7 @@ def batch(seed: int = 0) -> Batch:
         Crops(*(rng.integers(0, 255, (count, side, side, 3), np.uint8) for count, side in ((2, 64), (4, 32), (2, 96))))
         for _ in range(TILES)
     ]
-    return Collate(TILES, (4, 4), 0.5, (0.1, 0.45), False, 0)(list(enumerate(crops)))
+    return Collate(TILES, 16, 0.5, (0.1, 0.45), False, 0)(list(enumerate(crops)))
 
 
 def training_step(world: World, parts: int, *overrides: str) -> TrainingStep:

@@ -362,7 +362,7 @@ def batch() -> Batch:
             rng.integers(0, 255, (2, 64, 64, 3), np.uint8), rng.integers(0, 255, (2, 32, 32, 3), np.uint8), None
         )
 
-    return Collate(2, (4, 4), 0.5, (0.1, 0.45), False, 0)([(i, crops()) for i in range(2)])
+    return Collate(2, 16, 0.5, (0.1, 0.45), False, 0)([(i, crops()) for i in range(2)])
 
 
 def gradients(model: SSLModel, **options: bool) -> tuple[float, dict[str, torch.Tensor | None]]:

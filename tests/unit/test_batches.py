@@ -30,7 +30,7 @@ def dataset(tmp_path: Path) -> ImageCrops:
 
 
 def collate(batch_size: int = 4) -> Collate:
-    return Collate(batch_size, (4, 4), 0.5, (0.1, 0.5), False, seed=5)
+    return Collate(batch_size, 16, 0.5, (0.1, 0.5), False, seed=5)
 
 
 def batches(dataset: ImageCrops, **loader) -> list:
@@ -62,7 +62,7 @@ def test_batches_depend_on_nothing_but_seed_and_step(dataset: ImageCrops) -> Non
 
 
 def test_masks_are_as_many_and_as_large_as_asked() -> None:
-    batch = mask_tensors(collate()._masks(0, 8))
+    batch = mask_tensors(collate()._masks(0, 8, 4))
     counts = batch["masks"].sum(1)
     # the upper edges of four intervals over 10 to 50 % of 16 patches
     assert sorted(counts[counts > 0].tolist()) == [int(16 * p) for p in (0.2, 0.3, 0.4, 0.5)]

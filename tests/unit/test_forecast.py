@@ -16,6 +16,7 @@ from dinoscope.data.windows import CropRange
 from dinoscope.models.registry import settings_from_config
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.recipe import resolve_recipe
+from dinoscope.resolutions import resolutions
 from dinoscope.train import outlook as outlook_module
 from dinoscope.train.draws import step_draws
 from dinoscope.train.forecast import Disk, Forecast, Memory, Parameters, disk_use, forecast
@@ -154,7 +155,9 @@ def test_accumulation_keeps_the_targets_of_all_parts_and_the_activations_of_one(
     undivided = step_memory(recipe("vit_nano", 16), settings, "cpu").peak
     assert once < parted < undivided
     config = recipe("vit_nano", 4, train={"accumulation_steps": 4})
-    assert num_masked_patches(config, 16) == len(drawn_batch(recipe("vit_nano", 16)).mask_indices)
+    assert num_masked_patches(config, 16, resolutions(config)[0]) == len(
+        drawn_batch(recipe("vit_nano", 16)).mask_indices
+    )
 
 
 @pytest.mark.parametrize("strategy", ["SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"])

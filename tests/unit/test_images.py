@@ -16,7 +16,7 @@ from PIL import Image
 
 from dinoscope.data.collate import Collate
 from dinoscope.data.crops import AUGMENTATIONS, Augmentation, CropSizes, for_stain, make_crops, sample_rng
-from dinoscope.data.dataset import ImageCrops, build_loader, open_images
+from dinoscope.data.dataset import ImageCrops, StepSizes, build_loader, open_images
 from dinoscope.data.images import map_images, read_image
 from dinoscope.data.sampler import tile_of_sample
 from dinoscope.data.sources import TrainingImages, UserImages, Window, is_class_name, name_without_folders
@@ -243,8 +243,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def batches(images: TrainingImages, num_workers: int) -> list:
-    crops = ImageCrops(images, SIZES, Augmentation(), 5)
-    collate = Collate(4, (4, 4), 0.5, (0.1, 0.5), False, seed=5)
+    crops = ImageCrops(images, StepSizes((SIZES,)), Augmentation(), 5)
+    collate = Collate(4, 16, 0.5, (0.1, 0.5), False, seed=5)
     loader = build_loader(crops, collate, first=0, last=4, rank=0, world_size=1, num_workers=num_workers)
     return list(loader)
 
@@ -355,7 +355,7 @@ class Stained:
 def test_distortions_go_by_the_stain_of_the_image() -> None:
     augmentation = AUGMENTATIONS["pathology"]
     for stain in ("IHC:KI67", "Pap", "HE", None):
-        crops = ImageCrops(Stained(stain), SIZES, augmentation, 5)
+        crops = ImageCrops(Stained(stain), StepSizes((SIZES,)), augmentation, 5)
         for sample in range(5):
             expected = make_crops(noise(0), SIZES, for_stain(augmentation, stain), sample_rng(5, sample))
             assert np.array_equal(crops[sample][1].global_crops, expected.global_crops)

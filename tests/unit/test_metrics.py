@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinoscope.errors import RunError
-from dinoscope.train.metrics import append_metrics, read_events, read_metrics
+from dinoscope.train.metrics import append_metrics, best_iteration, read_events, read_metrics
 
 
 def test_the_later_line_of_an_iteration_counts_and_cut_lines_spoil_nothing(tmp_path: Path) -> None:
@@ -70,3 +70,17 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     append_metrics(tmp_path, {"event": "start", "iteration": 0})
     with pytest.raises(RunError, match="no iteration yet"):
         read_metrics(tmp_path)
+
+
+def test_the_best_of_some_iterations(tmp_path: Path) -> None:
+    for iteration, value in ((9, 3.0), (19, 5.0), (29, None), (39, 1.0)):
+        line = {"iteration": iteration} | ({} if value is None else {"rankme": value})
+        append_metrics(tmp_path, line)
+    assert best_iteration(tmp_path, [9, 19, 39], "rankme") == 19
+    assert best_iteration(tmp_path, [9, 19, 39], "-rankme") == 39
+    # an export counts with what was logged last before it
+    assert best_iteration(tmp_path, [14, 35, 45], "rankme") == 35
+    assert best_iteration(tmp_path, [5, 14], "-rankme") == 14
+    assert best_iteration(tmp_path, [5], "rankme") is None
+    assert best_iteration(tmp_path, [9, 19], "accuracy") is None
+    assert best_iteration(tmp_path / "none", [9], "rankme") is None

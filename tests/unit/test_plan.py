@@ -408,3 +408,23 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
     heavy = {"torch", "pandas", "sklearn", "cv2", "numpy", "matplotlib", "openslide", "snakemake", "pyarrow"}
     assert not heavy & imported
     assert all(importlib.util.find_spec(name) for name in heavy)
+
+
+def test_gpus_are_those_that_the_environment_allows(config):
+    assert plan_of(config).visible_gpus({"CUDA_VISIBLE_DEVICES": "0"}) is None
+    chosen = plan_of(config, **{"launch.gpus": [1, 2, 3]})
+    assert chosen.visible_gpus({}) == "1,2,3"
+    assert chosen.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,2,3,5"}) == "1,2,3"
+    with pytest.raises(ConfigError, match=r"launch\.gpus asks for GPU 2, but CUDA_VISIBLE_DEVICES is '1,3'"):
+        chosen.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,3"})
+    for wrong in ([], [1, 1], [-1], "1,2"):
+        with pytest.raises(ConfigError, match=r"launch\.gpus"):
+            plan_of(config, **{"launch.gpus": wrong})
+
+
+def test_exports_that_other_runs_need_are_known(config):
+    runs = {"other": {"recipe": "gram.yaml", "continues": "pretrain", "gram_teacher": 249}}
+    runs["more"] = runs["other"] | {"gram_teacher": "9"}
+    plan = plan_of(config, runs=config["runs"] | runs)
+    assert plan.kept_exports("pretrain") == [9, 249]
+    assert plan.kept_exports("gram") == []

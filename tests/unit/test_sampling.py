@@ -13,7 +13,7 @@ import torch
 from dinoscope.config import SamplingConfig
 from dinoscope.data.collate import Collate
 from dinoscope.data.crops import AUGMENTATIONS, CropSizes
-from dinoscope.data.dataset import ImageCrops, build_loader
+from dinoscope.data.dataset import ImageCrops, StepSizes, build_loader
 from dinoscope.data.sampler import mix64, permuted_index, tile_of_sample
 from dinoscope.data.sampling import TemperedOrder, UniformOrder, sample_order
 from dinoscope.data.sources import Window
@@ -268,8 +268,8 @@ def loaded(tiles: SlideTiles, *, rank: int, ranks: int, num_workers: int = 0, fi
     """Numbers of the tiles that each step of a rank reads, found in the crops themselves."""
     order = sample_order(tiles, settings(tiles_per_visit=2), seed=5, batch_size=12 // ranks, global_batch=12)
     plain = {"color_jitter_p": 0, "grayscale_p": 0, "blur_p": (0, 0, 0), "solarize_p": 0, "hed_p": 0}
-    crops = ImageCrops(tiles, CropSizes(32, 16, 1), replace(AUGMENTATIONS["dinov3"], **plain), 5, order)
-    collate = Collate(12 // ranks, (2, 2), 0.5, (0.1, 0.5), False, seed=5)
+    crops = ImageCrops(tiles, StepSizes((CropSizes(32, 16, 1),)), replace(AUGMENTATIONS["dinov3"], **plain), 5, order)
+    collate = Collate(12 // ranks, 16, 0.5, (0.1, 0.5), False, seed=5)
     where = {"first": first, "last": 5, "rank": rank, "world_size": ranks, "num_workers": num_workers}
     batches = list(build_loader(crops, collate, **where))
     assert all(isinstance(batch.global_crops, torch.Tensor) for batch in batches)

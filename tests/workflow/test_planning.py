@@ -1,7 +1,9 @@
 """Snakemake's plans: what runs, what does not, and what is said when the input is wrong. No job runs in these tests."""
 
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from dinoscope.files import write_json
 from dinoscope.plan import DEMO_SLIDES
 from dinoscope.recipe import load_recipe
 from dinoscope.train.seal import seal_run
-from snakemake_runs import REPOSITORY, plan, snakemake
+from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
 
 WHOLE_DEMO = {
     "demo_slides": 1, "inspect_slide": 5, "slides_report": 1, "tile_slide": 5, "split_slides": 1, "slide_table": 1,
@@ -298,3 +300,22 @@ def test_profile_entries_are_commented():
     profile = Path(REPOSITORY / "profiles/default/profile.v9+.yaml").read_text(encoding="utf-8")
     for entry in profile.split("\n\n"):
         assert entry.startswith("# ")
+
+
+def test_jobs_see_the_gpus_that_the_config_names(folder):
+    """What a job's environment says is written down by Python itself, as it starts."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        "if b'split_slides.py' in pathlib.Path('/proc/self/cmdline').read_bytes():\n"
+        "    pathlib.Path('seen.txt').write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'unset'))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [*COMMAND, "results/splits.tsv", "--config", "launch={gpus: [1, 2, 3]}"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "seen.txt").read_text() == "1,2,3"
+    environment["CUDA_VISIBLE_DEVICES"] = "0,1"
+    done = subprocess.run([*command, "-f"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "error: launch.gpus asks for GPU 2, but CUDA_VISIBLE_DEVICES is '0,1'" in done.stderr

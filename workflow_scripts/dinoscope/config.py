@@ -10,6 +10,7 @@ How a YAML file becomes a RunConfig is in recipe.py.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["LinearCosineConfig", "RunConfig"]
 
@@ -48,11 +49,12 @@ class CropsConfig:
     """Sizes and geometry of the crops of one tile."""
 
     global_crops_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # share of the tile's area
-    global_crops_size: int = 224  # px
+    global_crops_size: Any = 224  # px; or a list of several resolutions, of which every step draws one
     local_crops_number: int = 8  # local crops a tile; there are always 2 global ones
     local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])  # share of the tile's area
-    local_crops_size: int = 96  # px
-    gram_teacher_crops_size: int | None = None  # px; null: the gram teacher sees the global crops
+    local_crops_size: Any = 96  # px; or a list, as long as the others
+    gram_teacher_crops_size: Any = None  # px, or a list as long as the others; null: it sees the global crops
+    global_local_crop_pairs_ratios: Any = 1.0  # with lists of sizes: how often each is taken; one number: equally often
     gram_teacher_no_distortions: bool = False  # the gram teacher's crops without colour changes and blur
     horizontal_flips: bool = True  # mirror left-right with probability 0.5
     rgb_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # mean of RGB in 0..1
@@ -271,6 +273,7 @@ class TrainConfig:
     compile: bool = True  # compile blocks with torch.compile (on GPUs)
     checkpointing: bool = False  # recompute all but matrix products in the backward: less memory
     checkpointing_full: bool = False  # recompute whole blocks in the backward: least memory, one more forward
+    hang_minutes: float = 30  # a process that does no step for so long ends the run, to be started again
     time_limit_minutes: float | None = None  # save and end in time, to be started again; null: no limit
     stop_after_skipped: int = 20  # end after so many steps in a row whose loss or gradients are not finite
     log_every: int = 10  # iterations between lines in training_metrics.json
@@ -281,7 +284,10 @@ class EvaluationConfig:
     """Exports of the teacher while training."""
 
     eval_period_iterations: int = 12500  # the last iteration is always exported; 0: only that
-    max_to_keep: int | None = None  # newest exports kept; the first and the last always stay; null keeps all
+    # newest exports kept; the first, the last, the best and those that other runs need always stay; null keeps all
+    max_to_keep: int | None = None
+    # column of training_metrics.json that is highest at the best export (-column: lowest); null: none is the best
+    best_by: str | None = None
 
 
 @dataclass

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from dinoscope.data.sources import is_class_name
 from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
-from dinoscope.recipe import flatten, require_weights
+from dinoscope.recipe import require_weights
 from dinoscope.recipe_checks import check_processes
+from dinoscope.resolutions import resolutions
 from dinoscope.schema import problems, read_schema, with_defaults
 
 if TYPE_CHECKING:
@@ -90,13 +91,14 @@ def window_problems(plan: "Plan") -> Iterator[str]:
     for run in plan.runs.values():
         if run.own_data is not None:
             continue
-        settings = flatten(run.settings)
         tile_px = plan.config["tiling"]["sets"][run.tile_set]["tile_px"]
-        crops = _CROPS if settings["gram.use_loss"] else _CROPS[:2]
-        key = max(crops, key=lambda key: settings[key] or 0)
-        if settings[key] > tile_px:
+        sizes = [dict(zip(_CROPS, sizes, strict=False)) for sizes in resolutions(run.settings)]
+        key, crop_px = max(
+            ((key, px or 0) for of_step in sizes for key, px in of_step.items()), key=lambda item: item[1]
+        )
+        if crop_px > tile_px:
             yield (
-                f"runs.{run.name}: {key} is {settings[key]} px, but tiles of set {run.tile_set} have {tile_px}: "
+                f"runs.{run.name}: {key} is {crop_px} px, but tiles of set {run.tile_set} have {tile_px}: "
                 f"raise tiling.sets.{run.tile_set}.tile_px or take smaller crops"
             )
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from dinoscope.config import LinearCosineConfig, RunConfig
 from dinoscope.errors import ConfigError
 from dinoscope.models.registry import ARCHS
+from dinoscope.resolutions import as_list
 
 __all__ = ["check_processes", "check_recipe"]
 
@@ -35,6 +36,7 @@ _SMALLEST = {
     "evaluation.eval_period_iterations": 0,
 }
 
+_ABOVE_ZERO = ("train.hang_minutes",)
 _CHOICES = {
     "augmentation.recipe": ("dinov3", "pathology"),
     "compute_precision.param_dtype": ("bf16", "fp32"),
@@ -51,6 +53,7 @@ _CHOICES = {
     "student.pos_embed_rope_normalize_coords": ("separate", "max", "min"),
     "student.trainable": ("full", "last_n", "lora", "norms"),
 }
+_SIZES = ("global_crops_size", "local_crops_size", "gram_teacher_crops_size")
 _LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "ffn")
 
 
@@ -86,6 +89,9 @@ def _range_problems(values: dict[str, Any]) -> Iterable[str]:
     for key, smallest in _SMALLEST.items():
         if values[key] is not None and values[key] < smallest:
             yield f"{key} is {values[key]}; at least {smallest} is wanted"
+    for key in _ABOVE_ZERO:
+        if values[key] <= 0:
+            yield f"{key} is {values[key]:g}; more than 0 is wanted"
     if values["student.in_chans"] != 3:
         yield f"student.in_chans is {values['student.in_chans']}; slides are read as RGB, so 3 is wanted"
     for key, length in {"crops.rgb_mean": 3, "crops.rgb_std": 3, "augmentation.blur_p": 3}.items():
@@ -196,13 +202,8 @@ def check_processes(config: RunConfig, processes: int) -> None:
 
 
 def _crop_problems(config: RunConfig) -> Iterable[str]:
-    patch = config.student.patch_size
-    for key in ("global_crops_size", "local_crops_size", "gram_teacher_crops_size"):
-        size = config.crops[key]
-        if size is not None and (size <= 0 or size % patch):
-            lower = size // patch * patch
-            around = f"{lower} or {lower + patch}" if lower > 0 else str(patch)
-            yield f"crops.{key} is {size} px, not a multiple of the patch size {patch}: use {around}"
+    problems = list(_size_problems(config))
+    yield from problems
     for key in ("global_crops_scale", "local_crops_scale"):
         scale = list(config.crops[key])
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
@@ -210,9 +211,50 @@ def _crop_problems(config: RunConfig) -> Iterable[str]:
     ratios = list(config.ibot.mask_ratio_min_max)
     if len(ratios) != 2 or not 0 < ratios[0] <= ratios[1] < 1:
         yield f"ibot.mask_ratio_min_max is {ratios}; give two shares, 0 < smallest <= largest < 1"
-    gram_px, global_px = config.crops.gram_teacher_crops_size, config.crops.global_crops_size
-    if gram_px is not None and gram_px < global_px:
-        yield f"crops.gram_teacher_crops_size ({gram_px}) is smaller than crops.global_crops_size ({global_px})"
+    if problems or config.crops.gram_teacher_crops_size is None:
+        return
+    for sizes in zip(*_paired(config, "gram_teacher_crops_size", "global_crops_size"), strict=True):
+        if sizes[0] < sizes[1]:
+            yield f"crops.gram_teacher_crops_size ({sizes[0]}) is smaller than crops.global_crops_size ({sizes[1]})"
+
+
+def _size_problems(config: RunConfig) -> Iterable[str]:
+    """Sizes that are no sizes, and lists that do not go together."""
+    crops, patch = config.crops, config.student.patch_size
+    lengths = {}
+    for key in (*_SIZES, "global_local_crop_pairs_ratios"):
+        given = crops[key]
+        if given is None and key == "gram_teacher_crops_size":
+            continue
+        values, is_ratio = as_list(given), key not in _SIZES
+        kinds = (int, float) if is_ratio else (int,)
+        if not values or any(not isinstance(value, kinds) or isinstance(value, bool) or value <= 0 for value in values):
+            wanted = "a number above 0" if is_ratio else "a whole number of pixels above 0"
+            yield f"crops.{key} is {_plain(given)!r}; wanted is {wanted}, or a list of them"
+            return
+        if len(values) > 1:
+            lengths[f"crops.{key}"] = len(values)
+        for size in () if is_ratio else values:
+            if size % patch:
+                lower = size // patch * patch
+                around = f"{lower} or {lower + patch}" if lower > 0 else str(patch)
+                yield f"crops.{key} is {size} px, not a multiple of the patch size {patch}: use {around}"
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{key} has {length} values" for key, length in lengths.items())
+        yield f"{shown}; lists of crop sizes must be equally long, one value each a resolution"
+    elif list(lengths) == ["crops.global_local_crop_pairs_ratios"]:
+        yield "crops.global_local_crop_pairs_ratios is a list, but no crop size is: leave it out, or list sizes"
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _paired(config: RunConfig, *keys: str) -> list[list[int]]:
+    """The values of several sizes, one number repeated as often as the longest list has values."""
+    columns = [as_list(config.crops[key]) for key in keys]
+    count = max(map(len, columns))
+    return [column * count if len(column) == 1 else column for column in columns]
 
 
 def _gram_problems(config: RunConfig) -> Iterable[str]:

@@ -55,7 +55,6 @@ ONLY_VALUES = {
     "MODEL.META_ARCHITECTURE": OnlyValue("SSLMetaArch", "there is one training method"),
     "coding_rate_loss.use_cls_loss": OnlyValue(False, _NO_SUCH_LOSS),
     "coding_rate_loss.use_masked_patches_loss": OnlyValue(False, _NO_SUCH_LOSS),
-    "crops.global_local_crop_pairs_ratios": OnlyValue(1.0, "crops have one size each"),
     "crops.localcrops_subset_of_globalcrops": OnlyValue(False, "local crops come from the whole window"),
     "crops.share_color_jitter": OnlyValue(False, "each crop is distorted on its own; see augmentation.color_jitter_p"),
     "crops.teacher_to_student_resolution_scale": OnlyValue(1.0, "teacher and student see the same global crops"),

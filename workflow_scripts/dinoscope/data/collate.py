@@ -75,13 +75,13 @@ class Collate:
     def __init__(
         self,
         batch_size: int,
-        grid: tuple[int, int],
+        patch_px: int,
         mask_probability: float,
         mask_ratios: tuple[float, float],
         mask_shift: bool,
         seed: int,
     ) -> None:
-        self.batch_size, self.grid, self.seed = batch_size, grid, seed
+        self.batch_size, self.patch_px, self.seed = batch_size, patch_px, seed
         self.mask_probability, self.mask_ratios, self.mask_shift = mask_probability, mask_ratios, mask_shift
 
     def __call__(self, samples: list[tuple[int, Crops] | DinoscopeError]) -> Batch | DinoscopeError:
@@ -97,15 +97,15 @@ class Collate:
             global_crops=_crop_major([crop.global_crops for crop in crops]),
             local_crops=_crop_major([crop.local_crops for crop in crops]),
             gram_crops=_crop_major([crop.gram_crops for crop in crops]) if has_gram else None,
-            **mask_tensors(self._masks(numbers[0], 2 * len(crops))),
+            **mask_tensors(self._masks(numbers[0], 2 * len(crops), crops[0].global_crops.shape[1] // self.patch_px)),
         )
 
-    def _masks(self, first: int, num_crops: int) -> Tensor:
+    def _masks(self, first: int, num_crops: int, grid_side: int) -> Tensor:
         key = np.array([self.seed, _MASK_STREAM | first], np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
         masks = sample_masks(
             num_crops,
-            self.grid,
+            (grid_side, grid_side),
             self.mask_probability,
             self.mask_ratios,
             rng,

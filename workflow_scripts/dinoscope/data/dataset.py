@@ -5,7 +5,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,30 +21,50 @@ from dinoscope.data.sources import TrainingImages, UserImages, is_class_name
 from dinoscope.data.tiles import SlideTiles, open_tiles
 from dinoscope.errors import ConfigError, DinoscopeError, SealError
 from dinoscope.processes import die_with_parent
+from dinoscope.resolutions import choice_of_step, resolutions
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["ImageCrops", "build_loader", "crop_settings", "open_images", "stains_digest"]
+__all__ = ["ImageCrops", "StepSizes", "build_loader", "crop_settings", "open_images", "stains_digest"]
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Sizes of the crops: all samples of a step have the same.
+
+    Attributes:
+        choices: What a step may have.
+        shares: How often it has each; they make 1.
+    """
+
+    choices: tuple[CropSizes, ...]
+    shares: tuple[float, ...] = (1.0,)
+
+    def of_step(self, seed: int, step: int) -> CropSizes:
+        """What a step has; derives from (seed, step)."""
+        return self.choices[choice_of_step(self.shares, seed, step)]
 
 
 class ImageCrops(Dataset):
-    """Sample number k -> crops of one image; all random draws derive from (seed, k).
+    """Sample number k -> crops of one image; all random draws derive from (seed, k), sizes from k's step.
 
     Attributes:
         order: Sample number -> number of the image; uniform unless another is given.
+        global_batch: Samples of a step over all processes.
     """
 
     def __init__(
         self,
         images: TrainingImages,
-        sizes: CropSizes,
+        sizes: StepSizes,
         augmentation: Augmentation,
         seed: int,
         order: SampleOrder | None = None,
+        global_batch: int = 1,
     ) -> None:
         self.images, self.sizes, self.augmentation, self.seed = images, sizes, augmentation, seed
-        self.order = order or UniformOrder(len(images), seed)
+        self.order, self.global_batch = order or UniformOrder(len(images), seed), global_batch
 
     def __getitem__(self, sample: int) -> tuple[int, Crops] | DinoscopeError:
         """Number and crops of a sample, or the error that its image gave (torch would bury a raised one)."""
@@ -61,14 +81,15 @@ class ImageCrops(Dataset):
         index = self.order(sample)
         image, sample_id = self.images.read(index)
         height, width = image.shape[:2]
-        largest_px = max(self.sizes.global_px, self.sizes.local_px, self.sizes.gram_px or 0)
+        sizes = self.sizes.of_step(self.seed, sample // self.global_batch)
+        largest_px = max(sizes.global_px, sizes.local_px, sizes.gram_px or 0)
         if min(height, width) < largest_px:
             raise DinoscopeError(
                 f"image {sample_id} is {width} × {height} px, but crops are {largest_px} px; take images out that are "
                 "smaller on either side, or use smaller crops"
             )
         augmentation = _for_stain(self.augmentation, self.images.stain(index))
-        return make_crops(image, self.sizes, augmentation, sample_rng(self.seed, sample))
+        return make_crops(image, sizes, augmentation, sample_rng(self.seed, sample))
 
 
 _for_stain = functools.cache(for_stain)
@@ -120,7 +141,7 @@ def open_images(
     return images
 
 
-def crop_settings(config: "RunConfig") -> tuple[CropSizes, Augmentation]:
+def crop_settings(config: "RunConfig") -> tuple[StepSizes, Augmentation]:
     """Sizes and distortions of the crops that a recipe asks for."""
     crops, changed = config.crops, dict(config.augmentation)
     augmentation = AUGMENTATIONS[changed.pop("recipe")]
@@ -128,16 +149,22 @@ def crop_settings(config: "RunConfig") -> tuple[CropSizes, Augmentation]:
     for key in ("blur_p", "blur_sigma"):
         if key in given:
             given[key] = tuple(given[key])
-    sizes = CropSizes(
-        global_px=crops.global_crops_size,
-        local_px=crops.local_crops_size,
-        num_local=crops.local_crops_number,
-        gram_px=crops.gram_teacher_crops_size if config.gram.use_loss else None,
-        global_scale=tuple(crops.global_crops_scale),
-        local_scale=tuple(crops.local_crops_scale),
-        gram_no_distortions=crops.gram_teacher_no_distortions,
+    choices = resolutions(config)
+    sizes = [
+        CropSizes(
+            global_px=chosen.global_px,
+            local_px=chosen.local_px,
+            num_local=crops.local_crops_number,
+            gram_px=chosen.gram_px,
+            global_scale=tuple(crops.global_crops_scale),
+            local_scale=tuple(crops.local_crops_scale),
+            gram_no_distortions=crops.gram_teacher_no_distortions,
+        )
+        for chosen in choices
+    ]
+    return StepSizes(tuple(sizes), tuple(chosen.share for chosen in choices)), replace(
+        augmentation, horizontal_flips=crops.horizontal_flips, **given
     )
-    return sizes, replace(augmentation, horizontal_flips=crops.horizontal_flips, **given)
 
 
 def stains_digest(images: TrainingImages, config: "RunConfig") -> str | None:

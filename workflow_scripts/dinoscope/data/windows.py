@@ -1,7 +1,7 @@
 """Do the crops fit the images that they are cut from, and which magnification do they show?"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dinoscope.data.crops import CropSizes
@@ -32,8 +32,8 @@ class CropRange:
         return text + (" (the smallest ones are upsampled)" if self.upsampled else "")
 
 
-def crop_ranges(windows: Iterable[Window], sizes: CropSizes) -> list[CropRange]:
-    """Checks each kind of crop against the smallest window.
+def crop_ranges(windows: Iterable[Window], sizes: Sequence[CropSizes]) -> list[CropRange]:
+    """Checks each kind of crop, in all sizes that it has, against the smallest window.
 
     A crop of c px from a window of w px with smallest scale s (a share of the area) is upsampled when c > w·√s; w is
     the square root of the area where the window is no square.
@@ -42,10 +42,10 @@ def crop_ranges(windows: Iterable[Window], sizes: CropSizes) -> list[CropRange]:
         ConfigError: A crop is larger than the shorter side of a window.
     """
     distinct = set(windows)
-    wanted = [("global", sizes.global_px, sizes.global_scale), ("local", sizes.local_px, sizes.local_scale)]
-    if sizes.gram_px is not None:
-        wanted.append(("gram teacher", sizes.gram_px, sizes.global_scale))
-    return [_range(name, crop_px, scale, distinct) for name, crop_px, scale in wanted]
+    wanted = [("global", of_step.global_px, of_step.global_scale) for of_step in sizes]
+    wanted += [("local", of_step.local_px, of_step.local_scale) for of_step in sizes]
+    wanted += [("gram teacher", s.gram_px, s.global_scale) for s in sizes if s.gram_px is not None]
+    return [_range(name, crop_px, scale, distinct) for name, crop_px, scale in dict.fromkeys(wanted)]
 
 
 def _range(name: str, crop_px: int, scale: tuple[float, float], windows: set[Window]) -> CropRange:

@@ -1,6 +1,7 @@
 """The process group of a training run, on whatever device the machine has."""
 
 import contextlib
+import datetime
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dinoscope.errors import DinoscopeError
 from dinoscope.processes import die_with_parent
 
 __all__ = ["World", "joined_world"]
+
+_LONGER_MINUTES = 5
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,13 @@ class World:
 
 
 @contextlib.contextmanager
-def joined_world() -> Iterator[World]:
+def joined_world(hang_minutes: float = 30.0) -> Iterator[World]:
     """Joins the process group that torchrun describes, or makes one of this process alone.
 
     Under torchrun this process ends with its agent.
+
+    Args:
+        hang_minutes: How long the other processes are waited for, with some minutes more for the watchdog's sentence.
     """
     launched = "RANK" in os.environ
     if launched:
@@ -74,7 +80,7 @@ def joined_world() -> Iterator[World]:
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=hang_minutes + _LONGER_MINUTES))
     rank = dist.get_rank()
     try:
         yield World(rank, local_rank, dist.get_world_size(), device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -8,6 +8,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from dinoscope.models.registry import ViTSettings
+from dinoscope.resolutions import Resolution, resolutions
 
 if TYPE_CHECKING:
     from dinoscope.config import DinoConfig, IbotConfig, RunConfig
@@ -33,7 +34,9 @@ def head_flops(section: "DinoConfig | IbotConfig", embed_dim: int) -> int:
     return sum(2 * before * after for before, after in itertools.pairwise(widths))
 
 
-def step_flops(config: "RunConfig", settings: ViTSettings, num_tiles: int, num_masked: int) -> int:
+def step_flops(
+    config: "RunConfig", settings: ViTSettings, num_tiles: int, num_masked: int, sizes: Resolution | None = None
+) -> int:
     """Forward of the teachers, forward and backward (twice the forward) of the student.
 
     Args:
@@ -41,17 +44,18 @@ def step_flops(config: "RunConfig", settings: ViTSettings, num_tiles: int, num_m
         settings: Of the backbone.
         num_tiles: Tiles of the step.
         num_masked: Masked patches of the step.
+        sizes: Of its crops; the recipe's first when None.
     """
-    crops = config.crops
-    global_crops = 2 * num_tiles * backbone_flops(settings, crops.global_crops_size)
-    local_crops = crops.local_crops_number * num_tiles * backbone_flops(settings, crops.local_crops_size)
+    crops, sizes = config.crops, sizes or resolutions(config)[0]
+    global_crops = 2 * num_tiles * backbone_flops(settings, sizes.global_px)
+    local_crops = crops.local_crops_number * num_tiles * backbone_flops(settings, sizes.local_px)
     dino, ibot = (head_flops(section, settings.embed_dim) for section in (config.dino, config.ibot))
     patches = num_masked * ibot
     teacher = global_crops + 2 * num_tiles * dino + patches
     student = global_crops + local_crops + (2 + crops.local_crops_number) * num_tiles * dino + patches
     gram = 0
     if config.gram.use_loss:
-        side = crops.gram_teacher_crops_size
-        seen_by_teacher = config.gram.ema_teacher and side is None
-        gram = 0 if seen_by_teacher else 2 * num_tiles * backbone_flops(settings, side or crops.global_crops_size)
+        seen_by_teacher = config.gram.ema_teacher and sizes.gram_px is None
+        side = sizes.gram_px or sizes.global_px
+        gram = 0 if seen_by_teacher else 2 * num_tiles * backbone_flops(settings, side)
     return teacher + 3 * student + gram

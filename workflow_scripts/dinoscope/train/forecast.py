@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoscope.models.registry import ViTSettings
+from dinoscope.resolutions import resolutions
 from dinoscope.train.checkpoint import frozen_names
 from dinoscope.train.flops import step_flops
 from dinoscope.train.optimizer import multipliers
@@ -173,7 +174,10 @@ def forecast(
         num_images=num_images,
         global_batch=batch,
         peak_lr=float(schedules.lr.max()),
-        flops_per_tile=step_flops(config, settings, tiles, num_masked_patches(config, tiles)) / tiles,
+        flops_per_tile=sum(
+            sizes.share * step_flops(config, settings, tiles, num_masked_patches(config, tiles, sizes), sizes) / tiles
+            for sizes in resolutions(config)
+        ),
         world_size=world_size,
         local_size=local_size,
         device_type=device_type,

@@ -1,7 +1,7 @@
 """`training_metrics.json`: one JSON object a line, appended while training."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from dinoscope.errors import RunError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["METRICS_NAME", "append_metrics", "read_events", "read_metrics"]
+__all__ = ["METRICS_NAME", "append_metrics", "best_iteration", "read_events", "read_metrics"]
 
 METRICS_NAME = "training_metrics.json"
 
@@ -70,6 +70,24 @@ def read_events(run: str | Path) -> list[dict[str, Any]]:
         RunError: There is no such file.
     """
     return [line for line in _read_lines(run)[1] if "event" in line]
+
+
+def best_iteration(run: str | Path, iterations: Sequence[int], by: str) -> int | None:
+    """The one of some iterations at which a metric is best; None where it was never logged by then.
+
+    Args:
+        run: A run's folder or its training_metrics.json.
+        iterations: What is chosen from; each has the value that was logged last before its end.
+        by: The column; it is best where it is highest, with a leading minus where it is lowest.
+    """
+    column, sign = by.removeprefix("-"), -1 if by.startswith("-") else 1
+    try:
+        logged = read_metrics(run)[column].dropna()
+    except (RunError, KeyError):
+        return None
+    before = {iteration: logged.loc[:iteration] for iteration in iterations}
+    values = {iteration: known.iloc[-1] for iteration, known in before.items() if len(known)}
+    return max(values, key=lambda iteration: sign * values[iteration], default=None)
 
 
 def _read_lines(run: str | Path) -> tuple[Path, list[dict[str, Any]]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dinoscope.data.windows import CropRange
+from dinoscope.resolutions import Resolution, resolutions
 from dinoscope.train.forecast import Forecast
 from dinoscope.train.speed import Speed, cores_per_process
 
@@ -44,6 +45,7 @@ def outlook(
         next_iteration: The first one that is still to do.
     """
     rows = [("crops", str(entry)) for entry in crops]
+    rows += [("steps", _share(config, sizes)) for sizes in resolutions(config) if sizes.share < 1]
     rows += [
         ("length", _length(config, ahead)),
         ("learning rate", f"{ahead.peak_lr:.3g} at its peak (optim.lr scaled to {ahead.global_batch} tiles a step)"),
@@ -59,6 +61,12 @@ def outlook(
             ("duration", f"about {time_in_words(left / speed.expected)} at the speed of {slower}, the slower of both"),
         ]
     return rows
+
+
+def _share(config: "RunConfig", sizes: Resolution) -> str:
+    gram = f", gram teacher {sizes.gram_px} px" if sizes.gram_px is not None else ""
+    crops = f"2 × {sizes.global_px} px + {config.crops.local_crops_number} × {sizes.local_px} px{gram}"
+    return f"{100 * sizes.share:.3g} % with {crops}"
 
 
 def _length(config: "RunConfig", ahead: Forecast) -> str:

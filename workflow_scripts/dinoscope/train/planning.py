@@ -86,7 +86,7 @@ def _look_ahead(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Rows and warnings."""
     config = inputs.config
-    crops = crop_ranges(images.windows, crop_settings(config)[0])
+    crops = crop_ranges(images.windows, crop_settings(config)[0].choices)
     order = sample_order(
         images,
         config.sampling,

@@ -46,6 +46,7 @@ _NOT_SEALED = (
     "train.accumulation_steps",
     "train.num_workers",
     "train.time_limit_minutes",
+    "train.hang_minutes",
     "train.stop_after_skipped",
     "train.compile",
     "train.checkpointing",

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_map_only
 
 from dinoscope.data.collate import Batch
 from dinoscope.models.registry import ViTSettings
+from dinoscope.resolutions import Resolution, resolutions
 from dinoscope.train import ssl_step
 from dinoscope.train.draws import step_draws
+from dinoscope.train.flops import step_flops
 from dinoscope.train.parallelize import checkpoint_activations
 from dinoscope.train.ssl_step import SSLModel, compute_dtype
 
@@ -91,7 +93,7 @@ class _TracedModel(SSLModel):
 
 
 def step_memory(config: "RunConfig", settings: ViTSettings, device_type: str) -> StepMemory:
-    """Traces targets, forward and backward of a step on one device.
+    """Traces targets, forward and backward of a step on one device; of several resolutions, one with the largest crops.
 
     With several parts a step (`train.accumulation_steps`), two are traced: later ones find fewer targets left. Blocks
     are not compiled here; compiled ones need somewhat less.
@@ -106,19 +108,20 @@ def step_memory(config: "RunConfig", settings: ViTSettings, device_type: str) ->
     model.dtype = compute_dtype(config, device_type)
     model.to(model.dtype)
     checkpoint_activations(model.student["backbone"].blocks, config)
-    with _replaced(config), FakeTensorMode(allow_non_fake_inputs=True):
+    largest = max(resolutions(config), key=lambda sizes: step_flops(config, settings, 1, 0, sizes))
+    with _replaced(config, largest), FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         for parameter in model.student.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # it is in the shards by then
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            after_forward = _trace(model, config, live)
+            after_forward = _trace(model, config, largest, live)
     return StepMemory(after_forward, live.peak)
 
 
-def _trace(model: SSLModel, config: "RunConfig", live: LiveBytes) -> int:
+def _trace(model: SSLModel, config: "RunConfig", resolution: Resolution, live: LiveBytes) -> int:
     accumulation, tiles = config.train.accumulation_steps, config.train.batch_size_per_gpu
-    whole = _empty_batch(config, tiles * accumulation)
+    whole = _empty_batch(config, tiles * accumulation, resolution)
     batches = whole.split(accumulation)
     targets = model.targets(batches, 0.07)
     after_forward = 0
@@ -155,28 +158,27 @@ class _EvenBatch(Batch):
         ]
 
 
-def _empty_batch(config: "RunConfig", tiles: int) -> Batch:
-    crops, gram = config.crops, config.gram
-    patches, masked = (crops.global_crops_size // config.student.patch_size) ** 2, num_masked_patches(config, tiles)
+def _empty_batch(config: "RunConfig", tiles: int, sizes: Resolution) -> Batch:
+    patches = (sizes.global_px // config.student.patch_size) ** 2
+    masked = num_masked_patches(config, tiles, sizes)
 
     def pixels(number: int, side: int) -> Tensor:
         return torch.empty(number * tiles, side, side, 3, dtype=torch.uint8)
 
-    gram_px = crops.gram_teacher_crops_size if gram.use_loss else None
     return _EvenBatch(
         samples=list(range(tiles)),
-        global_crops=pixels(2, crops.global_crops_size),
-        local_crops=pixels(crops.local_crops_number, crops.local_crops_size),
-        gram_crops=None if gram_px is None else pixels(2, gram_px),
+        global_crops=pixels(2, sizes.global_px),
+        local_crops=pixels(config.crops.local_crops_number, sizes.local_px),
+        gram_crops=None if sizes.gram_px is None else pixels(2, sizes.gram_px),
         masks=torch.empty(2 * tiles, patches, dtype=torch.bool),
         mask_indices=torch.empty(masked, dtype=torch.int64),
         mask_weights=torch.empty(masked),
     )
 
 
-def num_masked_patches(config: "RunConfig", tiles: int) -> int:
-    """Masked patches of the global crops of so many tiles, which is always the same number."""
-    ibot, patches = config.ibot, (config.crops.global_crops_size // config.student.patch_size) ** 2
+def num_masked_patches(config: "RunConfig", tiles: int, sizes: Resolution) -> int:
+    """Masked patches of the global crops of so many tiles, which is the same number for all crops of a size."""
+    ibot, patches = config.ibot, (sizes.global_px // config.student.patch_size) ** 2
     if not (ibot.loss_weight or ibot.force_masking_even_with_zero_weight):
         return 0
     num_masked_crops = int(2 * tiles * ibot.mask_sample_probability)
@@ -190,12 +192,12 @@ def _drop_gradient(parameter: nn.Parameter) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(config: "RunConfig") -> Iterator[None]:
+def _replaced(config: "RunConfig", sizes: Resolution) -> Iterator[None]:
     """Keeps the trace from talking to other processes, and from asking which patches are masked."""
     gram = config.gram
 
     def selected(patches_BPD: Tensor, masks_BP: Tensor, tokens_used: str) -> Tensor:
-        masked = num_masked_patches(config, len(masks_BP) // 2)
+        masked = num_masked_patches(config, len(masks_BP) // 2, sizes)
         return patches_BPD.flatten(0, 1)[: masked if gram.tokens_used == "masked" else masks_BP.numel() - masked]
 
     replacements = [(dist, "is_initialized", lambda: False), (ssl_step, "select_tokens", selected)]

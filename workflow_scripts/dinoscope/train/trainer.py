@@ -40,12 +40,13 @@ from dinoscope.train.distributed import World
 from dinoscope.train.forecast import forecast
 from dinoscope.train.health import HealthWindow
 from dinoscope.train.lock import HeldLock, run_lock
-from dinoscope.train.metrics import append_metrics, read_metrics
+from dinoscope.train.metrics import append_metrics, best_iteration, read_metrics
 from dinoscope.train.optimizer import build_optimizer, copy_state
 from dinoscope.train.outlook import Warmup, outlook, warnings
 from dinoscope.train.parallelize import parallelize
 from dinoscope.train.run_folder import (
     complete_checkpoints,
+    exported_teachers,
     newest_checkpoint,
     prune_exports,
     remove_partial,
@@ -59,6 +60,7 @@ from dinoscope.train.speed import speed_if_readable
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.step import StepOutcome, TrainingStep, global_batch
+from dinoscope.train.watchdog import Watchdog, watched
 from dinoscope.train.window import MetricWindow
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ _T = TypeVar("_T")
 class RunInputs:
     """What a run reads: its recipe, tiles with the slides they are on (unless the recipe names images), its start.
 
-    `resolve_start` is asked only when the run begins: what it began with may be gone when it goes on.
+    `resolve_start` is asked only when the run begins: what it began with may be gone when it goes on. The exports of
+    `keep_exports` stay, whatever the recipe says.
     """
 
     config: "RunConfig"
@@ -82,6 +85,7 @@ class RunInputs:
     slides: str | None
     resolve_start: Callable[[], Start]
     run_dir: Path
+    keep_exports: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class Prepared:
 def train_run(inputs: RunInputs, world: World) -> None:
     """Trains until the last iteration, or until asked to stop, resuming from the newest complete checkpoint.
 
-    All ranks call it together. Writes final.json last; when it is there, the run is finished.
+    All ranks call it together. Writes final.json last; when it is there, the run is finished. A process that hangs ends
+    itself (watchdog.py), and with it all others.
 
     Raises:
         RunError: Another process trains in the folder, the settings differ from those the run was started with, the
@@ -117,9 +122,12 @@ def train_run(inputs: RunInputs, world: World) -> None:
             lock.require_held()
 
     with contextlib.ExitStack() as stack:
+        name, minutes = f"run {inputs.run_dir.name}", inputs.config.train.hang_minutes
+        watchdog = stack.enter_context(watched(name, world.rank, minutes))
         prepared = _main_first(world, lambda: _prepare(inputs, stack, locks, world))
         saver = CheckpointSaver(inputs.run_dir, inputs.config.checkpointing, world, require_held)
-        Trainer(inputs, world, prepared, stack.enter_context(saver)).run()
+        watchdog.beat()
+        Trainer(inputs, world, prepared, stack.enter_context(saver), watchdog).run()
 
 
 def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, locks: list[HeldLock], world: World) -> Prepared:
@@ -146,7 +154,7 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
         write_config(run_dir, config)
         return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"])
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
-    crop_ranges(images.windows, crop_settings(config)[0])
+    crop_ranges(images.windows, crop_settings(config)[0].choices)
     kind = "manifest" if config.train.dataset_path is None else "images"
     of_table = {"strata": _order_of(images, inputs, world).digest(), "stains": stains_digest(images, config)}
     digests = {"manifest": None, kind: images.digest(), **of_table, **start.digests()}
@@ -193,7 +201,9 @@ def _end_all(world: World, error: DinoscopeError) -> NoReturn:
 class Trainer:
     """The state of a run in one process."""
 
-    def __init__(self, inputs: RunInputs, world: World, prepared: Prepared, saver: CheckpointSaver) -> None:
+    def __init__(
+        self, inputs: RunInputs, world: World, prepared: Prepared, saver: CheckpointSaver, watchdog: Watchdog
+    ) -> None:
         self.config, self.run_dir, self.world, self.images = inputs.config, inputs.run_dir, world, prepared.images
         self.origin = prepared.origin
         self.stream_seed = _stream_seed(self.config.train.seed, self.run_dir.name)
@@ -207,7 +217,7 @@ class Trainer:
         self.window, self.health = MetricWindow(world), HealthWindow(world)
         self.step = TrainingStep(self.model, self.optimizer, world, self.stream_seed, self.health)
         self.skipped_in_a_row = 0
-        self.saver = saver
+        self.saver, self.watchdog, self.keep_exports = saver, watchdog, inputs.keep_exports
         train = self.config.train
         self.clock = RunClock(self.config.checkpointing.every_minutes, train.time_limit_minutes)
         self.order = _order_of(self.images, inputs, world)
@@ -256,10 +266,10 @@ class Trainer:
 
     def _dataset(self) -> ImageCrops:
         sizes, augmentation = crop_settings(self.config)
-        ranges = crop_ranges(self.images.windows, sizes)
+        ranges = crop_ranges(self.images.windows, sizes.choices)
         if self.world.is_main:
             self._summarise(ranges)
-        return ImageCrops(self.images, sizes, augmentation, self.stream_seed, self.order)
+        return ImageCrops(self.images, sizes, augmentation, self.stream_seed, self.order, self.global_batch)
 
     def _summarise(self, crops: Sequence[CropRange]) -> None:
         """Says on the main process what the run will take, before its first step."""
@@ -287,6 +297,7 @@ class Trainer:
                 self.next_iteration = iteration + 1
                 self._log_step(iteration, values, shown)
                 self._keep(iteration, bool(stop))
+                self.watchdog.beat()
         self._finish()
 
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
@@ -298,10 +309,9 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
         config = self.config
-        grid_side = config.crops.global_crops_size // config.student.patch_size
         collate = Collate(
             config.train.batch_size_per_gpu * config.train.accumulation_steps,
-            (grid_side, grid_side),
+            config.student.patch_size,
             _mask_probability(config),
             tuple(config.ibot.mask_ratio_min_max),
             config.ibot.mask_random_circular_shift,
@@ -432,7 +442,16 @@ class Trainer:
                     "run %s: %s cannot be written (%s); the training goes on without it", self.run_dir.name, what, cause
                 )
             return
-        _main_first(self.world, lambda: prune_exports(self.run_dir, self.config.evaluation.max_to_keep))
+        _main_first(self.world, self._prune_exports)
+
+    def _prune_exports(self) -> None:
+        evaluation = self.config.evaluation
+        best = None
+        if evaluation.best_by is not None:
+            best = best_iteration(self.run_dir, exported_teachers(self.run_dir), evaluation.best_by)
+            if best is None:
+                _log.warning("evaluation.best_by is %s, which the metrics do not have (yet)", evaluation.best_by)
+        prune_exports(self.run_dir, evaluation.max_to_keep, {best, *self.keep_exports})
 
     def _stop_early(self, iteration: int, why: str) -> None:
         raise StoppedError(
@@ -464,7 +483,7 @@ class Trainer:
             "num_tiles": len(self.images),
             "samples_seen": self.num_iterations * self.global_batch,
             "tiles": sorted({(w.shorter_px, w.mpp and round(w.mpp, 6)) for w in self.images.windows}),
-            "crops": [vars(entry) for entry in crop_ranges(self.images.windows, sizes)],
+            "crops": [vars(entry) for entry in crop_ranges(self.images.windows, sizes.choices)],
             "strata": [vars(share) for share in self.order.shares(self.num_iterations)],
             "metrics": _last_metrics(self.run_dir),
         }
