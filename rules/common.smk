@@ -129,12 +129,12 @@ def continued_run(wildcards):
     return kept_by_finished(f"<results>/runs/{continued}/final.json", wildcards)
 
 
-def gram_teacher_file(wildcards):
-    """The gram teacher, where the config names a file."""
+def teacher_files(wildcards):
+    """The gram teacher, where the config names a file, and the teacher that is distilled."""
+    run = PLAN.runs[wildcards.run]
+    files = [run.gram_teacher_file, run.distilled_file]
     return [
-        str(file)
-        for file in [PLAN.runs[wildcards.run].gram_teacher_file]
-        if file is not None
+        kept_by_finished(str(file), wildcards) for file in files if file is not None
     ]
 
 

@@ -31,7 +31,7 @@ rule train:
         manifest=run_manifest,
         weights=run_weights,
         continued=continued_run,
-        gram_teacher=gram_teacher_file,
+        teachers=teacher_files,
     output:
         final="<results>/runs/{run}/final.json",
     log:

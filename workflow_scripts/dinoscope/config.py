@@ -187,6 +187,16 @@ class GramConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """A frozen teacher in place of the EMA: a smaller student learns from a larger, finished model."""
+
+    enabled: bool = False  # the targets are those of the teacher below; the student's EMA is exported all the same
+    # the teacher with its heads: an exported teacher or a finished run's folder; numbers of prototypes, patch size and
+    # rgb_mean/rgb_std must be its own
+    checkpoint_path: str = ""
+
+
+@dataclass
 class OptimConfig:
     """AdamW, its parameter groups, and the schedules of the first kind."""
 
@@ -303,6 +313,7 @@ class RunConfig:
     dino: DinoConfig = field(default_factory=DinoConfig)
     ibot: IbotConfig = field(default_factory=IbotConfig)
     gram: GramConfig = field(default_factory=GramConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedules: SchedulesConfig | None = None
     student: StudentConfig = field(default_factory=StudentConfig)

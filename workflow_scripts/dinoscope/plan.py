@@ -88,6 +88,14 @@ class Run:
         return None if teacher is None or teacher == "last" or teacher.isdecimal() else Path(teacher)
 
     @property
+    def distilled_file(self) -> Path | None:
+        """The file that tells of the teacher which the run distils: itself, or the final.json of its run."""
+        if not self.settings.distillation.enabled:
+            return None
+        path = Path(self.settings.distillation.checkpoint_path)
+        return path / "final.json" if (path / "final.json").is_file() else path
+
+    @property
     def start(self) -> dict[str, Any]:
         """The settings that the starting weights depend on."""
         settings = flatten(self.settings)

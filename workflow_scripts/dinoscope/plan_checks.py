@@ -122,6 +122,8 @@ def file_problems(plan: "Plan") -> Iterator[str]:
         teacher = run.gram_teacher_file
         if teacher is not None and not teacher.exists():
             yield f"config: runs.{run.name}.gram_teacher {teacher} does not exist; give last, an iteration or a file"
+        if run.distilled_file is not None and not run.distilled_file.exists():
+            yield f"recipe {run.recipe}: distillation.checkpoint_path {run.distilled_file} does not exist"
 
 
 def _reference_problems(config: dict[str, Any]) -> Iterator[str]:

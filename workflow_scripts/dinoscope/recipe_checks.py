@@ -73,6 +73,7 @@ def check_recipe(config: RunConfig, values: dict[str, Any], name: str) -> None:
         *_spreading_problems(config),
         *_crop_problems(config),
         *_gram_problems(config),
+        *_distillation_problems(config),
         *_length_problems(config),
     ]
     if problems:
@@ -269,6 +270,16 @@ def _gram_problems(config: RunConfig) -> Iterable[str]:
         yield "gram.remove_neg and gram.remove_only_teacher_neg exclude each other"
     if gram.rep_update and gram.update_frequency < 1:
         yield f"gram.update_frequency is {gram.update_frequency}; at least 1 iteration is wanted"
+
+
+def _distillation_problems(config: RunConfig) -> Iterable[str]:
+    distillation = config.distillation
+    if distillation.enabled and not distillation.checkpoint_path:
+        yield "distillation.enabled needs distillation.checkpoint_path: name the teacher, with its heads"
+    if distillation.checkpoint_path and not distillation.enabled:
+        yield "distillation.checkpoint_path is set, but distillation.enabled is false: set it to true, or drop the path"
+    if distillation.enabled and config.gram.use_loss and config.gram.ema_teacher:
+        yield "gram.ema_teacher and distillation.enabled exclude each other: name a gram teacher (gram.ckpt)"
 
 
 def _length_problems(config: RunConfig) -> Iterable[str]:

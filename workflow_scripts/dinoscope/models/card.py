@@ -35,7 +35,7 @@ def backbone_card(
         "version": 1,
         "made_with": f"dinoscope {__version__}",
         "origin": origin,
-        "license_note": _LICENSE_NOTE if origin == PUBLISHED_ORIGIN else None,
+        "license_note": _LICENSE_NOTE if PUBLISHED_ORIGIN in (origin or "") else None,
         "backbone": settings.as_dict(),
         "embed_dim": settings.embed_dim,
         "patch_size": settings.patch_size,

@@ -6,7 +6,8 @@ iteration. How it is written: saving.py. When it is complete: checkpoint_files.p
 
 Where only a part of the backbone is trained (`student.trainable`), checkpoints hold that part of student and teacher;
 the rest, which is the same in both and never changes, is written once, before the first checkpoint: `ckpt/frozen`, a
-DCP folder with `frozen.backbone.…` under "model".
+DCP folder with `frozen.backbone.…` under "model". There lies the teacher that a run distils, too, as
+`distilled_teacher.…`.
 """
 
 from pathlib import Path
@@ -42,22 +43,29 @@ __all__ = [
 ]
 
 FROZEN_NAME = "frozen"
+_DISTILLED = "distilled_teacher."
 _WRAPPER = "_checkpoint_wrapped_module."  # the name that activation checkpointing inserts
 
 
 def load_checkpoint(
-    folder: Path, model: SSLModel, optimizer: torch.optim.Optimizer, *, with_gram_teacher: bool = True
+    folder: Path, model: SSLModel, optimizer: torch.optim.Optimizer, *, with_other_teachers: bool = True
 ) -> None:
     """Fills model and optimizer in place, on any number of ranks.
+
+    Args:
+        folder: The checkpoint.
+        model: Of the same sizes.
+        optimizer: Over its student.
+        with_other_teachers: Gram teacher and distilled teacher too; a run that continues another has its own.
 
     Raises:
         CheckpointError: The folder is incomplete, or holds another model.
     """
     require_whole(folder)
     state = training_state(model, optimizer)
-    if not with_gram_teacher:
+    if not with_other_teachers:
         state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("gram_teacher.")}
-    frozen, rest = frozen_state(model), folder.with_name(FROZEN_NAME)
+    frozen, rest = frozen_state(model, with_distilled=with_other_teachers), folder.with_name(FROZEN_NAME)
     if frozen and not (rest / ".metadata").is_file():
         raise CheckpointError(
             f"checkpoint {folder} holds only what is trained, and {rest} with the rest of the backbone is not there; "
@@ -89,7 +97,8 @@ def training_state(model: SSLModel, optimizer: torch.optim.Optimizer) -> dict[st
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             moments[names[id(parameter)]] = {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
-    return {"model": {k: v for k, v in tensors.items() if k not in frozen}, "optimizer": moments}
+    kept = {k: v for k, v in tensors.items() if k not in frozen and not k.startswith(_DISTILLED)}
+    return {"model": kept, "optimizer": moments}
 
 
 def frozen_names(model: SSLModel) -> list[str]:
@@ -102,10 +111,12 @@ def frozen_names(model: SSLModel) -> list[str]:
     return [name for name in tensors if name not in trained]
 
 
-def frozen_state(model: SSLModel) -> dict[str, Any]:
-    """What `ckpt/frozen` holds, empty where there is none; the tensors are the student's."""
+def frozen_state(model: SSLModel, *, with_distilled: bool = True) -> dict[str, Any]:
+    """What `ckpt/frozen` holds, if anything; the tensors are the student's and the distilled teacher's."""
     tensors = model.student["backbone"].state_dict()
     frozen = {f"frozen.backbone.{name}": tensors[name] for name in frozen_names(model)}
+    if with_distilled and model.distilled_teacher is not None:
+        frozen |= {f"{_DISTILLED}{name}": tensor for name, tensor in model.distilled_teacher.state_dict().items()}
     return {"model": frozen} if frozen else {}
 
 

@@ -12,6 +12,7 @@ from dinoscope.resolutions import Resolution, resolutions
 
 if TYPE_CHECKING:
     from dinoscope.config import DinoConfig, IbotConfig, RunConfig
+    from dinoscope.train.distillation import HeadShape, TeacherShape
 
 __all__ = ["backbone_flops", "head_flops", "step_flops"]
 
@@ -30,12 +31,31 @@ def backbone_flops(settings: ViTSettings, side_px: int) -> int:
 def head_flops(section: "DinoConfig | IbotConfig", embed_dim: int) -> int:
     """Forward pass of one token through a head."""
     hidden, bottleneck = section.head_hidden_dim, section.head_bottleneck_dim
-    widths = [embed_dim, *[hidden] * (section.head_nlayers - 1), bottleneck, section.head_n_prototypes]
+    return _head_flops(embed_dim, hidden, section.head_nlayers, bottleneck, section.head_n_prototypes)
+
+
+def _head_flops(embed_dim: int, hidden: int, num_layers: int, bottleneck: int, prototypes: int) -> int:
+    widths = [embed_dim, *[hidden] * (num_layers - 1), bottleneck, prototypes]
     return sum(2 * before * after for before, after in itertools.pairwise(widths))
 
 
+def _distilled_flops(shape: "TeacherShape", num_tiles: int, num_masked: int, sizes: Resolution) -> int:
+    def of_head(head: "HeadShape") -> int:
+        return _head_flops(
+            shape.settings.embed_dim, head.hidden_dim, head.num_layers, head.bottleneck_dim, head.num_prototypes
+        )
+
+    backbone = 2 * num_tiles * backbone_flops(shape.settings, sizes.global_px)
+    return backbone + 2 * num_tiles * of_head(shape.heads["dino_head"]) + num_masked * of_head(shape.heads["ibot_head"])
+
+
 def step_flops(
-    config: "RunConfig", settings: ViTSettings, num_tiles: int, num_masked: int, sizes: Resolution | None = None
+    config: "RunConfig",
+    settings: ViTSettings,
+    num_tiles: int,
+    num_masked: int,
+    sizes: Resolution | None = None,
+    distilled: "TeacherShape | None" = None,
 ) -> int:
     """Forward of the teachers, forward and backward (twice the forward) of the student.
 
@@ -45,6 +65,7 @@ def step_flops(
         num_tiles: Tiles of the step.
         num_masked: Masked patches of the step.
         sizes: Of its crops; the recipe's first when None.
+        distilled: Of the teacher that gives the targets in place of the EMA.
     """
     crops, sizes = config.crops, sizes or resolutions(config)[0]
     global_crops = 2 * num_tiles * backbone_flops(settings, sizes.global_px)
@@ -52,6 +73,8 @@ def step_flops(
     dino, ibot = (head_flops(section, settings.embed_dim) for section in (config.dino, config.ibot))
     patches = num_masked * ibot
     teacher = global_crops + 2 * num_tiles * dino + patches
+    if distilled is not None:
+        teacher = _distilled_flops(distilled, num_tiles, num_masked, sizes) + global_crops // 2  # and a look at the EMA
     student = global_crops + local_crops + (2 + crops.local_crops_number) * num_tiles * dino + patches
     gram = 0
     if config.gram.use_loss:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dinoscope.models.registry import ViTSettings
 from dinoscope.resolutions import resolutions
-from dinoscope.train.checkpoint import frozen_names
+from dinoscope.train.checkpoint import frozen_names, frozen_state
+from dinoscope.train.distillation import TeacherShape
 from dinoscope.train.flops import step_flops
 from dinoscope.train.optimizer import multipliers
 from dinoscope.train.schedule import build_schedules
@@ -149,6 +150,7 @@ def forecast(
     num_images: int,
     device_type: str,
     local_size: int | None = None,
+    distilled: TeacherShape | None = None,
 ) -> Forecast:
     """All of it.
 
@@ -159,23 +161,26 @@ def forecast(
         num_images: Of the data.
         device_type: "cpu", "cuda", ….
         local_size: Number of processes on a machine; all of them when None.
+        distilled: Of the teacher that is distilled, where there is one.
     """
     local_size = local_size or world_size
     train = config.train
     tiles, batch = train.batch_size_per_gpu * train.accumulation_steps, global_batch(config, world_size)
     schedules = build_schedules(config, batch)
     with torch.device("meta"):
-        model = SSLModel(config, settings)
+        model = SSLModel(config, settings, distilled)
     return Forecast(
         parameters=count_parameters(model),
-        memory=memory_per_device(model, world_size, device_type, local_size),
+        memory=memory_per_device(model, world_size, device_type, local_size, distilled),
         disk=disk_use(model, len(schedules), world_size, local_size),
         iterations=len(schedules),
         num_images=num_images,
         global_batch=batch,
         peak_lr=float(schedules.lr.max()),
         flops_per_tile=sum(
-            sizes.share * step_flops(config, settings, tiles, num_masked_patches(config, tiles, sizes), sizes) / tiles
+            sizes.share
+            * step_flops(config, settings, tiles, num_masked_patches(config, tiles, sizes), sizes, distilled)
+            / tiles
             for sizes in resolutions(config)
         ),
         world_size=world_size,
@@ -196,7 +201,9 @@ def count_parameters(model: SSLModel) -> Parameters:
     )
 
 
-def memory_per_device(model: SSLModel, world_size: int, device_type: str, local_size: int) -> Memory:
+def memory_per_device(
+    model: SSLModel, world_size: int, device_type: str, local_size: int, distilled: TeacherShape | None = None
+) -> Memory:
     """Bytes on the first device, which has the largest shards. Activations are traced (traced_memory.py)."""
     config, shards = model.config, _num_shards(model.config, world_size, local_size)
     networks = [model.student, *model.frozen_networks()]
@@ -211,7 +218,7 @@ def memory_per_device(model: SSLModel, world_size: int, device_type: str, local_
         gradients=shard(trained),
         optimizer=_TENSORS_OF_ADAM * shard(trained),
         gathered=_gathered_bytes(model, device_type),
-        activations=step_memory(config, model.settings, device_type).peak,
+        activations=step_memory(config, model.settings, device_type, distilled).peak,
         update=max(map(shard, by_group.values())),
         process=_LIBRARIES_BYTES if device_type == "cpu" else 0,
     )
@@ -222,19 +229,19 @@ def disk_use(model: SSLModel, iterations: int, world_size: int, local_size: int)
     config, shards = model.config, _num_shards(model.config, world_size, local_size)
     left_out = {f"{network}.backbone.{name}" for network in ("student", "teacher") for name in frozen_names(model)}
     sharded = {name for name, _ in model.named_parameters()}
-    stored = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    frozen = frozen_state(model).get("model", {})
+    stored = {k: v for k, v in model.state_dict().items() if k not in left_out and k not in frozen}
     checkpoint = sum(_stored_bytes(tensor, shards if name in sharded else 1) for name, tensor in stored.items())
     for parameter in model.student.parameters():
         if parameter.requires_grad:
             checkpoint += _TENSORS_OF_ADAM * _stored_bytes(parameter, shards) + _stored_bytes(torch.empty(()), 1)
-    backbone = model.student["backbone"].state_dict()
     exported = {name: tensor for name, tensor in model.teacher.state_dict().items() if ".lora." not in name}
     return Disk(
         checkpoint=checkpoint,
         num_checkpoints=_num_checkpoints(config, iterations),
         export=_bytes(exported.values()) + _BYTES_PER_EXPORTED_TENSOR * len(exported),
         num_exports=_num_exports(config, iterations),
-        frozen=sum(_stored_bytes(backbone[name], shards) for name in frozen_names(model)),
+        frozen=sum(_stored_bytes(tensor, shards) for tensor in frozen.values()),
     )
 
 
@@ -264,9 +271,12 @@ def _gathered_bytes(model: SSLModel, device_type: str) -> int:
     config = model.config
     element = compute_dtype(config, device_type).itemsize
     units = [unit for part in model.student.values() for unit in _sharding_units(part)]
+    others = [
+        unit for network in model.frozen_networks() for part in network.values() for unit in _sharding_units(part)
+    ]
     keeps = config.compute_precision.sharding_strategy == "SHARD_GRAD_OP"
     kept = sum(_numel(unit) for unit in units if keeps and any(p.requires_grad for p in unit))
-    largest = max(map(_numel, units))
+    largest = max(map(_numel, [*units, *others]))
     trained = max(_numel([p for p in unit if p.requires_grad]) for unit in units)
     # gathered into one buffer and copied out of it; sent from one buffer: a single process does so too
     return element * (kept + 2 * largest + trained) + _MASTER_BYTES * trained

@@ -4,6 +4,7 @@ Order of wrapping: activation checkpointing of a block, then its compilation, th
 of the whole submodule. Parameters stay float32 in the shards; forward and backward run in
 `compute_precision.param_dtype` on GPUs, gradients are averaged over ranks in `reduce_dtype`. Teachers are sharded like
 the student. HYBRID_SHARD shards within each node and keeps a copy a node, so that only gradients travel between nodes.
+A single process that computes in float32 has nothing to shard and nothing to cast: it is spared the copies.
 """
 
 import contextlib
@@ -49,14 +50,15 @@ def parallelize(model: SSLModel, world: "World") -> None:
     """
     # outputs are views of the tokens; FSDP warns of in-place operations on them, of which there are none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = _mesh(model.config, world)
+    shards = world.size > 1 or compute_dtype(model.config, world.device.type) != torch.float32
+    mesh = _mesh(model.config, world) if shards else None
     checkpoint_activations(model.student["backbone"].blocks, model.config)
     for network in (model.student, *model.frozen_networks()):
         for block in network["backbone"].blocks:
             if _compiles(model.config, world.device.type):
                 block.compile()
         trained = network is model.student
-        for part in network.values():
+        for part in network.values() if mesh is not None else ():
             _shard(part, mesh, model.config, trained)
     model.to_empty(device=world.device)
     for tensor in model.state_dict().values():

@@ -14,6 +14,7 @@ from dinoscope.models.registry import settings_from_config
 from dinoscope.models.weights import read_model_file
 from dinoscope.recipe_checks import check_processes
 from dinoscope.slides.table import read_slide_table
+from dinoscope.train.distillation import TeacherShape
 from dinoscope.train.forecast import Forecast, forecast
 from dinoscope.train.launching import num_processes
 from dinoscope.train.outlook import outlook, warnings
@@ -48,8 +49,13 @@ def plan_run(inputs: "RunInputs", recipe: Path, overrides: list[str], processes:
     newest = newest_checkpoint(run_dir, verify="sizes")  # a trainer at work leaves no clean end
     seal = read_seal(run_dir) if newest is not None else None
     settings = settings_from_config(config.student)
-    if seal is None and (weights := inputs.resolve_start().weights) is not None:
-        check_fit(read_model_file(weights), settings)
+    if seal is None:
+        start = inputs.resolve_start()
+        distilled = start.shape()
+        if start.weights is not None:
+            check_fit(read_model_file(start.weights), settings)
+    else:
+        distilled = TeacherShape.from_dict(seal["distilled"]) if seal.get("distilled") else None
     with tempfile.TemporaryDirectory() as elsewhere:
         begun = (run_dir / ".mapped").is_dir()
         images = open_images(
@@ -59,7 +65,7 @@ def plan_run(inputs: "RunInputs", recipe: Path, overrides: list[str], processes:
             run_dir=run_dir if begun else Path(elsewhere),
             sealed=seal["inputs"] if seal else None,
         )
-        ahead = forecast(config, settings, world_size, len(images), device_type, local_size)
+        ahead = forecast(config, settings, world_size, len(images), device_type, local_size, distilled)
         done = newest[0] + 1 if newest is not None else 0
         rows, found = _look_ahead(inputs, images, ahead, done)
     if seal is not None and seal["global_batch"] != ahead.global_batch:

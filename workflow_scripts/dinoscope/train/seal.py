@@ -38,6 +38,7 @@ SEAL_NAME = "run_config.json"
 _NOT_SEALED = (
     "MODEL.WEIGHTS",  # the digest of what it holds is sealed instead
     "gram.ckpt",
+    "distillation.checkpoint_path",
     "checkpointing.",
     "evaluation.",
     "compute_precision.sharding_strategy",
@@ -88,6 +89,7 @@ def seal_run(
     inputs: dict[str, str | None],
     origin: str,
     slides: Sequence[str] = (),
+    distilled: dict[str, Any] | None = None,
 ) -> None:
     """Seals a run that begins.
 
@@ -97,16 +99,17 @@ def seal_run(
         run_dir: The run's folder.
         config: The resolved recipe.
         global_batch: Tiles of one step over all processes.
-        inputs: Digests under "manifest" or "images", "strata", "stains", "weights", "continues" and "gram_teacher";
-            None where there is none.
+        inputs: Digests under "manifest" or "images", "strata", "stains", "weights", "continues", "gram_teacher" and
+            "distillation"; None where there is none.
         origin: Where the weights come from in the end, for the model card.
         slides: Ids of the slides that the run trains on, if it is slides.
+        distilled: What the teacher that it learns from is built from, if it has one (`TeacherShape.as_dict`).
     """
     (run_dir / METRICS_NAME).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "eval", ignore_errors=True)
     write_text(run_dir / "config.yaml", _without_folders(config))
     seal = {"version": 1, "origin": origin, "global_batch": global_batch, "inputs": inputs, "slides": list(slides)}
-    seal["batch_size_per_gpu"] = config.train.batch_size_per_gpu
+    seal |= {"batch_size_per_gpu": config.train.batch_size_per_gpu, "distilled": distilled}
     write_json(run_dir / SEAL_NAME, seal | {"settings": sealed_settings(config)})
 
 
@@ -191,7 +194,8 @@ def _without_folders(config: RunConfig) -> str:
     """The resolved recipe as YAML; weight files and images by name alone: results hold no absolute paths."""
     named = OmegaConf.create(OmegaConf.to_container(config))
     named.MODEL.WEIGHTS = Path(named.MODEL.WEIGHTS).name
-    if named.gram.ckpt:
-        named.gram.ckpt = Path(named.gram.ckpt).name
+    for section, key in ((named.gram, "ckpt"), (named.distillation, "checkpoint_path")):
+        if section[key]:
+            section[key] = Path(section[key]).name
     named.train.dataset_path = name_without_folders(named.train.dataset_path)
     return OmegaConf.to_yaml(named)

@@ -22,6 +22,7 @@ from dinoscope.models.heads import DINOHead
 from dinoscope.models.layers import BlockDraws
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import BackboneOutput
+from dinoscope.train.distillation import TeacherShape, build_teacher
 from dinoscope.train.trainable import adapted_backbone, freeze_untrained
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Targets:
 
     Attributes:
         images: The global crops, normalised (2B, 3, S, S).
+        cls_BD: The EMA teacher's features of each tile's first global crop, which tell of the run's health.
         cls_2BK: Centred and sharpened probabilities of CLS tokens.
         patches_MK: The same of masked patches.
         output: The teacher's tokens.
@@ -47,15 +49,25 @@ class Targets:
     cls_2BK: Tensor
     patches_MK: Tensor
     output: BackboneOutput
+    cls_BD: Tensor
 
 
 class SSLModel(nn.Module):
     """The networks of a run, named as in its checkpoints: `student`, `teacher` and, in gram runs, `gram_teacher`.
 
     Each holds a `backbone`; student and teacher a `dino_head` and an `ibot_head` too. Only the student has gradients.
+    `teacher` is its EMA. Under `distillation.enabled` the targets come from a fourth one, `distilled_teacher`, which
+    stays as it is.
     """
 
-    def __init__(self, config: "RunConfig", settings: ViTSettings) -> None:
+    def __init__(self, config: "RunConfig", settings: ViTSettings, distilled: TeacherShape | None = None) -> None:
+        """Builds empty networks.
+
+        Args:
+            config: The recipe.
+            settings: Of the student's backbone.
+            distilled: Of the teacher that is distilled, where there is one.
+        """
         super().__init__()
         self.config, self.settings = config, settings
         self.student, self.teacher = (
@@ -65,14 +77,17 @@ class SSLModel(nn.Module):
         self.gram_teacher: nn.ModuleDict | None = None
         if config.gram.use_loss and not config.gram.ema_teacher:
             self.gram_teacher = nn.ModuleDict({"backbone": adapted_backbone(settings, config.student)})
+        assert (distilled is not None) == config.distillation.enabled
+        self.distilled_teacher = None if distilled is None else build_teacher(distilled)
         freeze_untrained(self.student["backbone"], config.student)
         for network in self.frozen_networks():
             network.requires_grad_(False)
         self.train()
 
     def frozen_networks(self) -> list[nn.ModuleDict]:
-        """Teacher and, if there is one, gram teacher."""
-        return [network for network in (self.teacher, self.gram_teacher) if network is not None]
+        """Teacher and, as far as there are such, gram teacher and distilled teacher."""
+        networks = (self.teacher, self.gram_teacher, self.distilled_teacher)
+        return [network for network in networks if network is not None]
 
     def train(self, mode: bool = True) -> "SSLModel":
         """Puts the student in training mode; teachers stay in eval mode."""
@@ -90,18 +105,26 @@ class SSLModel(nn.Module):
             temperature: Of the teacher.
         """
         images = [self._normalised(batch.global_crops) for batch in batches]
+        teacher = self.distilled_teacher or self.teacher
         outputs, cls_logits, patch_logits = [], [], []
         for batch, crops in zip(batches, images, strict=True):
-            (output,) = self.teacher["backbone"].forward_crops([crops])
+            (output,) = teacher["backbone"].forward_crops([crops])
             outputs.append(output)
-            cls_logits.append(self.teacher["dino_head"](output.cls_BD))
-            patch_logits.append(self.teacher["ibot_head"](output.patches_BPD.flatten(0, 1)[batch.mask_indices]))
+            cls_logits.append(teacher["dino_head"](output.cls_BD))
+            patch_logits.append(teacher["ibot_head"](output.patches_BPD.flatten(0, 1)[batch.mask_indices]))
         cls_targets = _centred(cls_logits, temperature)
         patch_targets = _centred(patch_logits, temperature)
         return [
-            Targets(crops, cls.unflatten(0, (2, -1)), patches, output)
+            Targets(crops, cls.unflatten(0, (2, -1)), patches, output, self._health_features(crops, output))
             for crops, cls, patches, output in zip(images, cls_targets, patch_targets, outputs, strict=True)
         ]
+
+    def _health_features(self, images: Tensor, output: BackboneOutput) -> Tensor:
+        """CLS features of the EMA teacher, one crop a tile; a copy, since a view would keep all tokens alive."""
+        if self.distilled_teacher is None:
+            return output.cls_BD.chunk(2)[0].clone()
+        (ema,) = self.teacher["backbone"].forward_crops([images.chunk(2)[0]])
+        return ema.cls_BD.clone()
 
     def forward(
         self,

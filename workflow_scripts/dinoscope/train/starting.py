@@ -1,4 +1,4 @@
-"""Where a run starts: from weights, from another run, or from scratch; and the teacher that a gram run is held to."""
+"""Where a run starts: from weights, from another run, or from scratch; and the teachers that it is held to."""
 
 import hashlib
 from dataclasses import dataclass, fields
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoscope.errors import CheckpointError, ConfigError, WeightsError
 from dinoscope.files import read_json
@@ -17,6 +17,7 @@ from dinoscope.models.settings_of_tensors import periods_fit
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
 from dinoscope.train.checkpoint import fill_from_full_state, load_checkpoint
+from dinoscope.train.distillation import TeacherShape, check_teacher, read_teacher, teacher_parts, teacher_shape
 from dinoscope.train.optimizer import copy_state
 from dinoscope.train.run_folder import teacher_export_path
 from dinoscope.train.seal import SEAL_NAME, read_seal, sealed_settings
@@ -42,9 +43,20 @@ class Start:
     weights: Path | None
     parent_checkpoint: Path | None
     gram_teacher: Path | None
+    distilled: Path | None = None
 
     def origin(self) -> str:
-        """Where the weights come from in the end: a published file, or a seed."""
+        """Where the weights come from in the end: a published file, a seed, and what was distilled into them."""
+        if self.distilled is None:
+            return self._origin()
+        taught = read_model_file(self.distilled).card.get("origin") or PUBLISHED_ORIGIN
+        return f"{self._origin()}, distilled from {taught}"
+
+    def shape(self) -> TeacherShape | None:
+        """What the distilled teacher is built from."""
+        return None if self.distilled is None else teacher_shape(read_teacher(self.distilled))
+
+    def _origin(self) -> str:
         if self.parent_checkpoint is not None:
             return str((read_seal(self.parent_checkpoint.parent.parent) or {}).get("origin"))
         if self.weights is None:
@@ -58,6 +70,7 @@ class Start:
             "weights": state_digest(read_model_file(self.weights).backbone) if self.weights and not parent else None,
             "continues": _checkpoint_digest(parent) if parent else None,
             "gram_teacher": state_digest(read_model_file(self.gram_teacher).backbone) if self.gram_teacher else None,
+            "distillation": _teacher_digest(self.distilled) if self.distilled else None,
         }
 
 
@@ -86,7 +99,10 @@ def resolve_start(config: "RunConfig", weights: str | None, continues: Path | No
     if checkpoint is not None and not (checkpoint / ".metadata").is_file():
         raise CheckpointError(f"run {parent_dir.name}: its checkpoint {parent['checkpoint']} is gone; train it again")
     start = weights or config.MODEL.WEIGHTS or None
-    return Start(Path(start) if start else None, checkpoint, teacher)
+    distilled = Path(config.distillation.checkpoint_path) if config.distillation.enabled else None
+    if distilled is not None:
+        check_teacher(read_teacher(distilled), config)
+    return Start(Path(start) if start else None, checkpoint, teacher, distilled)
 
 
 def _check_trained_alike(config: "RunConfig", parent_dir: Path) -> None:
@@ -121,7 +137,7 @@ def _gram_teacher(wanted: str | None, parent_dir: Path | None, parent: dict | No
 def start_model(model: SSLModel, optimizer: torch.optim.Optimizer, start: Start, world: "World") -> str:
     """Fills student, teacher and gram teacher; says in one sentence from what."""
     if start.parent_checkpoint is not None:
-        load_checkpoint(start.parent_checkpoint, model, optimizer, with_gram_teacher=False)
+        load_checkpoint(start.parent_checkpoint, model, optimizer, with_other_teachers=False)
         run = start.parent_checkpoint.parent.parent.name
         story = f"continues {run} from its iteration {start.parent_checkpoint.name}, optimizer included"
     else:
@@ -131,6 +147,8 @@ def start_model(model: SSLModel, optimizer: torch.optim.Optimizer, start: Start,
             fill_from_full_state(model.teacher[name], whole.get(name))
     if model.gram_teacher is not None:
         story += _fill_gram_teacher(model, start, world)
+    if model.distilled_teacher is not None:
+        story += _fill_distilled_teacher(model.distilled_teacher, start.distilled, world)
     _check_filled(model)
     trained, everything = count_trained(model.student["backbone"])
     if trained < everything:
@@ -242,12 +260,30 @@ def _fill_gram_teacher(model: SSLModel, start: Start, world: "World") -> str:
     return story
 
 
+def _fill_distilled_teacher(teacher: nn.ModuleDict, path: Path, world: "World") -> str:
+    parts: dict[str, dict[str, Tensor]] = {}
+    story = ""
+    if world.is_main:
+        file = read_teacher(path)
+        parts, story = teacher_parts(file), f"; distils {path.name}, a {file.settings.arch}"
+    for name, part in teacher.items():
+        fill_from_full_state(part, parts.get(name))
+    return story
+
+
 def _check_filled(model: SSLModel) -> None:
     """Every tensor was NaN before; one that still is was forgotten."""
     for name, tensor in model.state_dict().items():
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if not torch.isfinite(local).all():
             raise WeightsError(f"{name} is not finite after loading; the weights are damaged")
+
+
+def _teacher_digest(path: Path) -> str:
+    file = read_teacher(path)
+    return state_digest(
+        {f"{part}.{name}": t for part, state in teacher_parts(file).items() for name, t in state.items()}
+    )
 
 
 def _checkpoint_digest(folder: Path) -> str:

@@ -110,7 +110,7 @@ class TrainingStep:
             targets = self.model.targets(batches, values.teacher_temp)
         if self.health is not None:
             # looked at once the step is known to count
-            self._unread = [(one.cls_2BK.flatten(0, 1), one.output.cls_BD.chunk(2)[0].clone()) for one in targets]
+            self._unread = [(one.cls_2BK.flatten(0, 1), one.cls_BD) for one in targets]
         means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.world.device))
         for part, (batch, of_batch) in enumerate(zip(batches, _released(targets), strict=True)):
             with self.phase("student"):

@@ -22,6 +22,7 @@ from dinoscope.data.collate import Batch
 from dinoscope.models.registry import ViTSettings
 from dinoscope.resolutions import Resolution, resolutions
 from dinoscope.train import ssl_step
+from dinoscope.train.distillation import TeacherShape
 from dinoscope.train.draws import step_draws
 from dinoscope.train.flops import step_flops
 from dinoscope.train.parallelize import checkpoint_activations
@@ -92,7 +93,9 @@ class _TracedModel(SSLModel):
         return super()._normalised(crops).to(self.dtype)
 
 
-def step_memory(config: "RunConfig", settings: ViTSettings, device_type: str) -> StepMemory:
+def step_memory(
+    config: "RunConfig", settings: ViTSettings, device_type: str, distilled: TeacherShape | None = None
+) -> StepMemory:
     """Traces targets, forward and backward of a step on one device; of several resolutions, one with the largest crops.
 
     With several parts a step (`train.accumulation_steps`), two are traced: later ones find fewer targets left. Blocks
@@ -102,9 +105,10 @@ def step_memory(config: "RunConfig", settings: ViTSettings, device_type: str) ->
         config: The recipe.
         settings: Of its backbone.
         device_type: "cpu", "cuda", …: says which type is computed in.
+        distilled: Of the teacher that is distilled, where there is one.
     """
     with torch.device("meta"):
-        model = _TracedModel(config, settings)
+        model = _TracedModel(config, settings, distilled)
     model.dtype = compute_dtype(config, device_type)
     model.to(model.dtype)
     checkpoint_activations(model.student["backbone"].blocks, config)

@@ -36,6 +36,7 @@ from dinoscope.train.checkpoint import export_teacher, load_checkpoint
 from dinoscope.train.checkpoint_files import clean_end_marked
 from dinoscope.train.clock import RunClock
 from dinoscope.train.disk_errors import in_words, not_written
+from dinoscope.train.distillation import TeacherShape
 from dinoscope.train.distributed import World
 from dinoscope.train.forecast import forecast
 from dinoscope.train.health import HealthWindow
@@ -92,7 +93,8 @@ class RunInputs:
 class Prepared:
     """What the main process finds out for all: the images, and either a start or a checkpoint to go on from.
 
-    `epochs` is the length that a run which goes on had until now.
+    `epochs` is the length that a run which goes on had until now, `distilled` what the teacher that it distils is built
+    from.
     """
 
     images: TrainingImages
@@ -101,6 +103,7 @@ class Prepared:
     iteration: int
     checkpoint: Path | None
     epochs: int | None = None
+    distilled: TeacherShape | None = None
 
 
 def train_run(inputs: RunInputs, world: World) -> None:
@@ -152,14 +155,16 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
         images = open_images(config.train.dataset_path, **where, sealed=seal["inputs"])
         compare_order(run_dir, seal, _order_of(images, inputs, world).digest(), stains_digest(images, config))
         write_config(run_dir, config)
-        return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"])
+        shape = TeacherShape.from_dict(seal["distilled"]) if seal.get("distilled") else None
+        return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"], shape)
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
     crop_ranges(images.windows, crop_settings(config)[0].choices)
     kind = "manifest" if config.train.dataset_path is None else "images"
     of_table = {"strata": _order_of(images, inputs, world).digest(), "stains": stains_digest(images, config)}
     digests = {"manifest": None, kind: images.digest(), **of_table, **start.digests()}
-    seal_run(run_dir, config, batch, digests, start.origin(), images.slide_ids)
-    return Prepared(images, start.origin(), start, -1, None)
+    shape, origin = start.shape(), start.origin()
+    seal_run(run_dir, config, batch, digests, origin, images.slide_ids, shape and shape.as_dict())
+    return Prepared(images, origin, start, -1, None, distilled=shape)
 
 
 def _order_of(images: TrainingImages, inputs: RunInputs, world: World) -> SampleOrder:
@@ -205,13 +210,13 @@ class Trainer:
         self, inputs: RunInputs, world: World, prepared: Prepared, saver: CheckpointSaver, watchdog: Watchdog
     ) -> None:
         self.config, self.run_dir, self.world, self.images = inputs.config, inputs.run_dir, world, prepared.images
-        self.origin = prepared.origin
+        self.origin, self.distilled = prepared.origin, prepared.distilled
         self.stream_seed = _stream_seed(self.config.train.seed, self.run_dir.name)
         self.global_batch = global_batch(self.config, world.size)
         self.schedules = build_schedules(self.config, self.global_batch)
         self.settings = settings_from_config(self.config.student)
         with torch.device("meta"):
-            self.model = SSLModel(self.config, self.settings)
+            self.model = SSLModel(self.config, self.settings, prepared.distilled)
         parallelize(self.model, world)
         self.optimizer = build_optimizer(self.model.student, self.config, self.settings.depth)
         self.window, self.health = MetricWindow(world), HealthWindow(world)
@@ -280,7 +285,15 @@ class Trainer:
             _log.info("%s", line)
         if not left:
             return
-        ahead = forecast(self.config, self.settings, world.size, len(self.images), world.device.type, world.local_size)
+        ahead = forecast(
+            self.config,
+            self.settings,
+            world.size,
+            len(self.images),
+            world.device.type,
+            world.local_size,
+            self.distilled,
+        )
         speed = speed_if_readable(self.config, self.images, ahead)
         for label, text in outlook(self.config, ahead, speed, crops, self.run_dir, self.next_iteration):
             _log.info("%s: %s", label, text)

@@ -1,0 +1,134 @@
+"""A larger, frozen teacher that a smaller student learns from in place of its own EMA (`distillation.*`).
+
+The teacher comes whole, backbone and both heads: its heads say which prototypes a token belongs to, and the student's
+have as many. The EMA of the student goes on beside it and is what is exported (DINOv3, arXiv:2508.10104, section 5.2).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dinoscope.errors import ConfigError, WeightsError
+from dinoscope.models.heads import DINOHead
+from dinoscope.models.registry import ViTSettings
+from dinoscope.models.vit import DinoVisionTransformer
+from dinoscope.models.weights import ModelFile, read_model_file
+
+if TYPE_CHECKING:
+    from dinoscope.config import RunConfig
+
+__all__ = [
+    "HeadShape",
+    "TeacherShape",
+    "build_teacher",
+    "check_teacher",
+    "read_teacher",
+    "teacher_parts",
+    "teacher_shape",
+]
+
+HEADS = ("dino_head", "ibot_head")
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Sizes of a head, as DINOHead takes them."""
+
+    num_prototypes: int
+    hidden_dim: int
+    bottleneck_dim: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """All that a teacher is built from before its weights are there."""
+
+    settings: ViTSettings
+    heads: dict[str, HeadShape]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for the seal of a run."""
+        heads = {name: dataclasses.asdict(shape) for name, shape in self.heads.items()}
+        return {"backbone": self.settings.as_dict(), "heads": heads}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TeacherShape":
+        """The inverse of as_dict."""
+        heads = {name: HeadShape(**shape) for name, shape in values["heads"].items()}
+        return cls(ViTSettings.from_dict(values["backbone"]), heads)
+
+
+def read_teacher(path: str | Path) -> ModelFile:
+    """Reads a teacher with its heads.
+
+    Raises:
+        WeightsError: It cannot be read, or has no heads.
+    """
+    file = read_model_file(path)
+    missing = [name for name in HEADS if name not in file.heads]
+    if missing:
+        raise WeightsError(
+            f"{file.path} has no {missing[0]}, and a teacher's heads are what is distilled: name an exported teacher "
+            "(eval/training_<it>/teacher_checkpoint.pth) or the folder of a run; for weights that have none, first "
+            "train heads on your data: a run of its arch with MODEL.WEIGHTS and optim.freeze_backbone_epochs: all "
+            "epochs, which leaves the backbone as it is"
+        )
+    return file
+
+
+def teacher_shape(file: ModelFile) -> TeacherShape:
+    """What a file's tensors are the weights of."""
+    return TeacherShape(file.settings, {name: _head_shape(file.heads[name]) for name in HEADS})
+
+
+def build_teacher(shape: TeacherShape) -> nn.ModuleDict:
+    """Backbone and heads, empty."""
+    heads = {
+        name: DINOHead(
+            shape.settings.embed_dim,
+            head.num_prototypes,
+            hidden_dim=head.hidden_dim,
+            bottleneck_dim=head.bottleneck_dim,
+            num_layers=head.num_layers,
+        )
+        for name, head in shape.heads.items()
+    }
+    return nn.ModuleDict({"backbone": DinoVisionTransformer(shape.settings), **heads})
+
+
+def teacher_parts(file: ModelFile) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors of `build_teacher`'s parts."""
+    parts = {"backbone": file.backbone, **{name: file.heads[name] for name in HEADS}}
+    return {part: {name: tensor.float() for name, tensor in state.items()} for part, state in parts.items()}
+
+
+def check_teacher(file: ModelFile, config: "RunConfig") -> None:
+    """Compares a teacher with the recipe of its student.
+
+    Raises:
+        ConfigError: They have other patches, numbers of prototypes or colours; names the key and both values.
+    """
+    shape = teacher_shape(file)
+    pairs = [("student.patch_size", config.student.patch_size, shape.settings.patch_size)]
+    pairs += [
+        (f"{key}.head_n_prototypes", config[key].head_n_prototypes, shape.heads[f"{key}_head"].num_prototypes)
+        for key in ("dino", "ibot")
+    ]
+    for key, of_card in (("crops.rgb_mean", "mean"), ("crops.rgb_std", "std")):
+        if of_card in file.card:
+            pairs.append((key, list(config.crops[key.removeprefix("crops.")]), list(file.card[of_card])))
+    differing = [f"{key} is {ours}, the teacher's is {theirs}" for key, ours, theirs in pairs if ours != theirs]
+    if differing:
+        raise ConfigError(
+            f"distillation.checkpoint_path {file.path.name}: {'; '.join(differing)}; set the recipe to the same"
+        )
+
+
+def _head_shape(state: dict[str, Tensor]) -> HeadShape:
+    layers = sorted(int(name.split(".")[1]) for name in state if name.startswith("mlp.") and name.endswith("weight"))
+    prototypes, bottleneck = state["last_layer.weight"].shape
+    return HeadShape(prototypes, state[f"mlp.{layers[0]}.weight"].shape[0], bottleneck, len(layers))
