@@ -41,6 +41,7 @@ from dinoscope.train.parallelize import parallelize
 from dinoscope.train.run_folder import complete_checkpoints
 from dinoscope.train.saving import CheckpointSaver
 from dinoscope.train.ssl_step import SSLModel
+from sharded import whole
 from tiny_slides import write_manifest, write_slide
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 def gathered(model: SSLModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Whole tensors of the state, copies."""
     state = flat(training_state(model, optimizer))
-    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for k, v in state.items()}
+    return {k: whole(v).detach().clone() for k, v in state.items()}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,10 +19,17 @@ from dinoscope.train.draws import step_draws
 from dinoscope.train.optimizer import build_optimizer
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
+from sharded import whole
 
 RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny.yaml"
 SMALL = ["student.arch=vit_nano", "crops.global_crops_size=64", "crops.local_crops_size=32"]
 SMALL += ["student.drop_path_rate=0.3", "train.batch_size_per_gpu=4"]
+
+
+@pytest.fixture(autouse=True)
+def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP, though there is one process."""
+    monkeypatch.setattr(parallelize_module, "is_sharded", lambda *_: True)
 
 
 @pytest.fixture
@@ -59,7 +66,15 @@ def step(world: World, *overrides: str) -> tuple[float, dict[str, torch.Tensor]]
     loss, _ = model(batch(), model.targets([batch()], 0.04)[0], draws=draws)
     loss.backward()
     names = [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.student.named_parameters()]
-    return loss.item(), {name: p.grad.full_tensor() for name, p in names}
+    return loss.item(), {name: whole(p.grad) for name, p in names}
+
+
+def test_sharding_over_one_process_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, gradients = step(world)
+    monkeypatch.undo()
+    other_loss, other = step(world)
+    assert loss == other_loss
+    assert all(torch.equal(gradients[name], other[name]) for name in gradients)
 
 
 @pytest.mark.parametrize("option", ["train.checkpointing=true", "train.checkpointing_full=true"])

@@ -19,6 +19,7 @@ from dinoscope.train.schedule import ScheduleValues
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.step import TrainingStep
+from sharded import whole
 
 RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny_gram.yaml"
 SMALL = ["student.arch=vit_nano", "crops.global_crops_size=64", "crops.local_crops_size=32"]
@@ -60,11 +61,11 @@ def training_step(world: World, parts: int, *overrides: str) -> TrainingStep:
 
 
 def gradients(step: TrainingStep) -> dict[str, torch.Tensor]:
-    return {name: p.grad.full_tensor().clone() for name, p in step.model.student.named_parameters()}
+    return {name: whole(p.grad).clone() for name, p in step.model.student.named_parameters()}
 
 
 def weights(step: TrainingStep) -> dict[str, torch.Tensor]:
-    return {name: p.full_tensor().clone() for name, p in step.model.named_parameters()}
+    return {name: whole(p).clone() for name, p in step.model.named_parameters()}
 
 
 def test_a_batch_split_has_the_same_crops_and_masks() -> None:

@@ -26,6 +26,7 @@ from dinoscope.train.metrics import read_metrics
 from dinoscope.train.optimizer import build_optimizer
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
+from sharded import whole
 from tiny_slides import write_manifest, write_slide
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow_scripts"
@@ -369,7 +370,7 @@ def gradients(model: SSLModel, **options: bool) -> tuple[float, dict[str, torch.
     loss, _ = model(batch(), model.targets([batch()], 0.04)[0], **options)
     loss.backward()
     named = [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.student.named_parameters()]
-    return loss.item(), {name: None if p.grad is None else p.grad.full_tensor() for name, p in named}
+    return loss.item(), {name: None if p.grad is None else whole(p.grad) for name, p in named}
 
 
 @pytest.mark.parametrize("mode", ["lora", "last_n", "norms"])

@@ -23,6 +23,7 @@ from dinoscope.train.parallelize import parallelize
 from dinoscope.train.schedule import ScheduleValues
 from dinoscope.train.ssl_step import SSLModel, parameters_by_part
 from dinoscope.train.starting import Start, start_model
+from sharded import whole
 
 RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny.yaml"
 NUM_TILES, NUM_LOCAL, GRID = 8, 3, 4
@@ -100,9 +101,9 @@ def share_of(batch: Batch, rank: int, size: int) -> Batch:
     )
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unsharded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Unsharded copies."""
-    return {name: tensor.full_tensor().clone() for name, tensor in tensors.items()}
+    return {name: whole(tensor).clone() for name, tensor in tensors.items()}
 
 
 def train(overrides: list[str], num_masked: list[int], world: World) -> list[dict]:
@@ -125,11 +126,11 @@ def train(overrides: list[str], num_masked: list[int], world: World) -> list[dic
             batch, model.targets([batch], values.teacher_temp)[0], gram_weight=values.gram_weight, draws=draws
         )
         loss.backward()
-        gradients = whole({name: p.grad for name, p in model.student.named_parameters()})
+        gradients = unsharded({name: p.grad for name, p in model.student.named_parameters()})
         norms = {part: clip_gradients(p, CLIP) for part, p in parameters_by_part(model.student).items()}
         optimizer.step()
         update_ema(model.teacher, model.student, values.momentum)
-        weights = {name: whole(dict(getattr(model, name).named_parameters())) for name in ("student", "teacher")}
+        weights = {name: unsharded(dict(getattr(model, name).named_parameters())) for name in ("student", "teacher")}
         results.append({"terms": terms, "gradients": gradients, "norms": norms, **weights})
     return results
 

@@ -18,6 +18,7 @@ from dinoscope.train.checkpoint import frozen_names, frozen_state
 from dinoscope.train.distillation import TeacherShape
 from dinoscope.train.flops import step_flops
 from dinoscope.train.optimizer import multipliers
+from dinoscope.train.parallelize import is_sharded
 from dinoscope.train.schedule import build_schedules
 from dinoscope.train.ssl_step import SSLModel, compute_dtype
 from dinoscope.train.step import global_batch
@@ -217,7 +218,7 @@ def memory_per_device(
         weights=sum(map(shard, networks)) + sum(_bytes(network.buffers()) for network in networks),
         gradients=shard(trained),
         optimizer=_TENSORS_OF_ADAM * shard(trained),
-        gathered=_gathered_bytes(model, device_type),
+        gathered=_gathered_bytes(model, device_type) if is_sharded(config, world_size, device_type) else 0,
         activations=step_memory(config, model.settings, device_type, distilled).peak,
         update=max(map(shard, by_group.values())),
         process=_LIBRARIES_BYTES if device_type == "cpu" else 0,

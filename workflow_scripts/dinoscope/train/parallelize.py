@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dinoscope.config import RunConfig
     from dinoscope.train.distributed import World
 
-__all__ = ["checkpoint_activations", "parallelize"]
+__all__ = ["checkpoint_activations", "is_sharded", "parallelize"]
 
 _log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
@@ -50,8 +50,7 @@ def parallelize(model: SSLModel, world: "World") -> None:
     """
     # outputs are views of the tokens; FSDP warns of in-place operations on them, of which there are none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    shards = world.size > 1 or compute_dtype(model.config, world.device.type) != torch.float32
-    mesh = _mesh(model.config, world) if shards else None
+    mesh = _mesh(model.config, world) if is_sharded(model.config, world.size, world.device.type) else None
     checkpoint_activations(model.student["backbone"].blocks, model.config)
     for network in (model.student, *model.frozen_networks()):
         for block in network["backbone"].blocks:
@@ -63,6 +62,11 @@ def parallelize(model: SSLModel, world: "World") -> None:
     model.to_empty(device=world.device)
     for tensor in model.state_dict().values():
         tensor.fill_(float("nan"))
+
+
+def is_sharded(config: "RunConfig", world_size: int, device_type: str) -> bool:
+    """Whether FSDP is in between."""
+    return world_size > 1 or compute_dtype(config, device_type) != torch.float32
 
 
 def _mesh(config: "RunConfig", world: "World") -> DeviceMesh:
