@@ -331,7 +331,9 @@ def test_other_modes_train_and_resume(place: Path, mode: str) -> None:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """One process, sharded all the same."""
+    monkeypatch.setattr(parallelize_module, "is_sharded", lambda *_: True)
     before = dict(os.environ)
     try:
         with joined_world() as joined:
