@@ -15,24 +15,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import cv2
-import imagecodecs
 import numpy as np
 
 from dinoscope.errors import SlideError
 from dinoscope.slides.tiff_directory import TiledImage, tiled_images
 from dinoscope.slides.tile_cache import TileCache
+from dinoscope.slides.tile_decoders import decoder
 
 __all__ = ["FastLevels", "FastTiff", "Reference", "agrees"]
 
 log = logging.getLogger(__name__)
 
-_JPEG, _APERIO_YCBCR, _APERIO_RGB = 7, 33003, 33005
-_RGB, _YCBCR = 2, 6  # photometric
 _MAX_TILE_BYTES = 1 << 26
 _MAX_KEPT_TILES = 16  # a region of more tiles is read once and in one go: it would only push others out of the cache
 _STRADDLE_PX = 96
-
 
 Reference = Callable[[int, int, int, int, int], np.ndarray]
 """What reads through OpenSlide: given x and y in level-0 pixels, level, width and height in pixels of that level."""
@@ -161,7 +157,7 @@ class FastTiff:
     def find(self, width: int, height: int) -> TiledImage | None:
         """The image of this size that can be decoded here; None when there is none, or more than one."""
         images = [image for image in self._images if (image.width, image.height) == (width, height)]
-        return images[0] if len(images) == 1 and _decoder(images[0]) else None
+        return images[0] if len(images) == 1 and decoder(images[0]) else None
 
     def read(self, image: TiledImage, left: int, top: int, width: int, height: int) -> np.ndarray | None:
         """Pixels of an image.
@@ -194,20 +190,21 @@ class FastTiff:
 
     def _decode(self, image: TiledImage, number: int) -> np.ndarray | None:
         offset, size = int(image.offsets[number]), int(image.sizes[number])
-        if not 0 < size <= _MAX_TILE_BYTES or offset + size > self._length:
+        if not (self._close.alive and 0 < size <= _MAX_TILE_BYTES and offset + size <= self._length):
             return None
-        stream = os.pread(self._file, size, offset)
-        tile = np.empty((image.tile_height, image.tile_width, 3), np.uint8)
-        return tile if len(stream) == size and _decoder(image)(stream, image, tile) else None
+        try:
+            stream = os.pread(self._file, size, offset)
+        except OSError:
+            return None
+        return decoder(image)(stream, image) if len(stream) == size else None
 
 
 def agrees(tiff: FastTiff, image: TiledImage, reference: Callable[[int, int, int, int], np.ndarray]) -> bool:
     """Whether reading gives the reference's pixels at three places, always the same for a file.
 
-    Places that cannot be decoded are left to the reference anyhow; one at least must be compared.
-
-    The tile of most bytes, which has most to get wrong; a place where tiles meet, in the middle of those that have
-    bytes; the last tile that has.
+    They are the tile of most bytes, which has most to get wrong; a corner where tiles meet, of the middle one of those
+    that have bytes; and the last tile that has. What cannot be decoded is left to the reference anyhow, but at least
+    one place must have been compared.
 
     Args:
         tiff: The file.
@@ -250,59 +247,3 @@ def _rectangle(image: TiledImage, number: int) -> tuple[int, int, int, int]:
 def _clipped(image: TiledImage, left: int, top: int, width: int, height: int) -> tuple[int, int, int, int]:
     left, top = max(left, 0), max(top, 0)
     return left, top, min(width, image.width - left), min(height, image.height - top)
-
-
-_Decoder = Callable[[bytes, TiledImage, np.ndarray], bool]
-
-
-def _decoder(image: TiledImage) -> _Decoder | None:
-    """What decodes the tiles of an image into a given array and says whether it could."""
-    if image.compression == _JPEG and image.photometric in (_RGB, _YCBCR):
-        return _decode_jpeg
-    if image.compression == _APERIO_RGB:
-        return _decode_jpeg2000
-    if image.compression == _APERIO_YCBCR:
-        return _decode_jpeg2000_ycbcr
-    return None
-
-
-def _decode_jpeg(stream: bytes, image: TiledImage, tile: np.ndarray) -> bool:
-    # what the directory says of the colours counts, whatever the stream's own markers say (as for OpenSlide)
-    colours = "RGB" if image.photometric == _RGB else "YCBCR"
-    try:
-        imagecodecs.jpeg8_decode(stream, tables=image.tables, colorspace=colours, outcolorspace="RGB", out=tile)
-    except (imagecodecs.Jpeg8Error, ValueError):
-        return False
-    # where the data end too early, libjpeg warns (which nobody hears) and fills the rest with the grey of no data
-    return not (tile[-1, -1, 0] == 128 and (tile[-8:, -8:] == 128).all())
-
-
-def _decode_jpeg2000(stream: bytes, image: TiledImage, tile: np.ndarray) -> bool:
-    try:
-        imagecodecs.jpeg2k_decode(stream, out=tile)
-    except (imagecodecs.Jpeg2kError, ValueError):
-        return False
-    return True
-
-
-def _decode_jpeg2000_ycbcr(stream: bytes, image: TiledImage, tile: np.ndarray) -> bool:
-    if not _decode_jpeg2000(stream, image, tile):
-        return False
-    luma, blue, red = cv2.split(tile)
-    # saturating sums of the luma and of what the chroma adds to it
-    cv2.merge(
-        [
-            cv2.add(luma, cv2.LUT(red, _RED), dtype=cv2.CV_8U),
-            cv2.add(luma, _GREEN.take(blue.astype(np.uint16) * 256 + red), dtype=cv2.CV_8U),
-            cv2.add(luma, cv2.LUT(blue, _BLUE), dtype=cv2.CV_8U),
-        ],
-        dst=tile,
-    )
-    return True
-
-
-# what a chroma value adds, rounded as OpenSlide does (compared with it for all 2**24 colours): red and blue in fixed point
-# of 16 bits as in libjpeg, green in floating point
-_CHROMA = np.arange(256) - 128
-_RED, _BLUE = ((round(factor * 65536) * _CHROMA + 32768 >> 16).astype(np.int16) for factor in (1.402, 1.772))
-_GREEN = np.floor(0.5 - (0.34414 * _CHROMA[:, None] + 0.71414 * _CHROMA)).astype(np.int16)
