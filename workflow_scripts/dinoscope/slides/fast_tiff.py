@@ -171,6 +171,8 @@ class FastTiff:
             uint8 (height, width, 3), RGB; None when one of the tiles is missing or damaged.
         """
         places = list(_places(image, left, top, width, height))
+        if places == [(places[0][0], 0, 0)] and (width, height) == (image.tile_width, image.tile_height):
+            return self._whole_tile(image, places[0][0])
         keep = len(places) <= _MAX_KEPT_TILES
         region = np.empty((height, width, 3), np.uint8)
         for number, x, y in places:
@@ -182,6 +184,11 @@ class FastTiff:
             last_x, last_y = min(x + image.tile_width, width), min(y + image.tile_height, height)
             region[first_y:last_y, first_x:last_x] = tile[first_y - y : last_y - y, first_x - x : last_x - x]
         return region
+
+    def _whole_tile(self, image: TiledImage, number: int) -> np.ndarray | None:
+        """A stored tile that is all of what is asked for: no neighbour will want a part of it, so it is not kept."""
+        kept = self._cache.peek((self._owner, id(image), number))
+        return self._decode(image, number) if kept is None else kept.copy()
 
     def _tile(self, image: TiledImage, number: int, keep: bool) -> np.ndarray | None:
         if not keep:

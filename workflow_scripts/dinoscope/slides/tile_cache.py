@@ -46,6 +46,12 @@ class TileCache:
                 mine = self._tiles[key] = Future()
         return tile.result() if tile is not None else self._make(key, mine, make)
 
+    def peek(self, key: Hashable) -> np.ndarray | None:
+        """The array of this key if it is kept."""
+        with self._lock:
+            tile = self._tiles.get(key)
+        return tile.result() if tile is not None else None
+
     def discard(self, owner: Hashable) -> None:
         """Forgets all arrays whose key is a tuple that begins with `owner`."""
         with self._lock:

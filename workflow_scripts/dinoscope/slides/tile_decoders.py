@@ -75,25 +75,31 @@ def _one_block_higher(stream: bytes, image: TiledImage) -> bytearray | None:
 
 
 def _decode_jpeg2000(stream: bytes, image: TiledImage) -> np.ndarray | None:
-    tile = np.empty((image.tile_height, image.tile_width, 3), np.uint8)
-    try:
-        return imagecodecs.jpeg2k_decode(stream, out=tile)
-    except (imagecodecs.Jpeg2kError, ValueError):
-        return None
+    planes = _planes(stream, image)
+    return None if planes is None else cv2.merge(planes)
 
 
 def _decode_jpeg2000_ycbcr(stream: bytes, image: TiledImage) -> np.ndarray | None:
-    tile = _decode_jpeg2000(stream, image)
-    if tile is None:
+    planes = _planes(stream, image)
+    if planes is None:
         return None
-    luma, blue, red = cv2.split(tile)
+    luma, blue, red = planes
     # saturating sums of the luma and of what the chroma adds to it
     red_green_blue = (
         cv2.add(luma, cv2.LUT(red, _RED), dtype=cv2.CV_8U),
         cv2.add(luma, _GREEN.take(blue.astype(np.uint16) * 256 + red), dtype=cv2.CV_8U),
         cv2.add(luma, cv2.LUT(blue, _BLUE), dtype=cv2.CV_8U),
     )
-    return cv2.merge(red_green_blue, dst=tile)
+    return cv2.merge(red_green_blue)
+
+
+def _planes(stream: bytes, image: TiledImage) -> tuple[np.ndarray, ...] | None:
+    """The three components of a JPEG 2000, uint8 (tile_height, tile_width) each."""
+    planes = np.empty((3, image.tile_height, image.tile_width), np.uint8)
+    try:
+        return tuple(imagecodecs.jpeg2k_decode(stream, planar=True, out=planes))
+    except (imagecodecs.Jpeg2kError, ValueError):
+        return None
 
 
 # what a chroma value adds, rounded as OpenSlide does (compared with it for all 2**24 colours): red and blue in fixed
