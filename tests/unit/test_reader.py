@@ -272,7 +272,7 @@ def test_closing_twice_is_harmless(pyramid: Path) -> None:
     slide.close()
 
 
-def test_tiff_writer_rounds_the_offsets_and_agrees_with_tifffile(tmp_path: Path) -> None:
+def test_tiff_writer(tmp_path: Path) -> None:
     import tifffile
 
     image = texture(700, 900)
@@ -282,7 +282,7 @@ def test_tiff_writer_rounds_the_offsets_and_agrees_with_tifffile(tmp_path: Path)
     write_pyramid(path, levels, 0.25)
     with tifffile.TiffFile(path) as file:
         assert [page.shape for page in file.pages] == [(700, 900, 3), (350, 450, 3)]
-        assert all(offset % 2 == 0 for page in file.pages for offset in page.dataoffsets)
+        assert [page.is_reduced for page in file.pages] == [False, True]
         numerator, denominator = file.pages[0].tags["XResolution"].value
         assert numerator / denominator == 40000
     with Slide(path) as slide:
