@@ -405,6 +405,28 @@ def test_neighbours_are_decoded_once(tmp_path: Path, image: np.ndarray, monkeypa
             assert np.array_equal(region, whole[y : y + 200, x : x + 200])
 
 
+def test_tiles_are_kept_only_where_they_are_found_again(tmp_path: Path, image: np.ndarray) -> None:
+    path = write_tiled(tmp_path / "s.tiff", image, jpeg(), tile=(64, 64), subsampling=(2, 2), downsamples=(1,))
+    whole = reference(path, 0, 0, 0, WIDTH, HEIGHT)
+    with Slide(path, "S") as slide:
+        assert slide.decodes_directly(0)
+        cache = slide._fast._tiff._cache
+        cache.max_bytes = 8 * 64 * 64 * 3
+        keeps = []
+
+        def read(x: int, y: int) -> None:
+            keeps.append(cache._found > 0.1)
+            assert np.array_equal(slide.read_region(x, y, 0, 64, 64), whole[y : y + 64, x : x + 64])
+
+        for x, y in np.random.default_rng(8).integers(1, 900, (150, 2)).tolist():
+            read(x, y)
+        assert keeps[0] and not any(keeps[-50:])
+        for y in range(30, 400, 64):
+            for x in range(20, 1100, 64):
+                read(x, y)
+        assert all(keeps[-50:])
+
+
 def test_a_tile_that_failed_is_tried_again_and_waiting_threads_are_told() -> None:
     cache = TileCache(1000)
     answers = iter([None, RuntimeError, np.zeros(10, np.uint8)])

@@ -173,7 +173,7 @@ class FastTiff:
         places = list(_places(image, left, top, width, height))
         if places == [(places[0][0], 0, 0)] and (width, height) == (image.tile_width, image.tile_height):
             return self._whole_tile(image, places[0][0])
-        keep = len(places) <= _MAX_KEPT_TILES
+        keep = len(places) <= _MAX_KEPT_TILES and self._cache.worthwhile()
         region = np.empty((height, width, 3), np.uint8)
         for number, x, y in places:
             tile = self._tile(image, number, keep)
@@ -191,9 +191,11 @@ class FastTiff:
         return self._decode(image, number) if kept is None else kept.copy()
 
     def _tile(self, image: TiledImage, number: int, keep: bool) -> np.ndarray | None:
-        if not keep:
-            return self._decode(image, number)
-        return self._cache.get((self._owner, id(image), number), lambda: self._decode(image, number))
+        key = (self._owner, id(image), number)
+        if keep:
+            return self._cache.get(key, lambda: self._decode(image, number))
+        kept = self._cache.peek(key)
+        return self._decode(image, number) if kept is None else kept
 
     def _decode(self, image: TiledImage, number: int) -> np.ndarray | None:
         offset, size = int(image.offsets[number]), int(image.sizes[number])

@@ -10,6 +10,9 @@ import numpy as np
 __all__ = ["CACHE_BYTES", "TileCache"]
 
 CACHE_BYTES = 32 << 20  # 170 tiles of 256 px: a row of tiles of a slide that is 43,000 px wide
+_WORTHWHILE = 0.1  # share of tiles found again below which keeping them costs more than it saves
+_MEMORY = 64  # tiles over which that share is averaged
+_TRIAL = 16  # reads, of which two neighbours are kept all the same
 
 
 class TileCache:
@@ -22,6 +25,7 @@ class TileCache:
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
         self._bytes = 0
+        self._found, self._reads = 1.0, 0
         self._lock = threading.Lock()
         self._tiles: OrderedDict[Hashable, Future[np.ndarray | None]] = OrderedDict()
 
@@ -33,6 +37,15 @@ class TileCache:
     def __len__(self) -> int:
         return len(self._tiles)
 
+    def worthwhile(self) -> bool:
+        """Whether to keep the tiles of the next read: tiles are found again, or it is time to see whether they are.
+
+        Tiles at random places of a large slide are not: writing each to memory that no other use keeps warm makes
+        decoding a tenth slower.
+        """
+        self._reads += 1
+        return self._found > _WORTHWHILE or self._reads % _TRIAL < 2
+
     def get(self, key: Hashable, make: Callable[[], np.ndarray | None]) -> np.ndarray | None:
         """The array of this key, made when it is not there. What `make` answers with None is not kept.
 
@@ -40,6 +53,7 @@ class TileCache:
         """
         with self._lock:
             tile = self._tiles.get(key)
+            self._found += ((tile is not None) - self._found) / _MEMORY
             if tile is not None:
                 self._tiles.move_to_end(key)
             else:
