@@ -195,7 +195,7 @@ def opening(path: Path, count: int = 40) -> tuple[float, float, float]:
 
     spent: tuple[list[float], ...] = ([], [], [])
     for _ in range(count):
-        fast_tiff._agreed.clear()
+        fast_tiff._obstacles.clear()
         begin = time.process_time()
         openslide.OpenSlide(path).close()
         first = time.process_time()

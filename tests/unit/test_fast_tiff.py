@@ -32,7 +32,7 @@ def image() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def nothing_checked_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_tiff, "_agreed", type(fast_tiff._agreed)())
+    monkeypatch.setattr(fast_tiff, "_obstacles", type(fast_tiff._obstacles)())
 
 
 def jpeg(subsampling: str = "420", **options: object) -> Callable[[np.ndarray], bytes]:
@@ -191,10 +191,11 @@ def test_a_slide_whose_decoded_pixels_differ_is_left_to_openslide(
 
     path = KINDS["4:2:0"](tmp_path / "s.tiff", image)
     monkeypatch.setattr(fast_tiff, "decoder", lambda image: one_off)
-    with caplog.at_level(logging.DEBUG, "dinoscope"), Slide(path, "S") as slide:
-        for _ in range(3):
-            assert np.array_equal(slide.read_region(0, 0, 0, 512, 512), reference(path, 0, 0, 0, 512, 512))
-        assert not slide.decodes_directly(0)
+    for _ in range(2):
+        with caplog.at_level(logging.DEBUG, "dinoscope"), Slide(path, "S") as slide:
+            for _ in range(2):
+                assert np.array_equal(slide.read_region(0, 0, 0, 512, 512), reference(path, 0, 0, 0, 512, 512))
+            assert not slide.decodes_directly(0)
     assert caplog.text.count("slide 'S': level 0 is read by OpenSlide: decoding its tiles does not give") == 1
 
 

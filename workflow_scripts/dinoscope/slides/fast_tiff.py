@@ -33,10 +33,10 @@ _STRADDLE_PX = 96
 Reference = Callable[[int, int, int, int, int], np.ndarray]
 """What reads through OpenSlide: given x and y in level-0 pixels, level, width and height in pixels of that level."""
 
-# which levels agree with OpenSlide, by the file's identity and the level: a slide that is opened again is not checked
-# again by the same process
-_agreed: OrderedDict[tuple, bool] = OrderedDict()
-_MAX_AGREED = 100_000
+# why a level is left to OpenSlide, None where it is not, by the file's identity and the level: a slide that is opened
+# again is neither checked nor logged again by the same process
+_obstacles: OrderedDict[tuple, str | None] = OrderedDict()
+_MAX_OBSTACLES = 100_000
 _owners = itertools.count()
 
 
@@ -102,28 +102,28 @@ class FastLevels:
 
     def _find(self, level: int, reference: Reference) -> TiledImage | None:
         image = self._tiff.find(*self._dimensions[level])
-        why = self._obstacle(image, level, reference)
-        if why is None:
-            log.debug("slide %r: tiles of level %d are decoded directly", self._slide_id, level)
-            return image
-        log.debug("slide %r: level %d is read by OpenSlide: %s", self._slide_id, level, why)
-        return None
+        key = (*self._tiff.identity, level)
+        if key in _obstacles:
+            return image if _obstacles[key] is None else None
+        why = _obstacles[key] = self._obstacle(image, level, reference)
+        how = "decoded directly" if why is None else f"read by OpenSlide: {why}"
+        log.debug("slide %r: level %d is %s", self._slide_id, level, how)
+        if len(_obstacles) > _MAX_OBSTACLES:
+            _obstacles.popitem(last=False)
+        return image if why is None else None
 
     def _obstacle(self, image: TiledImage | None, level: int, reference: Reference) -> str | None:
         """Why a level cannot be decoded directly."""
         if image is None:
             return "it is not stored in tiles that could be decoded directly"
-        step = round(self._downsamples[level])
-        if step != self._downsamples[level]:
-            return f"it is {self._downsamples[level]:g} times coarser than level 0, which is no whole number"
-        key = (*self._tiff.identity, level)
-        if key not in _agreed:
-            _agreed[key] = agrees(
-                self._tiff, image, lambda x, y, width, height: reference(x * step, y * step, level, width, height)
-            )
-            if len(_agreed) > _MAX_AGREED:
-                _agreed.popitem(last=False)
-        return None if _agreed[key] else "decoding its tiles does not give the same pixels"
+        downsample = self._downsamples[level]
+        step = round(downsample)
+        if step != downsample:
+            return f"it is {downsample:g} times coarser than level 0, which is no whole number"
+        same = agrees(
+            self._tiff, image, lambda x, y, width, height: reference(x * step, y * step, level, width, height)
+        )
+        return None if same else "decoding its tiles does not give the same pixels"
 
 
 class FastTiff:
