@@ -1,6 +1,6 @@
 """Slides that tests make: lossless pyramids of known pixels, and simple pictures of stained tissue."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -58,3 +58,74 @@ def blobs(
         cv2.circle(image, (x, y), radius, tuple(int(value) for value in colour), cv2.FILLED)
     noise = np.random.default_rng(1).standard_normal(image.shape, dtype=np.float32)
     return np.clip(image + 2 * noise, 0, 255).astype(np.uint8)
+
+
+APERIO = "Aperio Image Library v12.0.15\r\n{}x{} (256x256) tiles|AppMag = 20|MPP = 0.5"
+
+
+def write_tiled(
+    path: Path,
+    image: np.ndarray,
+    encode: Callable[[np.ndarray], bytes],
+    *,
+    tile: tuple[int, int] = (256, 256),
+    downsamples: Sequence[int] = (1, 2, 4),
+    missing: Sequence[int] = (),
+    compression: int = 7,
+    photometric: str = "ycbcr",
+    **options: object,
+) -> Path:
+    """A tiled TIFF of streams that `encode` makes, whose levels take every n-th pixel of `image`.
+
+    Args:
+        path: File to write.
+        image: Level 0.
+        encode: Makes the stream of a tile; those at the edges are filled with the last row and column.
+        tile: Height and width of tiles.
+        downsamples: Of the levels.
+        missing: Numbers of tiles of every level that have no bytes.
+        compression: TIFF's number of it.
+        photometric: What the file says of its colours.
+        options: More for tifffile.
+    """
+    layout = {"bigtiff": options.pop("bigtiff", False), "byteorder": options.pop("order", "<")}
+    with tifffile.TiffWriter(path, **layout) as writer:
+        for number, step in enumerate(downsamples):
+            level = image[::step, ::step]
+            streams = [encode(cut) for cut in cut_tiles(level, tile)]
+            writer.write(
+                (b"" if place in missing else stream for place, stream in enumerate(streams)),
+                shape=level.shape,
+                dtype=np.uint8,
+                tile=tile,
+                compression=compression,
+                photometric=photometric,
+                subfiletype=1 if number else 0,
+                metadata=None,
+                resolution=(20000 / step, 20000 / step),
+                resolutionunit="CENTIMETER",
+                **options,
+            )
+    return path
+
+
+def cut_tiles(image: np.ndarray, tile: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The tiles of an image in raster order, those at the edges filled with its last row and column."""
+    missing = [-side % length for side, length in zip(image.shape, tile, strict=False)]
+    padded = np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+    for top in range(0, padded.shape[0], tile[0]):
+        for left in range(0, padded.shape[1], tile[1]):
+            yield np.ascontiguousarray(padded[top : top + tile[0], left : left + tile[1]])
+
+
+def split_jpeg(stream: bytes) -> tuple[bytes, bytes]:
+    """The tables of a JPEG stream, and the stream without them, as TIFF stores them ("abbreviated")."""
+    tables, rest, place = b"\xff\xd8", b"\xff\xd8", 2
+    while stream[place + 1] != 0xDA:
+        end = place + 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+        if stream[place + 1] in (0xDB, 0xC4):
+            tables += stream[place:end]
+        else:
+            rest += stream[place:end]
+        place = end
+    return tables + b"\xff\xd9", rest + stream[place:]

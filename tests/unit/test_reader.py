@@ -117,15 +117,33 @@ def test_regions_over_the_edge_are_filled_with_background(pyramid: Path, level: 
 
 
 def test_transparent_pixels_get_the_background_colour(pyramid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
+    def read_region(slide: object, place: object, *where: int) -> None:
+        place[0], place[1] = 0xFF0A141E, 0
 
-    picture = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
     with Slide(pyramid, "S") as slide:
-        monkeypatch.setattr(slide._openslide, "read_region", lambda *_: picture)
+        monkeypatch.setattr("openslide.lowlevel._read_region", read_region)
         assert slide.read_region(0, 0, 0, 2, 1).tolist() == [[[10, 20, 30], [255, 255, 255]]]
         slide.background = (1, 2, 3)
         assert slide.read_region(0, 0, 0, 2, 1).tolist() == [[[10, 20, 30], [1, 2, 3]]]
+
+
+def test_half_transparent_pixels_are_blended_as_pil_would(pyramid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs of opacity and premultiplied colour, against openslide-python's own way to straight colours."""
+    alpha, colour = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    colour = np.minimum(alpha, colour)
+    argb = (alpha << 24 | colour << 16 | colour // 2 << 8 | colour // 3).astype(np.uint32)
+
+    def read_region(slide: object, place: object, *where: int) -> None:
+        np.ctypeslib.as_array(place, argb.shape)[:] = argb
+
+    with Slide(pyramid, "S") as slide:
+        slide.background = (240, 7, 99)
+        monkeypatch.setattr("openslide.lowlevel._read_region", read_region)
+        found = slide.read_region(0, 0, 0, 256, 256)
+    rgba = np.asarray(openslide.lowlevel._load_image(argb, (256, 256)))
+    opacity = rgba[..., 3:].astype(np.float32) / 255
+    blended = rgba[..., :3] * opacity + np.array((240, 7, 99), np.float32) * (1 - opacity)
+    assert np.array_equal(found, np.rint(blended).astype(np.uint8))
 
 
 @pytest.mark.parametrize("factor", [1, 3, 7, 16])
@@ -254,7 +272,7 @@ def test_closing_twice_is_harmless(pyramid: Path) -> None:
     slide.close()
 
 
-def test_tiff_writer_rounds_the_offsets_and_agrees_with_tifffile(tmp_path: Path) -> None:
+def test_tiff_writer(tmp_path: Path) -> None:
     import tifffile
 
     image = texture(700, 900)
@@ -264,7 +282,7 @@ def test_tiff_writer_rounds_the_offsets_and_agrees_with_tifffile(tmp_path: Path)
     write_pyramid(path, levels, 0.25)
     with tifffile.TiffFile(path) as file:
         assert [page.shape for page in file.pages] == [(700, 900, 3), (350, 450, 3)]
-        assert all(offset % 2 == 0 for page in file.pages for offset in page.dataoffsets)
+        assert [page.is_reduced for page in file.pages] == [False, True]
         numerator, denominator = file.pages[0].tags["XResolution"].value
         assert numerator / denominator == 40000
     with Slide(path) as slide:
