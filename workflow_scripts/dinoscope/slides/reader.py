@@ -2,6 +2,7 @@
 
 Coordinates are level-0 pixels, x before y; sizes are pixels of the level that is read. Label and macro images are
 never touched, and of a file's properties only those in `_ALLOWED` are looked at: the rest may hold names and dates.
+Formats that OpenSlide lacks are read by a class of the user's own (user_reader.py).
 """
 
 import logging
@@ -17,9 +18,12 @@ import numpy as np
 import openslide
 
 from dinoscope.errors import SlideError
-from dinoscope.slides.members import dicom_series, file_to_open, mirax_members, vms_members
+from dinoscope.slides.focal_planes import PLANE_PROPERTIES
+from dinoscope.slides.members import dicom_series, file_to_open, mirax_members, unsupported_format, vms_members
 from dinoscope.slides.resample import average_squares, resample_square
 from dinoscope.slides.resolution import Resolution, find_resolution, positive_number
+from dinoscope.slides.scanners import MODEL_PROPERTIES, scanner_model
+from dinoscope.slides.user_reader import UserReader, serves
 
 __all__ = ["OPENSLIDE_VERSION", "Slide", "SlidePool"]
 
@@ -31,6 +35,10 @@ _ALLOWED = frozenset(
     {
         "dicom.SeriesInstanceUID",
         "openslide.background-color",
+        "openslide.bounds-height",
+        "openslide.bounds-width",
+        "openslide.bounds-x",
+        "openslide.bounds-y",
         "openslide.icc-size",
         "openslide.mpp-x",
         "openslide.mpp-y",
@@ -39,6 +47,8 @@ _ALLOWED = frozenset(
         "tiff.ResolutionUnit",
         "tiff.XResolution",
         "tiff.YResolution",
+        *MODEL_PROPERTIES,
+        *PLANE_PROPERTIES,
     }
 )
 
@@ -51,31 +61,42 @@ class Slide:
         width, height: Size of level 0 in pixels.
         level_dimensions: (width, height) of every level in pixels.
         level_downsamples: Level-0 pixels a pixel, of every level.
-        mpp_source: "file", "table" (given by the user) or None when unknown.
+        mpp_source: "file", "table" (given by the user), "objective" (a guess from its power) or None when unknown.
         mpp_problem: Why `mpp` cannot be used, as the end of a sentence about the slide, or None when it can.
         vendor: OpenSlide's name of the format.
         objective_power: Nominal magnification, or None.
+        scanner: Model of the scanner, one of `scanners.MODELS`, or None.
+        bounds: Left, top, width and height of what was scanned, in level-0 pixels; all of the slide where unknown.
         background: RGB of places that were never scanned.
         warnings: Sentences about what looks odd.
     """
 
-    def __init__(self, path: str | os.PathLike[str], slide_id: str | None = None, mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        slide_id: str | None = None,
+        mpp: float | None = None,
+        reader: str | None = None,
+    ) -> None:
         """Opens the slide at `path`: a file, or the folder of one DICOM series.
 
         Args:
             path: The slide.
             slide_id: Its name in messages; the file's stem when not given.
             mpp: Micrometres a pixel of level 0, in place of what the file says.
+            reader: module:Class of a reader for formats that OpenSlide lacks (see user_reader.py).
 
         Raises:
             SlideError: The slide is missing, empty, damaged, unknown to OpenSlide, or `mpp` is implausible.
+            ConfigError: There is no such reader.
         """
         self.path = Path(path)
         self.slide_id = slide_id if slide_id is not None else self.path.stem
         self._name = f"slide {self.slide_id!r} (file {self.path.name})"
         self.warnings: list[str] = []
-        self._file = file_to_open(self.path, self._name)
-        self._openslide, self._closed = self._open(), False
+        own = serves(reader, self.path)
+        self._file = file_to_open(self.path, self._name, any_folder=own)
+        self._openslide, self._closed = UserReader(reader, self.path, self._name) if own else self._open(), False
         self.level_dimensions = self._openslide.level_dimensions
         self.level_downsamples = self._openslide.level_downsamples
         self.num_levels = len(self.level_dimensions)
@@ -84,6 +105,8 @@ class Slide:
         self.objective_power = positive_number(self._property("openslide.objective-power"))
         self.has_icc_profile = self._property("openslide.icc-size") is not None
         self.background = _colour(self._property("openslide.background-color"))
+        self.scanner = scanner_model({name: self._property(name) for name in MODEL_PROPERTIES})
+        self.bounds = self._scanned_bounds()
         self._resolution = find_resolution({name: self._property(name) for name in _ALLOWED}, mpp)
         self.mpp_source, self.mpp_problem = self._resolution.source, self._resolution.problem
         if self._resolution.warning:
@@ -91,7 +114,7 @@ class Slide:
             log.warning("slide %r: %s", self.slide_id, self._resolution.warning)
         if mpp is not None:
             self._known_resolution()
-        if self.path.is_dir():
+        if self.path.is_dir() and self.vendor == "dicom":
             self._refuse_second_series()
 
     def __enter__(self) -> Self:
@@ -124,7 +147,7 @@ class Slide:
     def read_region(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
         """Reads a rectangle of one level.
 
-        What lies outside the slide, and what was never scanned, has the slide's background colour.
+        What lies outside the slide or its bounds, and what was never scanned, has the slide's background colour.
 
         Args:
             x, y: Top-left corner in level-0 pixels; may be negative.
@@ -138,9 +161,9 @@ class Slide:
             SlideError: The file is damaged here.
         """
         downsample = self.level_downsamples[level]
-        level_width, level_height = self.level_dimensions[level]
-        left, right = _inside(x / downsample, width_px, level_width)
-        top, bottom = _inside(y / downsample, height_px, level_height)
+        (first_x, scanned_x), (first_y, scanned_y) = self._bounds_of(level)
+        left, right = _inside(x / downsample - first_x, width_px, scanned_x)
+        top, bottom = _inside(y / downsample - first_y, height_px, scanned_y)
         if (left, top, right, bottom) == (0, 0, width_px, height_px):
             return self._read(x, y, level, width_px, height_px)
         image = np.empty((height_px, width_px, 3), np.uint8)
@@ -220,6 +243,8 @@ class Slide:
 
     def files(self) -> list[Path]:
         """All files that make up the slide: one, or those of a MIRAX, VMS or DICOM slide."""
+        if isinstance(self._openslide, UserReader):
+            return self._openslide.files()
         if self.vendor == "mirax":
             return mirax_members(self._file)
         if self.vendor == "hamamatsu" and self._file.suffix.lower() in {".vms", ".vmu"}:
@@ -232,6 +257,8 @@ class Slide:
         try:
             return openslide.OpenSlide(str(self._file))
         except openslide.OpenSlideUnsupportedFormatError:
+            if converter := unsupported_format(self._file):
+                raise SlideError(f"{self._name} {converter}") from None
             size = self._file.stat().st_size
             raise SlideError(
                 f"{self._name} is not a slide that OpenSlide can open, or it is cut short ({size:,} bytes): compare "
@@ -255,6 +282,33 @@ class Slide:
     def _damaged(self, what: str, error: Exception) -> SlideError:
         reason = str(error).replace(str(self._file), "the file").replace(f"{self._file.parent}/", "")
         return SlideError(f"{self._name} {what}, it is damaged or cut short ({reason}): copy it again from the scanner")
+
+    def _scanned_bounds(self) -> tuple[int, int, int, int]:
+        """The file's bounds, where it has any that lie on the slide."""
+        whole = (0, 0, self.width, self.height)
+        try:
+            given = (int(self._property(f"openslide.bounds-{name}") or "") for name in ("x", "y", "width", "height"))
+            left, top, width, height = given
+        except ValueError:
+            return whole
+        right, bottom = min(left + width, self.width), min(top + height, self.height)
+        left, top = max(left, 0), max(top, 0)
+        return (left, top, right - left, bottom - top) if right > left and bottom > top else whole
+
+    def _bounds_of(self, level: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """First pixel of a level and number of its pixels inside the bounds, horizontally and vertically."""
+        left, top, width, height = self.bounds
+        downsample = self.level_downsamples[level]
+        return tuple(
+            (0, pixels) if (first, count) == (0, side) else (first / downsample, count / downsample)
+            for first, count, side, pixels in zip(
+                (left, top), (width, height), (self.width, self.height), self.level_dimensions[level], strict=True
+            )
+        )
+
+    def properties_of_planes(self) -> dict[str, str | None]:
+        """What the file says of its focal planes (`focal_planes.PLANE_PROPERTIES`)."""
+        return {name: self._property(name) for name in PLANE_PROPERTIES}
 
     def _property(self, name: str) -> str | None:
         assert name in _ALLOWED, f"property {name} is not on the list of those that hold no personal data"
@@ -291,10 +345,17 @@ class SlidePool:
     """
 
     def __init__(
-        self, paths: Mapping[str, str | os.PathLike[str]], mpp: Mapping[str, float] | None = None, max_open: int = 16
+        self,
+        paths: Mapping[str, str | os.PathLike[str]],
+        mpp: Mapping[str, float] | None = None,
+        max_open: int = 16,
+        reader: str | None = None,
     ) -> None:
-        """Takes the files by slide id, and micrometres a pixel for those slides whose file is to be overruled."""
-        self._paths, self._mpp, self._max_open = dict(paths), dict(mpp or {}), max_open
+        """Takes the files by slide id, and micrometres a pixel for those slides whose file is to be overruled.
+
+        `reader` is module:Class of a reader for formats that OpenSlide lacks.
+        """
+        self._paths, self._mpp, self._max_open, self._reader = dict(paths), dict(mpp or {}), max_open, reader
         self._open: OrderedDict[str, Slide] = OrderedDict()
         self._pid = os.getpid()
 
@@ -304,16 +365,16 @@ class SlidePool:
             self._open, self._pid = OrderedDict(), os.getpid()
         slide = self._open.pop(slide_id, None)
         if slide is None:
-            slide = Slide(self._paths[slide_id], slide_id, self._mpp.get(slide_id))
+            slide = Slide(self._paths[slide_id], slide_id, self._mpp.get(slide_id), self._reader)
         self._open[slide_id] = slide
         while len(self._open) > self._max_open:
             self._open.popitem(last=False)[1].close()
         return slide
 
-    def __getstate__(self) -> tuple[dict, dict, int]:
-        return self._paths, self._mpp, self._max_open
+    def __getstate__(self) -> tuple[dict, dict, int, str | None]:
+        return self._paths, self._mpp, self._max_open, self._reader
 
-    def __setstate__(self, state: tuple[dict, dict, int]) -> None:
+    def __setstate__(self, state: tuple[dict, dict, int, str | None]) -> None:
         self.__init__(*state)
 
     def close(self) -> None:
@@ -346,7 +407,7 @@ def _span(start: float, side: float, length: int, downsample: float) -> tuple[in
     return level0, count, start - begin
 
 
-def _inside(start: float, count: int, length: int) -> tuple[int, int]:
+def _inside(start: float, count: int, length: float) -> tuple[int, int]:
     """Which of the `count` pixels from `start` lie on a level of `length` pixels, at least in part."""
     first = math.ceil(-start - 1e-6) if start < 0 else 0
     last = min(count, math.ceil(length - start - 1e-6))

@@ -52,7 +52,8 @@ def draw_map(
     """
     info = file.info
     canvas = _fit_canvas(thumbnail)
-    scale = canvas.shape[1] / info.level0_width
+    is_skipped = not info.level0_width  # nothing is known of a slide that could not be read
+    scale = canvas.shape[1] / (info.level0_width or canvas.shape[1])
     picture, is_dark = _dimmed(canvas)
     if len(file.coords):
         side = info.patch_size_level0 * (1 - info.overlap_px / info.tile_px)
@@ -72,7 +73,7 @@ def draw_map(
         ),
         basis=basis,
         um_per_px=info.level0_mpp / scale,
-        message=_message(basis, file.features),
+        message="No tiles: the slide was skipped" if is_skipped else _message(basis, file.features),
     )
 
 
