@@ -371,6 +371,10 @@ class SlidePool:
             self._open.popitem(last=False)[1].close()
         return slide
 
+    def path(self, slide_id: str) -> Path:
+        """Where a slide lies."""
+        return Path(self._paths[slide_id])
+
     def __getstate__(self) -> tuple[dict, dict, int, str | None]:
         return self._paths, self._mpp, self._max_open, self._reader
 
