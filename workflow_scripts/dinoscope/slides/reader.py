@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 OPENSLIDE_VERSION: str = openslide.__library_version__
 _BLOCK_PX = (4096, 1024)
+_SETS_OF_FILES = {".mrxs", ".vms", ".vmu", ".dcm", ""}
+_MAX_SIDE = 2**31  # coordinates are stored in 32 bits
+_MOST_PIXELS_PER_BYTE = 100_000  # far above what any compression of empty glass reaches
 _ALLOWED = frozenset(
     {
         "dicom.SeriesInstanceUID",
@@ -101,6 +104,7 @@ class Slide:
         self.level_downsamples = self._openslide.level_downsamples
         self.num_levels = len(self.level_dimensions)
         self.width, self.height = self.level_dimensions[0]
+        self._refuse_impossible_size()
         self.vendor = self._property("openslide.vendor") or "unknown"
         self.objective_power = positive_number(self._property("openslide.objective-power"))
         self.has_icc_profile = self._property("openslide.icc-size") is not None
@@ -328,6 +332,19 @@ class Slide:
 
     def _dicom_files(self) -> Iterator[tuple[Path, bool]]:
         return dicom_series(self._file.parent, self._property("dicom.SeriesInstanceUID") or "")
+
+    def _refuse_impossible_size(self) -> None:
+        """Refuses a size that the file cannot hold, before anyone reserves memory for it; sets of files are trusted."""
+        if isinstance(self._openslide, UserReader) or self._file.suffix.lower() in _SETS_OF_FILES:
+            return
+        num_bytes = self._file.stat().st_size
+        too_many = self.width * self.height > _MOST_PIXELS_PER_BYTE * num_bytes
+        if too_many or max(self.width, self.height) >= _MAX_SIDE:
+            self.close()
+            raise SlideError(
+                f"{self._name} says that it has {self.width:,} x {self.height:,} pixels, but has only {num_bytes:,} "
+                "bytes: it is damaged; copy it again from the scanner"
+            )
 
     def _refuse_second_series(self) -> None:
         if not all(same for _, same in self._dicom_files()):
