@@ -11,7 +11,7 @@ from pathlib import Path
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.slides.collection import write_report
 from dinoscope.slides.grid import TileSet
-from dinoscope.slides.table import read_slide_table
+from dinoscope.slides.table import COLLECTION, read_slide_table
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     odd = [row for row in rows if row["problems"] != "none"]
     for row in odd:
         logging.warning("%s: %s", row["slide_id"], row["problems"])
-    slides = [row for row in odd if row["slide_id"] != "*"]
+    slides = [row for row in odd if row["slide_id"] != COLLECTION]
     logging.info(
         "%d of %d slides have problems; %s says which", len(slides), len(arguments.inspected), arguments.output
     )

@@ -10,7 +10,7 @@ from dinoscope.files import write_text
 from dinoscope.plan import Plan
 from dinoscope.slides.find import SLIDE_SUFFIXES
 from dinoscope.slides.skipping import SkippedSlide, files_signature, read_records
-from dinoscope.slides.table import SlideRecord, read_rows
+from dinoscope.slides.table import COLLECTION, SlideRecord, read_rows
 
 __all__ = ["SlideJobs"]
 
@@ -109,10 +109,10 @@ class SlideJobs:
             return
         rows = [row for _, row in read_rows(table)[1]]
         odd = [row for row in rows if row.get("problems") != "none"]
-        slides = sum(row["slide_id"] != "*" for row in odd)
+        slides = sum(row["slide_id"] != COLLECTION for row in odd)
         if odd:
             collection = "; so has the collection as a whole" if len(odd) > slides else ""
-            total = sum(row["slide_id"] != "*" for row in rows)
+            total = sum(row["slide_id"] != COLLECTION for row in rows)
             yield f"{slides} of {total} inspected slides have problems{collection}: see {table}"
 
     @functools.cached_property

@@ -15,11 +15,10 @@ from dinoscope.files import read_json, write_text
 from dinoscope.slides.grid import TileSet, plan_reading
 from dinoscope.slides.looks import stain_contradiction
 from dinoscope.slides.resolution import MAX_ANISOTROPY
-from dinoscope.slides.table import SlideRecord
+from dinoscope.slides.table import COLLECTION, SlideRecord
 
-__all__ = ["COLLECTION", "REPORT_COLUMNS", "collection_problems", "report_rows", "slide_problems", "write_report"]
+__all__ = ["REPORT_COLUMNS", "collection_problems", "report_rows", "slide_problems", "write_report"]
 
-COLLECTION = "*"  # stands in column slide_id for all slides; no slide can have this name
 REPORT_COLUMNS = (
     "slide_id", "problems", "width", "height", "mpp_x", "mpp_y", "mpp_source", "objective_power", "vendor", "scanner",
     "num_levels", "focal_planes", "has_icc_profile", "case_id", "site", "stain",

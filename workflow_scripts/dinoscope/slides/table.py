@@ -20,6 +20,7 @@ from dinoscope.names import nearest
 from dinoscope.slides.find import SLIDE_SUFFIXES, find_slides
 
 __all__ = [
+    "COLLECTION",
     "COLUMNS",
     "SlideRecord",
     "check_cases",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 COLUMNS = ("slide_id", "path", "case_id", "use", "site", "scanner", "stain", "mpp")
+COLLECTION = "*"  # in column slide_id of slides_report.tsv, all slides; none can have this name
 USES = ("train", "eval", "features")
 _SLIDE_ID = re.compile(r"""[^/\\{}:*?"<>|\n\r\t.\-@][^/\\{}:*?"<>|\n\r\t]*""")
 _SHOWN_PROBLEMS = 10
