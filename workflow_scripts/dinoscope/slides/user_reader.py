@@ -65,10 +65,11 @@ class UserReader:
             self._reader = reader_class(str(path))
         with self._told("does not say what levels it has"):
             self.level_dimensions = tuple((int(w), int(h)) for w, h in self._reader.level_dimensions)
-            self.level_downsamples = self._downsamples()
-            self.properties = dict(self._properties())
         if not self.level_dimensions or min(min(size) for size in self.level_dimensions) < 1:
             raise self._wrong(f"level_dimensions {self.level_dimensions}", "at least one level of at least 1 x 1 pixel")
+        with self._told("does not say what it reads"):
+            self.level_downsamples = self._downsamples()
+            self.properties = dict(self._properties())
         if list(self.level_downsamples) != sorted(self.level_downsamples) or self.level_downsamples[0] != 1:
             raise self._wrong(f"level_downsamples {self.level_downsamples}", "1 for the first, then growing ones")
         if len(self.level_downsamples) != len(self.level_dimensions):
