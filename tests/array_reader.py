@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -10,7 +11,7 @@ class Arrays:
     """Reads .npz files of levels `level0`, `level1` … and `mpp`."""
 
     suffixes = (".npz",)
-    opened: list[int] = []  # process ids, one an instance
+    opened: ClassVar[list[int]] = []  # process ids, one an instance
 
     def __init__(self, path: str) -> None:
         with np.load(path) as file:
