@@ -38,6 +38,7 @@ rule inspect_slide:
         slide=slide_argument,
         mpp=slide_mpp,
         reader=own_reader,
+        attempt=slide_attempt("tiles"),  # only to look again when a skipped slide is tried again
         options=slide_options(),
     shell:
         "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"

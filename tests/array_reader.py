@@ -68,11 +68,22 @@ class GrowingLevels(Arrays):
         self.level_dimensions = self.level_dimensions[::-1]
 
 
-class Mirrored(Arrays):
-    """Straight alpha: the left half of the slide was never scanned, and holds rubbish there."""
+class Unscanned0(Arrays):
+    """Straight alpha: from three quarters of the width on nothing was scanned, and rubbish stands there."""
+
+    hidden = 0
 
     def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
-        pixels = super().read_region(x, y, level, width, height)
-        columns = x + np.arange(width) * self._step[level]
-        alpha = np.where(columns < self.level_dimensions[0][0] // 2, 0, 255).astype(np.uint8)
+        pixels = super().read_region(x, y, level, width, height).copy()
+        unscanned = x + np.arange(width) * self._step[level] >= 0.75 * self.level_dimensions[0][0]
+        pixels[:, unscanned] = (self.hidden, 0, self.hidden)
+        alpha = np.where(unscanned, 0, 255).astype(np.uint8)
         return np.concatenate([pixels, np.broadcast_to(alpha[None, :, None], (height, width, 1))], axis=2)
+
+
+class Unscanned128(Unscanned0):
+    hidden = 128
+
+
+class Unscanned255(Unscanned0):
+    hidden = 255

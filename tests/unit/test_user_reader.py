@@ -138,9 +138,9 @@ def test_a_reader_without_suffixes_reads_everything(slides: tuple[Path, Path], t
 
 
 def test_what_was_never_scanned_is_background(slides: tuple[Path, Path]) -> None:
-    with Slide(slides[0], "S", reader="array_reader:Mirrored") as slide:
-        assert (slide.read_region(100, 300, 0, 600, 100) == 255).all()
-        assert (slide.read_region(800, 300, 0, 200, 100) < 250).any()
+    with Slide(slides[0], "S", reader="array_reader:Unscanned128") as slide:
+        assert (slide.read_region(1200, 300, 0, 300, 100) == 255).all()
+        assert (slide.read_region(600, 300, 0, 200, 100) < 250).any()
 
 
 @pytest.mark.parametrize(
