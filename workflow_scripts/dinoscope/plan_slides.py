@@ -1,6 +1,7 @@
 """What the jobs of single slides are told while planning: what to open, how errors are taken, which attempt it is."""
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ class SlideJobs:
         return {
             str(record.path): record
             for record in self._plan.slides.values()
-            if str(record.path) not in made and not record.path.exists()
+            if str(record.path) not in made and not os.path.exists(record.path)
         }
 
     def _missing_problems(self) -> Iterator[str]:

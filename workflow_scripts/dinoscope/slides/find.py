@@ -38,7 +38,9 @@ def find_slides(spec: str) -> Iterator[Path]:
 def slide_files(path: Path) -> list[Path]:
     """The files that a slide consists of besides `path` itself (MIRAX, VMS, a DICOM folder), as far as they exist."""
     suffix = path.suffix.lower()
-    if path.is_dir():
+    if not os.path.exists(path):
+        members = []
+    elif path.is_dir():
         members = sorted(file for file in path.iterdir() if file.is_file())
     elif suffix == ".mrxs":
         members = mirax_members(path)

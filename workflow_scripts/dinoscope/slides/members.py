@@ -92,7 +92,7 @@ def file_to_open(path: Path, name: str, *, any_folder: bool = False) -> Path:
     except OSError:
         exists = False
     if not exists:
-        what = "is a link to a file that is gone" if path.is_symlink() else "does not exist"
+        what = "is a link to a file that is gone" if os.path.islink(path) else "does not exist"
         raise SlideError(f"{name} {what}: correct column path of slides.tsv")
     if path.is_dir() and any_folder:
         return path

@@ -8,12 +8,19 @@ from dinoscope.slides.find import slide_files
 
 __all__ = ["without_file_name"]
 
+# Names of files that tell nothing, and whose loss would spoil a message.
+_ORDINARY_WORDS = {
+    "background", "case", "column", "copy", "data", "file", "folder", "image", "images", "level", "levels", "map",
+    "mask", "mpp", "open", "original", "pixel", "pixels", "pyramid", "reader", "region", "scan", "scanner", "size",
+    "slide", "slides", "test", "tile", "tiles", "tiff", "tissue",
+}  # fmt: skip
+
 
 def without_file_name(message: object, path: str | Path, slide_id: str) -> str:
     """A message without the names of the slide's files and folders, fit for results that may be passed on."""
     path, text = Path(path), str(message).replace(f"(file {Path(path).name})", "")
     folders = [str(path.absolute()), str(path), *(str(parent) for parent in path.absolute().parents[:-1])]
-    names = sorted(_names_of(path) - {slide_id}, key=len, reverse=True)
+    names = sorted(_names_of(path) - {slide_id} - _ORDINARY_WORDS, key=len, reverse=True)
     words = "|".join(re.escape(name) for name in names if len(name) > 2)
     kept = repr(slide_id)
     parts = text.split(kept)
