@@ -65,7 +65,8 @@ def slide_path_if_any(wildcards):
 @one_sentence
 def slide_argument(wildcards, resources):
     """The same for the command line, whether it is there or not; no trigger, since the input is one."""
-    return str(PLAN.slide(wildcards.slide).path)
+    path = str(PLAN.slide(wildcards.slide).path)
+    return f"./{path}" if path.startswith("-") else path
 
 
 @one_sentence
