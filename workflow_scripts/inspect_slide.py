@@ -21,7 +21,7 @@ def main() -> None:
     arguments = _parser().parse_args()
 
     def inspect() -> None:
-        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, arguments.slide_reader) as slide:
+        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
             description, thumbnail = describe_slide(slide)
         save_jpeg(thumbnail, arguments.thumbnail)
         write_json(arguments.output, description)

@@ -26,7 +26,7 @@ def main() -> None:
     tile_sets = _tile_sets(arguments)
 
     def tile() -> None:
-        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, arguments.slide_reader) as slide:
+        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
             tissue, grids = tile_slide(slide, tile_sets, arguments.tissue_method)
             save_jpeg(draw_overview(slide, tissue, grids), arguments.overview)
 

@@ -272,6 +272,8 @@ class Slide:
             raise self._damaged("cannot be opened", error) from None
 
     def _read(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
+        if isinstance(self._openslide, UserReader):
+            return self._openslide.read_region(x, y, level, width_px, height_px, self.background)
         try:
             rgba = np.asarray(self._openslide.read_region((x, y), level, (width_px, height_px)))
         except openslide.OpenSlideError as error:
@@ -382,7 +384,7 @@ class SlidePool:
             self._open, self._pid = OrderedDict(), os.getpid()
         slide = self._open.pop(slide_id, None)
         if slide is None:
-            slide = Slide(self._paths[slide_id], slide_id, self._mpp.get(slide_id), self._reader)
+            slide = Slide(self._paths[slide_id], slide_id, self._mpp.get(slide_id), reader=self._reader)
         self._open[slide_id] = slide
         while len(self._open) > self._max_open:
             self._open.popitem(last=False)[1].close()

@@ -39,7 +39,7 @@ __all__ = ["UserReader", "check_reader_name", "serves"]
 
 
 class UserReader:
-    """A user's reader with the face of `openslide.OpenSlide`, as far as `Slide` needs it.
+    """A user's reader with the face of `openslide.OpenSlide`, as far as `Slide` needs it; regions are RGB arrays.
 
     Attributes:
         level_dimensions: (width, height) of every level in pixels.
@@ -78,13 +78,14 @@ class UserReader:
         safe = bool(getattr(self._reader, "thread_safe", False))
         self._turn = contextlib.nullcontext() if safe else threading.Lock()
 
-    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
-        """As OpenSlide's, but an array: uint8 (height, width, 4), RGBA with straight alpha.
+    def read_region(
+        self, x: int, y: int, level: int, width: int, height: int, background: tuple[int, int, int]
+    ) -> np.ndarray:
+        """A rectangle inside of a level, uint8 (height, width, 3), RGB, with the background where it is transparent.
 
         Raises:
-            SlideError: The reader failed, or gave something else than such pixels.
+            SlideError: The reader failed, or gave something else than pixels.
         """
-        (x, y), (width, height) = location, size
         with self._turn, self._told(f"failed at x {x}, y {y} of level {level}"):
             pixels = self._reader.read_region(x, y, level, width, height)
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3:
@@ -92,10 +93,10 @@ class UserReader:
         if pixels.shape not in ((height, width, 3), (height, width, 4)):
             wanted = f"({height}, {width}, 3) or ({height}, {width}, 4)"
             raise self._wrong(f"pixels of shape {pixels.shape} from read_region", f"{wanted}, height before width")
-        if pixels.shape[2] == 4:
-            return pixels
-        opaque = np.full((height, width, 1), 255, np.uint8)
-        return np.concatenate([pixels, opaque], axis=2)
+        if pixels.shape[2] == 3:
+            return np.ascontiguousarray(pixels)
+        opacity = pixels[..., 3:].astype(np.float32) / 255
+        return np.rint(pixels[..., :3] * opacity + np.array(background, np.float32) * (1 - opacity)).astype(np.uint8)
 
     def files(self) -> list[Path]:
         """The files that make up the slide."""
