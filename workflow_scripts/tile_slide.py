@@ -14,8 +14,9 @@ from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
 from dinoscope.slides.grid import TileSet
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.skipped_tiles import write_skipped
 from dinoscope.slides.skipping import Attempt, add_skip_arguments, try_slide
-from dinoscope.slides.tiling import tile_slide, write_skipped
+from dinoscope.slides.tiling import tile_slide
 from dinoscope.slides.tissue import METHODS
 from dinoscope.visualize.overview import draw_overview, placeholder, save_jpeg
 

@@ -22,11 +22,12 @@ from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.slides.grid import TileSet
 from dinoscope.slides.manifest import merge_manifests, read_metadata, read_tiles
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.skipped_tiles import write_skipped
 from dinoscope.slides.skipping import Attempt, failure_of, files_signature, read_records, try_slide
 from dinoscope.slides.summary import write_slide_summary
 from dinoscope.slides.table import read_slide_table
 from dinoscope.slides.tiff_writer import encode_tiles, write_pyramid
-from dinoscope.slides.tiling import tile_slide, write_skipped
+from dinoscope.slides.tiling import tile_slide
 from dinoscope.visualize.pca import fit_basis
 from dinoscope.visualize.pca_map import draw_map
 from synthetic_slides import texture, write_lossless

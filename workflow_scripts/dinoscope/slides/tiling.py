@@ -8,11 +8,11 @@ from typing import Any
 import dinoscope
 from dinoscope.progress import progress
 from dinoscope.slides.grid import Grid, TileSet, make_grid, plan_reading
-from dinoscope.slides.manifest import TILE_SCHEMA, tile_table, write_tiles
+from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.slides.reader import OPENSLIDE_VERSION, Slide
 from dinoscope.slides.tissue import Tissue, detect_tissue, working_level
 
-__all__ = ["tile_slide", "write_skipped"]
+__all__ = ["tile_slide"]
 
 log = logging.getLogger(__name__)
 
@@ -55,24 +55,6 @@ def tile_slide(
     return tissue, grids
 
 
-def write_skipped(slide_id: str, tile_sets: Sequence[tuple[TileSet, str | Path]], reason: str) -> None:
-    """Writes manifests without a tile for a slide that cannot be used; their metadata says why under `error`."""
-    for tile_set, path in tile_sets:
-        unknown = dict.fromkeys(("width", "height", "mpp_x", "mpp_y", "mpp_source", "vendor", "num_levels"))
-        metadata = {"slide_id": slide_id, **unknown, **_wanted(tile_set), "num_candidates": 0, "error": reason}
-        write_tiles(path, TILE_SCHEMA.empty_table(), metadata)
-
-
-def _wanted(tile_set: TileSet) -> dict[str, Any]:
-    """What manifests must have in common to be merged."""
-    return {
-        "tile_set": tile_set.name,
-        "tile_px": tile_set.tile_px,
-        "requested_mpp": tile_set.mpp,
-        "stride_px": tile_set.stride_px or tile_set.tile_px,
-    }
-
-
 def _metadata(slide: Slide, tissue: Tissue, grid: Grid) -> dict[str, Any]:
     wanted = grid.tile_set
     return {
@@ -84,7 +66,10 @@ def _metadata(slide: Slide, tissue: Tissue, grid: Grid) -> dict[str, Any]:
         "mpp_source": slide.mpp_source,
         "vendor": slide.vendor,
         "num_levels": slide.num_levels,
-        **_wanted(wanted),
+        "tile_set": wanted.name,
+        "tile_px": wanted.tile_px,
+        "requested_mpp": wanted.mpp,
+        "stride_px": wanted.stride_px or wanted.tile_px,
         "min_tissue": grid.min_tissue,
         "num_candidates": grid.num_candidates,
         **tissue.describe(),
