@@ -22,7 +22,7 @@ def write_skipped(slide_id: str, tile_sets: Sequence[tuple[TileSet, str | Path]]
             **dict.fromkeys(_UNKNOWN),
             "tile_set": tile_set.name,
             "tile_px": tile_set.tile_px,
-            "requested_mpp": tile_set.mpp,
+            "requested_mpp": list(tile_set.mpp) if isinstance(tile_set.mpp, tuple) else tile_set.mpp,
             "stride_px": tile_set.stride_px or tile_set.tile_px,
             "num_candidates": 0,
             "error": reason,
