@@ -133,6 +133,7 @@ def sites(counts: dict[str, dict[float, int]]) -> tuple[list[dict], list[SlideRe
         ({"X": {0.25: 5, 0.5: 5}, "Y": {0.25: 5, 0.5: 5}}, False),
         ({"X": {0.25: 10}, "Y": {0.252: 10}}, False),  # one mpp for all practical purposes
         ({"X": {0.25: 10, 0.5: 10}}, False),
+        ({"X": {0.25: 2}, "Y": {0.5: 9}}, False),  # too few to tell
         ({"X": {0.25: 20}, "Y": {0.25: 5, 0.5: 2}}, False),
     ],
 )

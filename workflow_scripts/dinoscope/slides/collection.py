@@ -26,6 +26,7 @@ REPORT_COLUMNS = (
 _SAME_MPP = 0.05  # mpps that differ by less, relative, are taken for one
 _ODD_MPP = 0.10
 _MIN_AGREEING = 3
+_FEWEST_OF_A_SITE = 3  # slides, below which nothing is said of its mpp
 
 
 def report_rows(
@@ -86,7 +87,8 @@ def collection_problems(documents: Sequence[Mapping[str, Any]], table: Mapping[s
     sites: dict[str, Counter[float]] = defaultdict(Counter)
     for (site, _), group in zip(known, groups, strict=True):
         sites[site][group] += 1
-    if len(sites) < 2 or len(set(groups)) < 2:
+    large = [site for site, counts in sites.items() if sum(counts.values()) >= _FEWEST_OF_A_SITE]
+    if len(large) < 2 or len(set(groups)) < 2:
         return
     by_mpp: dict[float, Counter[str]] = defaultdict(Counter)
     for site, counts in sites.items():

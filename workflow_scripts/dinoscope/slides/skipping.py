@@ -162,7 +162,7 @@ def files_signature(path: str | os.PathLike[str]) -> str:
 
 def read_records(results: Path) -> Iterator[SkippedSlide]:
     """All records of a results folder, by stage and slide."""
-    for path in sorted((results / "skipped").glob("*/*.json")):
+    for path in sorted((results / "skipped").glob("*/*.json"), key=lambda path: (path.parent.name, path.stem)):
         with contextlib.suppress(OSError, ValueError, TypeError):  # one that is half gone counts as none
             yield SkippedSlide(**read_json(path))
 
