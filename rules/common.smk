@@ -84,8 +84,8 @@ def slide_options(stage=None, many=False):
 
 def slide_attempt(stage):
     """Number of the attempt at a slide; a new one where a skipped slide is to be tried again."""
-    return lambda wildcards: SLIDES.attempt(
-        wildcards.slide, stage.format(wildcards=wildcards)
+    return lambda wildcards: str(
+        SLIDES.attempt(wildcards.slide, stage.format(wildcards=wildcards))
     )
 
 
@@ -102,9 +102,16 @@ def slide_mpp(wildcards):
     return [] if mpp is None else ["--slide-mpp", str(mpp)]
 
 
-def tiling_arguments(wildcards, output):
-    """One group of arguments for each tile set of a slide."""
-    return PLAN.tiling_arguments(wildcards.slide, output.tiles)
+def tiling_arguments(wildcards):
+    """One group of arguments for each tile set of a slide.
+
+    Not a function of `output`: Snakemake records no param that depends on it, and changed sets must tile anew.
+    """
+    tiles = [
+        str(PLAN.results / "tiles" / name / f"{wildcards.slide}.parquet")
+        for name in PLAN.config["tiling"]["sets"]
+    ]
+    return PLAN.tiling_arguments(wildcards.slide, tiles)
 
 
 @one_sentence

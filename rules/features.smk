@@ -33,7 +33,7 @@ rule extract_features:
         workers=not_a_trigger(PLAN.config["features"]["workers"]),
     shell:
         "python {params.script:q} --weights {input.weights:q} --model-name {wildcards.model:q} --slide {params.slide:q}"
-        " {params.reader:q} {params.options:q} --attempt {params.attempt} --tiles {input.tiles:q}"
+        " {params.reader:q} {params.options:q} --attempt {params.attempt:q} --tiles {input.tiles:q}"
         " --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype}"
         " --batch-size {params.batch_size} --workers {params.workers} > {log:q} 2>&1"
 

@@ -101,7 +101,7 @@ rule tile_slide:
         options=slide_options("tiles"),
     shell:
         "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
-        " {params.reader:q} {params.options:q} --attempt {params.attempt} {params.sets:q}"
+        " {params.reader:q} {params.options:q} --attempt {params.attempt:q} {params.sets:q}"
         " --overview {output.overview:q} > {log:q} 2>&1"
 
 

@@ -91,9 +91,11 @@ def test_records_are_written_where_there_is_something_to_say(tmp_path: Path) -> 
     reason = "slide 'S' is bad (the file)"
     assert (record.attempt, record.reason, given_up) == (0, reason, [reason])
     assert record.signature == files_signature(slide)
-    attempt(lambda: None, "fail", 1)
-    (record,) = read_records(tmp_path)
-    assert (record.attempt, record.reason) == (1, None)
+    for on_error, number in (("skip", 0), ("fail", 1)):  # other settings, or another attempt
+        attempt(bad, "skip", 0)
+        attempt(lambda: None, on_error, number)
+        (record,) = read_records(tmp_path)
+        assert (record.attempt, record.reason) == (number, None)
 
 
 def test_a_half_written_record_counts_as_none(tmp_path: Path) -> None:

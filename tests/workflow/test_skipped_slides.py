@@ -26,8 +26,8 @@ RECIPE = "student: {arch: vit_nano}\ncrops: {global_crops_size: 96, local_crops_
 BAD = {"cut", "unscaled", "gone", "link"}
 
 
-def configure(folder, on_error):
-    changed = CONFIG | {"slides": CONFIG["slides"] | {"on_error": on_error}}
+def configure(folder, on_error, **changes):
+    changed = CONFIG | {"slides": CONFIG["slides"] | {"on_error": on_error}} | changes
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(changed))
 
 
@@ -82,6 +82,14 @@ def test_the_others_are_done_and_the_bad_ones_told(folder):
 
 def test_nothing_is_left_to_do(folder):
     assert plan(folder)[0] == {}
+
+
+def test_other_tiles_are_tiled(folder):
+    sets = CONFIG["tiling"]["sets"]
+    configure(folder, "skip", tiling={"sets": sets | {"features": {"tile_px": 112, "mpp": 2.0}}})
+    assert plan(folder, "tiles")[0] == {"tile_slide": 5, "tiles": 1}
+    configure(folder, "skip")
+    assert plan(folder, "tiles")[0] == {}
 
 
 def test_a_repaired_file_is_tiled_even_with_an_old_date(folder):

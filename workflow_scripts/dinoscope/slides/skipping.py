@@ -97,7 +97,7 @@ class Attempt:
         if problem is not None:
             reason = without_file_name(problem, self.slide, self.slide_id)
             log.warning("slide %r is skipped: %s", self.slide_id, reason)
-        if self.record is not None and (reason is not None or self.number):
+        if self.record is not None and (reason is not None or self.number or self.record.exists()):
             kept = SkippedSlide(self.slide_id, self.stage, self.number, reason, files_signature(self.slide))
             write_json(self.record, asdict(kept))
         return reason
