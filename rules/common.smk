@@ -14,11 +14,13 @@ os.environ.update(
 )
 
 from dinoscope.plan import make_plan, one_sentence
+from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
 
 PLAN = one_sentence(make_plan)(
     config, Path(workflow.basedir), check_files=workflow.is_main_process
 )
+SLIDES = SlideJobs(PLAN)
 
 if workflow.is_main_process:
     gpus = one_sentence(PLAN.visible_gpus)(os.environ)
@@ -53,8 +55,41 @@ def not_a_trigger(value):
 
 @one_sentence
 def slide_path(wildcards):
-    """What is opened to read the slide."""
-    return str(PLAN.slide(wildcards.slide).path)
+    """What is opened to read the slide; nothing where it is missing and slides are skipped on error."""
+    return SLIDES.input_of(wildcards.slide)
+
+
+@one_sentence
+def slide_path_if_any(wildcards):
+    """What is opened to read the slide; nothing where it is missing."""
+    return SLIDES.input_of(wildcards.slide, may_be_missing=True)
+
+
+@one_sentence
+def slide_argument(wildcards, resources):
+    """The same for the command line, whether it is there or not; no trigger, since the input is one."""
+    path = str(PLAN.slide(wildcards.slide).path)
+    return f"./{path}" if path.startswith("-") else path
+
+
+@one_sentence
+def own_reader(wildcards):
+    """Arguments for a slide whose format OpenSlide does not know."""
+    return SLIDES.own_reader(wildcards.slide)
+
+
+def slide_options(stage=None, many=False):
+    """Arguments for reading a slide, and what happens where that fails; no triggers."""
+    return lambda wildcards, resources: SLIDES.options(
+        wildcards.slide, stage and stage.format(wildcards=wildcards), many=many
+    )
+
+
+def slide_attempt(stage):
+    """Number of the attempt at a slide; a new one where a skipped slide is to be tried again."""
+    return lambda wildcards: str(
+        SLIDES.attempt(wildcards.slide, stage.format(wildcards=wildcards))
+    )
 
 
 @one_sentence
@@ -70,9 +105,16 @@ def slide_mpp(wildcards):
     return [] if mpp is None else ["--slide-mpp", str(mpp)]
 
 
-def tiling_arguments(wildcards, output):
-    """One group of arguments for each tile set of a slide."""
-    return PLAN.tiling_arguments(wildcards.slide, output.tiles)
+def tiling_arguments(wildcards):
+    """One group of arguments for each tile set of a slide.
+
+    Not a function of `output`: Snakemake records no param that depends on it, and changed sets must tile anew.
+    """
+    tiles = [
+        str(PLAN.results / "tiles" / name / f"{wildcards.slide}.parquet")
+        for name in PLAN.config["tiling"]["sets"]
+    ]
+    return PLAN.tiling_arguments(wildcards.slide, tiles)
 
 
 @one_sentence
@@ -177,5 +219,10 @@ def basis_features(wildcards):
 
 
 onsuccess:
-    for note in PLAN.manifest_notes():
+    for note in [*PLAN.manifest_notes(), *SLIDES.closing_notes()]:
+        print(f"note: {note}", file=sys.stderr)
+
+
+onerror:
+    for note in SLIDES.closing_notes():
         print(f"note: {note}", file=sys.stderr)

@@ -23,13 +23,18 @@ rule extract_features:
         runtime=120,
     params:
         script=SCRIPTS / "extract_features.py",
+        slide=slide_argument,
+        reader=own_reader,
+        attempt=slide_attempt("features_{wildcards.model}"),
+        options=slide_options("features_{wildcards.model}", many=True),
         pooling=PLAN.config["features"]["pooling"],
         dtype=PLAN.config["features"]["dtype"],
         batch_size=not_a_trigger(PLAN.config["features"]["batch_size"]),
         workers=not_a_trigger(PLAN.config["features"]["workers"]),
     shell:
-        "python {params.script:q} --weights {input.weights:q} --model-name {wildcards.model:q} --slide {input.slide:q}"
-        " --tiles {input.tiles:q} --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype}"
+        "python {params.script:q} --weights {input.weights:q} --model-name {wildcards.model:q} --slide {params.slide:q}"
+        " {params.reader:q} {params.options:q} --attempt {params.attempt:q} --tiles {input.tiles:q}"
+        " --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype}"
         " --batch-size {params.batch_size} --workers {params.workers} > {log:q} 2>&1"
 
 

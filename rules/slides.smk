@@ -21,7 +21,7 @@ if PLAN.demo_slides():
 # A slide that cannot be read is written down, so that one pass finds the problems of all; tiling it fails.
 rule inspect_slide:
     input:
-        slide=slide_path,
+        slide=slide_path_if_any,
         members=slide_members,
     output:
         info="<results>/slides/{slide}.json",
@@ -35,9 +35,14 @@ rule inspect_slide:
         runtime=10,
     params:
         script=SCRIPTS / "inspect_slide.py",
+        slide=slide_argument,
         mpp=slide_mpp,
+        reader=own_reader,
+        attempt=slide_attempt("tiles"),  # only to look again when a skipped slide is tried again
+        options=slide_options(),
     shell:
-        "python {params.script:q} --slide {input.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q} --keep-going"
+        "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
+        " {params.reader:q} {params.options:q} --keep-going"
         " --output {output.info:q} --thumbnail {output.thumbnail:q} > {log:q} 2>&1"
 
 
@@ -53,8 +58,12 @@ rule slides_report:
         "../envs/slides.yaml"
     params:
         script=SCRIPTS / "report_slides.py",
+        slides=Path(PLAN.config["slides"]["source"]),
+        digest=PLAN.table_digest,
+        sets=PLAN.tile_set_arguments(),
     shell:
-        "python {params.script:q} --output {output.table:q} {input.infos:q} > {log:q} 2>&1"
+        "python {params.script:q} --slides {params.slides:q} {params.sets:q} --output {output.table:q}"
+        " {input.infos:q} > {log:q} 2>&1"
 
 
 # All tile sets of a slide in one job, which opens it once.
@@ -84,11 +93,16 @@ rule tile_slide:
         runtime=30,
     params:
         script=SCRIPTS / "tile_slide.py",
+        slide=slide_argument,
         mpp=slide_mpp,
         sets=tiling_arguments,
+        reader=own_reader,
+        attempt=slide_attempt("tiles"),
+        options=slide_options("tiles"),
     shell:
-        "python {params.script:q} --slide {input.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
-        " {params.sets:q} --overview {output.overview:q} > {log:q} 2>&1"
+        "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
+        " {params.reader:q} {params.options:q} --attempt {params.attempt:q} {params.sets:q}"
+        " --overview {output.overview:q} > {log:q} 2>&1"
 
 
 # Reruns when the split changes, not when the table does: a slide for features only leaves training alone.

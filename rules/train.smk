@@ -50,13 +50,14 @@ rule train:
         launcher=SCRIPTS / "launch.py",
         script=SCRIPTS / "pretrain.py",
         data=run_data,
+        access=not_a_trigger(SLIDES.training_options()),
         run_dir=subpath(output.final, parent=True),
         launch=launch_options,
         options=run_options,
         keep=kept_exports,
     shell:
         "python {params.launcher:q} {params.launch:q} --threads {threads} --stop-with-snakemake -- {params.script:q}"
-        " --config {input.recipe:q} {params.data:q}"
+        " --config {input.recipe:q} {params.data:q} {params.access:q}"
         " --weights {input.weights:q} {params.options:q} {params.keep:q} --run-dir {params.run_dir:q} 2>&1 | tee -i {log:q}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
+from dinoscope.slides.skipping import Attempt
 
 
 def main() -> None:
@@ -31,11 +32,25 @@ def main() -> None:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         dense=arguments.dense,
+        slide_reader=arguments.slide_reader,
     )
     model = load_backbone(arguments.weights, device=device)
     extractor = Extractor(model, arguments.model_name, weights_digest(arguments.weights), settings, device)
     logging.info("model %s on %s, rows of %d numbers", arguments.model_name, device, extractor.feature_dim)
-    extract_slides(extractor, jobs, keep_finished=arguments.keep_finished)
+    extract_slides(extractor, jobs, keep_finished=arguments.keep_finished, attempts=numbered_attempts(arguments))
+
+
+def numbered_attempts(arguments: argparse.Namespace) -> list[Attempt]:
+    """How errors of each slide are taken, and where they are written down."""
+    numbers = arguments.attempt or [0] * len(arguments.output)
+    if len(numbers) != len(arguments.output):
+        raise ConfigError(f"{len(arguments.output)} --output and {len(numbers)} --attempt: give as many of each")
+    attempts = []
+    for slide, output, number in zip(arguments.slide, arguments.output, numbers, strict=True):
+        record = arguments.skip_records / f"{output.stem}.json" if arguments.skip_records else None
+        stage = f"features_{arguments.model_name}"
+        attempts.append(Attempt(slide, output.stem, stage, arguments.on_error, number, record))
+    return attempts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,6 +68,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=int, default=2, help="threads that read tiles ahead; 0 reads and embeds in turns")
     add("--dense", action="store_true", help="also store the features of every patch (large: h·w rows a tile)")
     add("--device", default="auto", help="auto, cpu, cuda:1 …")
+    add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="skip: a slide that cannot be read gets no rows")
+    add("--skip-records", type=Path, metavar="DIR", help="where to write why slides were skipped")
+    add("--attempt", nargs="+", type=int, help="number of this attempt, one a slide, for the records")
     add("--keep-finished", action="store_true", help="leave outputs alone that already hold the same")
     return parser.parse_args()
 

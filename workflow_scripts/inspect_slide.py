@@ -8,17 +8,33 @@ import argparse
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
-from dinoscope.errors import SlideError
 from dinoscope.files import write_json
-from dinoscope.slides.inspection import describe_slide, without_file_name
+from dinoscope.slides.inspection import THUMBNAIL_PX, describe_slide
+from dinoscope.slides.privacy import without_file_name
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.skipping import failure_of
 from dinoscope.visualize.overview import placeholder, save_jpeg
-
-_THUMBNAIL_PX = 2048
 
 
 def main() -> None:
     """Parses the command line and inspects."""
+    arguments = _parser().parse_args()
+
+    def inspect() -> None:
+        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
+            description, thumbnail = describe_slide(slide)
+        save_jpeg(thumbnail, arguments.thumbnail)
+        write_json(arguments.output, description)
+
+    if not arguments.keep_going:
+        inspect()
+    elif (reason := failure_of(inspect)) is not None:
+        save_jpeg(placeholder("this slide cannot be read"), arguments.thumbnail)
+        error = without_file_name(reason, arguments.slide, arguments.slide_id)
+        write_json(arguments.output, {"slide_id": arguments.slide_id, "error": error})
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--slide", type=Path, required=True, help="file, or folder of a DICOM series")
     parser.add_argument("--slide-id", required=True, metavar="ID", help="name of the slide in all results")
@@ -28,23 +44,14 @@ def main() -> None:
         type=Path,
         required=True,
         metavar="OUT.jpg",
-        help=f"picture of the slide to write, at most {_THUMBNAIL_PX} pixels on its longer side",
+        help=f"picture of the slide to write, at most {THUMBNAIL_PX} pixels on its longer side",
     )
     parser.add_argument(
         "--slide-mpp", type=float, metavar="M", help="micrometres a level-0 pixel; what the file says when not given"
     )
+    parser.add_argument("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
     parser.add_argument("--keep-going", action="store_true", help="write down why a slide cannot be read and exit 0")
-    arguments = parser.parse_args()
-    try:
-        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp) as slide:
-            description = describe_slide(slide)
-            save_jpeg(slide.thumbnail(_THUMBNAIL_PX), arguments.thumbnail)
-    except SlideError as error:
-        if not arguments.keep_going:
-            raise
-        description = {"slide_id": arguments.slide_id, "error": without_file_name(error, arguments.slide)}
-        save_jpeg(placeholder("this slide cannot be read"), arguments.thumbnail)
-    write_json(arguments.output, description)
+    return parser
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, type=Path, help="recipe of the run (YAML)")
     parser.add_argument("--manifest", type=Path, help="merged tile manifest; none where the recipe names images")
     parser.add_argument("--slides", help="where the manifest's slides are: slides.tsv, a folder or a glob")
+    parser.add_argument("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other slide formats")
+    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="skip: replace unreadable tiles")
+    parser.add_argument("--skip-records", type=Path, metavar="DIR", help="where to write which slides have such tiles")
     parser.add_argument("--run-dir", required=True, type=Path, help="folder of the run; its name is the run's name")
     parser.add_argument("--weights", help="backbone file to start from; wins over the recipe's MODEL.WEIGHTS")
     parser.add_argument("--continues", type=Path, help="final.json of the run that is continued, optimizer included")
@@ -38,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Joins the process group and trains, or plans."""
     arguments = parse_arguments()
+    from dinoscope.data.tiles import SlideAccess
     from dinoscope.recipe import load_recipe, require_weights
     from dinoscope.recipe_checks import check_processes
     from dinoscope.train.distributed import joined_world
@@ -48,8 +52,16 @@ def main() -> None:
     if arguments.weights is None and arguments.continues is None:
         require_weights(arguments.config, config)
     start = functools.partial(resolve_start, config, arguments.weights, arguments.continues, arguments.gram_teacher)
-    keep = tuple(arguments.keep_exports)
-    inputs = RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir, keep)
+    how = (arguments.slide_reader, arguments.on_error, arguments.skip_records, arguments.run_dir.name)
+    inputs = RunInputs(
+        config,
+        arguments.manifest,
+        arguments.slides,
+        start,
+        arguments.run_dir,
+        tuple(arguments.keep_exports),
+        SlideAccess(*how),
+    )
     if arguments.plan:
         from dinoscope.train.planning import plan_run
 

@@ -1,11 +1,17 @@
-"""Writes the table of all inspected slides, one row a slide, those with problems first."""
+"""Writes the table of all inspected slides, one row a slide, those with problems first.
+
+With --slides it also compares the slides with the slide table, and with --set it tells which are too coarse or too
+small for which tiles. What no single slide is to blame for stands in a first row, whose slide_id is *.
+"""
 
 import argparse
 import logging
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
-from dinoscope.slides.inspection import write_report
+from dinoscope.slides.collection import write_report
+from dinoscope.slides.grid import TileSet
+from dinoscope.slides.table import COLLECTION, read_slide_table
 
 
 def main() -> None:
@@ -18,12 +24,27 @@ def main() -> None:
     )
     parser.add_argument("inspected", type=Path, nargs="+", metavar="SLIDE.json", help="files of inspect_slide.py")
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.tsv", help="table to write")
+    parser.add_argument("--slides", metavar="SPEC", help="slide table (.tsv), folder or glob")
+    parser.add_argument(
+        "--set",
+        nargs=3,
+        action="append",
+        default=[],
+        dest="sets",
+        metavar=("NAME", "PX", "MPP"),
+        help="a tile set that is wanted: its name, side of a tile in pixels, micrometres a pixel; may be repeated",
+    )
     arguments = parser.parse_args()
-    rows = write_report(arguments.output, arguments.inspected)
+    records = read_slide_table(arguments.slides) if arguments.slides else []
+    tile_sets = [TileSet(name, int(tile_px), float(mpp)) for name, tile_px, mpp in arguments.sets]
+    rows = write_report(arguments.output, arguments.inspected, records, tile_sets)
     odd = [row for row in rows if row["problems"] != "none"]
     for row in odd:
         logging.warning("%s: %s", row["slide_id"], row["problems"])
-    logging.info("%d slides inspected, %d with problems", len(rows), len(odd))
+    slides = [row for row in odd if row["slide_id"] != COLLECTION]
+    logging.info(
+        "%d of %d slides have problems; %s says which", len(slides), len(arguments.inspected), arguments.output
+    )
 
 
 if __name__ == "__main__":

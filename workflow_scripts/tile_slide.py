@@ -14,18 +14,29 @@ from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
 from dinoscope.slides.grid import TileSet
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.skipped_tiles import write_skipped
+from dinoscope.slides.skipping import Attempt, add_skip_arguments, try_slide
 from dinoscope.slides.tiling import tile_slide
 from dinoscope.slides.tissue import METHODS
-from dinoscope.visualize.overview import draw_overview, save_jpeg
+from dinoscope.visualize.overview import draw_overview, placeholder, save_jpeg
 
 
 def main() -> None:
     """Parses the command line, tiles, draws."""
     arguments = _parser().parse_args()
     tile_sets = _tile_sets(arguments)
-    with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp) as slide:
-        tissue, grids = tile_slide(slide, tile_sets, arguments.tissue_method)
-        save_jpeg(draw_overview(slide, tissue, grids), arguments.overview)
+
+    def tile() -> None:
+        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
+            tissue, grids = tile_slide(slide, tile_sets, arguments.tissue_method)
+            save_jpeg(draw_overview(slide, tissue, grids), arguments.overview)
+
+    def give_up(reason: str) -> None:
+        write_skipped(arguments.slide_id, tile_sets, reason)
+        save_jpeg(placeholder("this slide was skipped"), arguments.overview)
+
+    how = (arguments.on_error, arguments.attempt, arguments.skip_record)
+    try_slide(tile, give_up, Attempt(arguments.slide, arguments.slide_id, "tiles", *how))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slide-mpp", type=float, metavar="M", help="micrometres a level-0 pixel; what the file says when not given"
     )
+    parser.add_argument("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
+    add_skip_arguments(parser)
     parser.add_argument("--tissue-method", choices=METHODS, default="auto", help="how tissue is found")
     parser.add_argument(
         "--min-tissue",

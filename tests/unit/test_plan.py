@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from dinoscope.errors import ConfigError
 from dinoscope.plan import DEMO_SLIDES, make_plan, one_sentence
 from dinoscope.plan_checks import TARGETS, check_config
+from dinoscope.plan_slides import SlideJobs
 from dinoscope.schema import read_schema, with_defaults
 from dinoscope.train.seal import seal_run
 from tiny_slides import write_manifest
@@ -91,7 +92,7 @@ def test_only_slides_of_the_demo_are_ever_made(config):
         table.write(f"mine\t{mine}\ndemo_he_1\tresults/demo/demo_he_1.tiff\n")
     assert plan_of(config, **{"demo.enabled": True}).demo_slides() == ["results/demo/demo_he_1.tiff"]
     with pytest.raises(ConfigError, match=r"slide demo_he_1: results/demo/demo_he_1\.tiff does not exist"):
-        plan_of(config)
+        SlideJobs(plan_of(config)).input_of("demo_he_1")
 
 
 def test_targets_are_the_rules_of_the_workflow():
@@ -212,12 +213,15 @@ def test_a_recipe_error_names_the_run(config):
 def test_missing_slides_are_named_and_counted(config):
     for index in range(5):
         Path(f"s{index}.svs").unlink()
+    jobs = SlideJobs(plan_of(config))
     with pytest.raises(ConfigError) as error:
-        plan_of(config)
+        jobs.input_of("s3")
     first, *_, last = str(error.value).splitlines()
     assert first == "slide s0: s0.svs does not exist; correct column path of slides.tsv"
     assert last == "… and 2 more slides do not exist"
-    assert make_plan(config, REPOSITORY, check_files=False).slides["s0"].path == Path("s0.svs")
+    assert jobs.input_of("s3", may_be_missing=True) == []
+    skipping = SlideJobs(plan_of(config, **{"slides.on_error": "skip"}))
+    assert skipping.input_of("s3") == [] and skipping.input_of("s5") == ["s5.svs"]
 
 
 def test_runs_that_start_from_other_weights_are_refused(config):

@@ -58,3 +58,17 @@ def test_what_the_sentence_asks_for_helps(folder):
     assert plan(folder, "tiles")[0] == {"tile_slide": 1, "tiles": 1}
     snakemake(folder, "tiles")
     assert (folder / "results" / "tiles" / "features" / "unscaled.parquet").is_file()
+
+
+def test_all_files_of_a_slide_are_inputs(folder, tmp_path):
+    """A changed member, not only the file that is opened, tiles the slide again; staging takes all of them."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.yaml").write_text(CONFIG)
+    (tmp_path / "root.yaml").write_text((folder / "root.yaml").read_text())
+    for name in ("m [1].mrxs", "m [1]/Slidedat.ini", "m [1]/Data0000.dat", "o.vsi", "_o_/stack1/frame_t.ets"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "slides.tsv").write_text("slide_id\tpath\nM\tm [1].mrxs\nO\to.vsi\n")
+    text = plan(tmp_path, "tiles")[1]
+    assert "input: m [1].mrxs, m [1]/Data0000.dat, m [1]/Slidedat.ini" in text
+    assert "input: o.vsi, _o_/stack1/frame_t.ets" in text

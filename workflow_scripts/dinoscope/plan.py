@@ -223,6 +223,14 @@ class Plan:
                     arguments += [option, f"{name}={tiles[key]}"]
         return arguments
 
+    def tile_set_arguments(self) -> list[str]:
+        """Arguments of report_slides.py: each tile set that is wanted, at each of its mpps."""
+        arguments = []
+        for name, tiles in self.config["tiling"]["sets"].items():
+            mpps = tiles["mpp"] if isinstance(tiles["mpp"], list) else [tiles["mpp"]]
+            arguments += [part for mpp in mpps for part in ("--set", name, str(tiles["tile_px"]), str(mpp))]
+        return arguments
+
     def demo_slides(self) -> list[str]:
         """Paths of the slides that the demo makes, if it is enabled."""
         if not self.config["demo"]["enabled"]:
@@ -327,7 +335,7 @@ def make_plan(config: Mapping[str, Any], workflow_dir: Path, *, check_files: boo
     Args:
         config: As read from config/config.yaml.
         workflow_dir: Folder of the Snakefile, with the schemas and the recipes that come with the workflow.
-        check_files: Whether every slide must be there; jobs on other machines need not look again.
+        check_files: Whether weights, images and teachers must be there; jobs on other machines need not look again.
 
     Raises:
         ConfigError: One sentence a problem.

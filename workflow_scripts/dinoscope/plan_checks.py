@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinoscope import user_code
 from dinoscope.data.sources import is_class_name
 from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
@@ -34,7 +35,6 @@ TARGETS = (
 )  # fmt: skip
 
 _CROPS = ("crops.global_crops_size", "crops.local_crops_size", "crops.gram_teacher_crops_size")
-_SHOWN_FILES = 3
 
 
 def check_config(config: Mapping[str, Any], workflow_dir: Path) -> dict[str, Any]:
@@ -104,14 +104,7 @@ def window_problems(plan: "Plan") -> Iterator[str]:
 
 
 def file_problems(plan: "Plan") -> Iterator[str]:
-    """Slides and teachers that do not exist."""
-    made = set(plan.demo_slides())
-    missing = [r for r in plan.slides.values() if str(r.path) not in made and not r.path.exists()]
-    for record in missing[:_SHOWN_FILES]:
-        source = plan.config["slides"]["source"]
-        yield f"slide {record.slide_id}: {record.path} does not exist; correct column path of {source}"
-    if len(missing) > _SHOWN_FILES:
-        yield f"… and {len(missing) - _SHOWN_FILES} more slides do not exist"
+    """Weights, images and teachers that do not exist; slides are looked for when a job needs them (plan_slides.py)."""
     weights = plan.base_run.settings.MODEL.WEIGHTS
     if weights and not Path(weights).exists():
         yield f"recipe {plan.base_run.recipe}: MODEL.WEIGHTS {weights} does not exist"
@@ -128,6 +121,9 @@ def file_problems(plan: "Plan") -> Iterator[str]:
 
 def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
     """Names that refer to nothing, and runs that clash or go round in circles."""
+    reader = config["slides"]["reader"]
+    if reader is not None and not user_code.is_class_name(reader):
+        yield f"slides.reader is {reader!r}, but must read module:Class, e.g. my_formats:ISyntax"
     sets, runs = config["tiling"]["sets"], config["runs"]
     references = [("features.set", config["features"]["set"], sets)]
     references += [(f"runs.{name}.tile_set", run["tile_set"], sets) for name, run in runs.items()]

@@ -18,7 +18,7 @@ from dinoscope.data.images import map_images
 from dinoscope.data.sampler import StepSampler
 from dinoscope.data.sampling import SampleOrder, UniformOrder
 from dinoscope.data.sources import TrainingImages, UserImages, is_class_name
-from dinoscope.data.tiles import SlideTiles, open_tiles
+from dinoscope.data.tiles import SlideAccess, SlideTiles, open_tiles
 from dinoscope.errors import ConfigError, DinoscopeError, SealError
 from dinoscope.processes import die_with_parent
 from dinoscope.resolutions import choice_of_step, resolutions
@@ -102,6 +102,7 @@ def open_images(
     slides: str | None,
     run_dir: Path,
     sealed: Mapping[str, str | None] | None = None,
+    access: SlideAccess | None = None,
 ) -> TrainingImages:
     """What a run is trained on.
 
@@ -111,6 +112,7 @@ def open_images(
         slides: Where the manifest's slides are.
         run_dir: The run's folder, which keeps the list of images that it begins with.
         sealed: Digests under "manifest" and "images" that the run was started with, when it goes on.
+        access: How slides are opened, and what becomes of tiles that cannot be read.
 
     Raises:
         ConfigError: Nothing to train on, or too much.
@@ -120,7 +122,7 @@ def open_images(
     if dataset_path is None:
         if manifest is None or slides is None:
             raise ConfigError("nothing to train on: give --manifest and --slides, or set train.dataset_path")
-        return open_tiles(manifest, slides, sealed.get("manifest"))
+        return open_tiles(manifest, slides, sealed.get("manifest"), access)
     if manifest is not None:
         raise ConfigError(
             f"both --manifest {manifest.name} and train.dataset_path {dataset_path} say what to train on: leave one out"

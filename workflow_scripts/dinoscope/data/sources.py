@@ -5,23 +5,18 @@ Three kinds exist: tiles of slides (tiles.py), a folder of images (images.py) an
 """
 
 import hashlib
-import importlib
 import os
-import re
-import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dinoscope import user_code
 from dinoscope.errors import ConfigError, DinoscopeError
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["TrainingImages", "UserImages", "Window", "is_class_name", "name_without_folders"]
-
-_CLASS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 @dataclass(frozen=True)
@@ -80,12 +75,12 @@ class TrainingImages(Protocol):
 
 def is_class_name(dataset_path: str) -> bool:
     """Whether `train.dataset_path` reads module:Class (folders of such a name come first)."""
-    return bool(_CLASS_NAME.fullmatch(dataset_path)) and not Path(dataset_path).is_dir()
+    return user_code.is_class_name(dataset_path) and not Path(dataset_path).is_dir()
 
 
 def name_without_folders(dataset_path: str | None) -> str | None:
     """What results may say of `train.dataset_path`: a folder's own name, which it keeps when it is moved."""
-    if dataset_path is None or _CLASS_NAME.fullmatch(dataset_path):
+    if dataset_path is None or user_code.is_class_name(dataset_path):
         return dataset_path
     return os.path.basename(os.path.abspath(dataset_path))
 
@@ -173,11 +168,8 @@ class UserImages:
 
 
 def _build(name: str) -> Any:
-    module, _, class_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), class_name)()
+        return user_code.load_class(name)()
     except Exception as error:
         raise ConfigError(
             f"train.dataset_path {name} is no folder, and as module:Class it cannot be built: {_told(error)}; the "
@@ -197,11 +189,7 @@ def _length(images: Any, name: str) -> int:
 
 def _told(error: Exception) -> str:
     """An error of the user's code in one line, with the place it came from."""
-    stack = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in stack if frame.filename != __file__ and not frame.filename.startswith("<")]
-    own = [frame for frame in frames if frame.filename.startswith(os.getcwd())] or frames
-    place = f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+    return user_code.told(error, __file__)
 
 
 def _kind(value: Any) -> str:

@@ -6,6 +6,7 @@ which rows are of one slide: they follow each other.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -17,14 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinoscope.data.sources import Window
-from dinoscope.errors import ConfigError, ManifestError
+from dinoscope.errors import ConfigError, ManifestError, SlideError
 from dinoscope.files import atomic_path
 from dinoscope.slides.manifest import manifest_digest
 from dinoscope.slides.reader import SlidePool
+from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import SlideRecord, read_slide_table
 
-__all__ = ["MappedTiles", "SlideRows", "SlideTiles", "Tile", "TileKind", "map_manifest", "open_tiles"]
+__all__ = ["MappedTiles", "SlideAccess", "SlideRows", "SlideTiles", "Tile", "TileKind", "map_manifest", "open_tiles"]
 
+_log = logging.getLogger(__name__)
+_MAX_REPLACEMENTS, _MAX_SEARCH = 20, 200
 _SCHEMA = pa.schema([("kind", pa.int32()), ("x", pa.int32()), ("y", pa.int32())])
 _KIND_COLUMNS = ["level", "read_px", "tile_px", "mpp", "footprint_px"]
 
@@ -58,6 +62,23 @@ class SlideRows:
     stratum: str
     start: int
     count: int
+
+
+@dataclass(frozen=True)
+class SlideAccess:
+    """How slides are opened, and what becomes of tiles that cannot be read.
+
+    Attributes:
+        reader: module:Class of a reader for formats that OpenSlide lacks.
+        on_error: "fail", or "skip": another tile stands in for one that cannot be read.
+        records: Folder in which slides with such tiles are written down, in a part of the run's name.
+        run: The run's name.
+    """
+
+    reader: str | None = None
+    on_error: str = "fail"
+    records: Path | None = None
+    run: str = "training"
 
 
 class MappedTiles:
@@ -110,9 +131,12 @@ def _values(column: pa.Array) -> np.ndarray:
 class SlideTiles:
     """The tiles of a manifest, read from their slides (a `TrainingImages`)."""
 
-    def __init__(self, tiles: MappedTiles, slides: Sequence[SlideRecord], digest: str) -> None:
+    def __init__(
+        self, tiles: MappedTiles, slides: Sequence[SlideRecord], digest: str, access: SlideAccess | None = None
+    ) -> None:
         """Takes the tiles, the slides that they are on, and the manifest's digest."""
-        self.tiles, self._digest = tiles, digest
+        self.tiles, self._digest, self._access = tiles, digest, access or SlideAccess()
+        self._unreadable: set[str] = set()
         self.slide_ids = sorted({kind.slide_id for kind in tiles.kinds})
         records = {slide.slide_id: slide for slide in slides}
         used = [records[slide_id] for slide_id in self.slide_ids]
@@ -121,6 +145,7 @@ class SlideTiles:
         self._slides = SlidePool(
             {slide.slide_id: slide.path for slide in used},
             {slide.slide_id: slide.mpp for slide in used if slide.mpp is not None},
+            reader=self._access.reader,
         )
 
     @property
@@ -132,12 +157,50 @@ class SlideTiles:
         return len(self.tiles)
 
     def read(self, index: int) -> tuple[np.ndarray, str]:
-        """The tile, resampled, and its id: slide_id@x,y in level-0 pixels."""
+        """The tile, resampled, and its id: slide_id@x,y in level-0 pixels.
+
+        Where slides are skipped on error, a tile that cannot be read is replaced by another of the same stain, always
+        by the same one.
+
+        Raises:
+            SlideError: The slide cannot be read there; where slides are skipped, not even many others can.
+        """
+        for draw in range(_MAX_REPLACEMENTS):
+            try:
+                return self._read(index)
+            except SlideError as error:
+                if self._access.on_error == "fail" or draw == _MAX_REPLACEMENTS - 1:
+                    raise
+                self._note(index, error)
+                index = self._replacement(index, draw)
+        raise AssertionError
+
+    def _read(self, index: int) -> tuple[np.ndarray, str]:
         tile = self.tiles[index]
         kind = tile.kind
         slide = self._slides[kind.slide_id]
         image = slide.read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
         return image, self.sample_id(index)
+
+    def _replacement(self, index: int, draw: int) -> int:
+        """A tile of the same stain, drawn from the number of the one that cannot be read, of another slide if any."""
+        stain, slide_id = self.stain(index), self.tiles[index].kind.slide_id
+        candidates = np.random.default_rng([index, draw]).integers(len(self), size=_MAX_SEARCH).tolist()
+        alike = [other for other in candidates if self.stain(other) == stain]
+        others = [other for other in alike if self.tiles[other].kind.slide_id != slide_id]
+        return (others or alike or candidates)[0]
+
+    def _note(self, index: int, error: SlideError) -> None:
+        """Writes down, once a process, that tiles of a slide cannot be read."""
+        slide_id = self.tiles[index].kind.slide_id
+        if slide_id in self._unreadable:
+            return
+        self._unreadable.add(slide_id)
+        record = None
+        if self._access.records is not None:
+            record = self._access.records / f"training_{self._access.run}" / f"{slide_id}.json"
+        attempt = Attempt(self._slides.path(slide_id), slide_id, f"training_{self._access.run}", "skip", 0, record)
+        attempt.end(f"other tiles stand in for those that cannot be read: {error}")
 
     def sample_id(self, index: int) -> str:
         """slide_id@x,y in level-0 pixels."""
@@ -171,13 +234,14 @@ def _stratum(slide: SlideRecord) -> str:
     return " / ".join(part or "unknown" for part in known) if any(known) else "unknown"
 
 
-def open_tiles(manifest: Path, slides: str, sealed: str | None = None) -> SlideTiles:
+def open_tiles(manifest: Path, slides: str, sealed: str | None = None, access: SlideAccess | None = None) -> SlideTiles:
     """The tiles of a merged manifest on the slides of a table, a folder or a glob.
 
     Args:
         manifest: The merged manifest; its mapped form is kept in `.mapped` beside it.
         slides: Where the slides are.
         sealed: Digest of the manifest that a run was started with, when it goes on.
+        access: How slides are opened.
 
     Raises:
         ManifestError: See `map_manifest`.
@@ -188,7 +252,7 @@ def open_tiles(manifest: Path, slides: str, sealed: str | None = None) -> SlideT
     unknown = {kind.slide_id for kind in tiles.kinds} - {slide.slide_id for slide in records}
     if unknown:
         raise ConfigError(f"the manifest has tiles of slide {min(unknown)}, which {slides} does not list")
-    return SlideTiles(tiles, records, sealed or manifest_digest(manifest))
+    return SlideTiles(tiles, records, sealed or manifest_digest(manifest), access)
 
 
 def map_manifest(manifest: Path, folder: Path, digest: str | None = None) -> MappedTiles:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoscope.errors import DinoscopeError, FeaturesError, ManifestError
+from dinoscope.errors import DinoscopeError, FeaturesError, ManifestError, SlideError
 from dinoscope.features.overlap import BackgroundThread, HostCopy
 from dinoscope.features.read_ahead import SlideTiles, load_tiles, read_batches
 from dinoscope.features.writers import FeatureInfo, FeatureWriter, open_features, write_features
@@ -23,6 +23,7 @@ from dinoscope.models.weights import read_model_file, state_digest
 from dinoscope.progress import progress
 from dinoscope.slides.manifest import manifest_digest
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.skipping import Attempt
 
 __all__ = [
     "POOLINGS",
@@ -49,6 +50,7 @@ class ExtractSettings:
         batch_size: Tiles a forward pass.
         workers: Threads that read tiles ahead; 0 reads in the main thread.
         dense: Also store the features of every patch, (N, h, w, D) float16.
+        slide_reader: module:Class of a reader for formats that OpenSlide lacks.
     """
 
     pooling: str = "cls"
@@ -56,6 +58,7 @@ class ExtractSettings:
     batch_size: int = 64
     workers: int = 2
     dense: bool = False
+    slide_reader: str | None = None
 
 
 @dataclass
@@ -116,18 +119,13 @@ class Extractor:
             SlideError: The slide cannot be opened or read.
         """
         tiles = load_tiles(tiles_path)
-        grid = self._patch_grid(tiles)
         stats = ExtractStats(len(tiles))
+        if tiles.skipped:
+            self._write_none(tiles, tiles_path, output)
+            return stats
         with (
-            Slide(slide_path, slide_id=tiles.slide_id) as slide,
-            write_features(
-                output,
-                self._info(tiles, manifest_digest(tiles_path)),
-                len(tiles),
-                self.feature_dim,
-                dtype=self.settings.dtype,
-                patch_shape=(grid, grid, self.model.embed_dim) if self.settings.dense else None,
-            ) as writer,
+            Slide(slide_path, tiles.slide_id, reader=self.settings.slide_reader) as slide,
+            self._writing(tiles, tiles_path, output, len(tiles)) as writer,
             progress(f"features of {tiles.slide_id} by {self.model_name}", len(tiles), unit="tiles") as shown,
         ):
             _check_same_slide(slide, tiles)
@@ -135,6 +133,10 @@ class Extractor:
                 for num_done in batches:
                     shown.advance(num_done)
         return stats
+
+    def skip(self, tiles_path: Path, output: Path) -> None:
+        """Writes a feature file without rows for a slide whose tiles cannot be read."""
+        self._write_none(load_tiles(tiles_path), tiles_path, output)
 
     def is_finished(self, tiles_path: Path, output: Path) -> bool:
         """Whether `output` holds just what `extract` would write: same weights, tiles and settings."""
@@ -169,6 +171,23 @@ class Extractor:
             if not self.settings.dense:
                 return pooled, None
             return pooled, out["patches"].unflatten(1, (images.shape[1] // self.model.patch_size, -1)).half()
+
+    def _writing(
+        self, tiles: SlideTiles, tiles_path: Path, output: Path, num_rows: int
+    ) -> contextlib.AbstractContextManager[FeatureWriter]:
+        grid = self._patch_grid(tiles)
+        return write_features(
+            output,
+            self._info(tiles, manifest_digest(tiles_path)),
+            num_rows,
+            self.feature_dim,
+            dtype=self.settings.dtype,
+            patch_shape=(grid, grid, self.model.embed_dim) if self.settings.dense else None,
+        )
+
+    def _write_none(self, tiles: SlideTiles, tiles_path: Path, output: Path) -> None:
+        with self._writing(tiles, tiles_path, output, 0):
+            pass
 
     def _embed_and_write(
         self, slide: Slide, tiles: SlideTiles, writer: FeatureWriter, stats: ExtractStats
@@ -284,25 +303,40 @@ def weights_digest(path: str | os.PathLike[str]) -> str:
 
 
 def extract_slides(
-    extractor: Extractor, jobs: Sequence[tuple[Path, Path, Path]], *, keep_finished: bool = False
+    extractor: Extractor,
+    jobs: Sequence[tuple[Path, Path, Path]],
+    *,
+    keep_finished: bool = False,
+    attempts: Sequence[Attempt] | None = None,
 ) -> None:
     """Extracts slide after slide; one that fails does not stop those after it.
 
     Args:
         jobs: (slide, tile manifest, output) a slide.
         keep_finished: Leave outputs alone that already hold the very same.
+        attempts: One a job: whether a slide that cannot be read is skipped, which gives it a file without rows, and
+            where that is written down.
 
     Raises:
         FeaturesError: Some slides failed; what each of them suffered from is logged.
     """
     failures: list[DinoscopeError] = []
-    for slide_path, tiles_path, output in jobs:
+    for number, (slide_path, tiles_path, output) in enumerate(jobs):
         try:
             if keep_finished and extractor.is_finished(tiles_path, output):
                 _log.info("%s: finished before, kept", output.stem)
                 continue
-            stats = extractor.extract(slide_path, tiles_path, output)
-            _log.info("%s: %s", output.stem, stats.line())
+            attempt = attempts[number] if attempts else Attempt(slide_path, output.stem, "features")
+            try:
+                stats = extractor.extract(slide_path, tiles_path, output)
+            except SlideError as error:
+                if attempt.on_error == "fail":
+                    raise
+                extractor.skip(tiles_path, output)
+                attempt.end(error)
+            else:
+                _log.info("%s: %s", output.stem, stats.line())
+                attempt.end(None)
         except DinoscopeError as error:
             if len(jobs) == 1:
                 raise

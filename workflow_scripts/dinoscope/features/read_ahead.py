@@ -34,6 +34,7 @@ class SlideTiles:
         width: Of the slide, level-0 pixels.
         height: Likewise.
         level0_mpp: Micrometres a level-0 pixel.
+        skipped: Why the slide was skipped when it was tiled; None if it was not. Its size is 0 x 0 then.
     """
 
     slide_id: str
@@ -48,6 +49,7 @@ class SlideTiles:
     width: int
     height: int
     level0_mpp: float
+    skipped: str | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -69,7 +71,8 @@ def load_tiles(path: Path) -> SlideTiles:
     if slide_id is None or set(table["slide_id"].unique().to_pylist()) - {slide_id}:
         raise ManifestError(f"{path} holds the tiles of several slides; give the one of this slide, of results/tiles")
     tile_px, mpp = metadata["tile_px"], metadata["requested_mpp"]
-    level0_mpp = (metadata["mpp_x"] + metadata["mpp_y"]) / 2
+    skipped = metadata.get("error")
+    level0_mpp = mpp if skipped else (metadata["mpp_x"] + metadata["mpp_y"]) / 2
     for name in ("tile_px", "mpp", "footprint_px"):
         values = sorted(table[name].unique().to_pylist())
         if len(values) > 1:
@@ -85,9 +88,10 @@ def load_tiles(path: Path) -> SlideTiles:
         overlap_px=max(0, tile_px - metadata["stride_px"]),
         mpp=mpp,
         footprint_px=footprints[0] if footprints else round(tile_px * mpp / level0_mpp),
-        width=metadata["width"],
-        height=metadata["height"],
+        width=metadata["width"] or 0,
+        height=metadata["height"] or 0,
         level0_mpp=level0_mpp,
+        skipped=skipped,
     )
 
 

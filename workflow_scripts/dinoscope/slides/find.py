@@ -5,14 +5,16 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dinoscope.slides.members import mirax_members, vms_members
+from dinoscope.slides.members import UNSUPPORTED, mirax_members, vms_members, vsi_members
 
 __all__ = ["SLIDE_SUFFIXES", "find_slides", "slide_files"]
 
-# What OpenSlide 4 opens.
+# What OpenSlide 4 opens. Of other formats (members.UNSUPPORTED) a folder lists the slides too, so that none is missed
+# silently: each ends in an error that names a converter, or is read by slides.reader.
 SLIDE_SUFFIXES = (
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm",
 )  # fmt: skip
+_LISTED = {*SLIDE_SUFFIXES, *UNSUPPORTED} - {".ets"}
 
 
 def find_slides(spec: str) -> Iterator[Path]:
@@ -36,10 +38,14 @@ def find_slides(spec: str) -> Iterator[Path]:
 def slide_files(path: Path) -> list[Path]:
     """The files that a slide consists of besides `path` itself (MIRAX, VMS, a DICOM folder), as far as they exist."""
     suffix = path.suffix.lower()
-    if path.is_dir():
+    if not os.path.exists(path):
+        members = []
+    elif path.is_dir():
         members = sorted(file for file in path.iterdir() if file.is_file())
     elif suffix == ".mrxs":
         members = mirax_members(path)
+    elif suffix == ".vsi":
+        members = vsi_members(path)
     elif suffix in (".vms", ".vmu") and path.is_file():
         members = vms_members(path)
     else:
@@ -58,7 +64,7 @@ def _slides_among(paths: Iterable[Path]) -> Iterator[Path]:
         if is_dicom and folder not in dicom_folders:
             dicom_folders.add(folder)
             yield folder
-        elif not is_dicom and path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir():
+        elif not is_dicom and path.suffix.lower() in _LISTED and not path.is_dir():
             yield path
 
 

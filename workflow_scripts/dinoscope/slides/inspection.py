@@ -1,95 +1,85 @@
-"""What is known of a slide before anything expensive starts, and the table of a whole collection's problems."""
+"""What is known of a slide before anything expensive starts; free of personal data."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import hashlib
 from typing import Any
 
 import numpy as np
 
-from dinoscope.errors import SlideError
-from dinoscope.files import read_json, write_text
+from dinoscope.slides.focal_planes import focal_planes
+from dinoscope.slides.looks import describe_looks
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.resolution import MAX_ANISOTROPY
 
-__all__ = ["REPORT_COLUMNS", "describe_slide", "report_rows", "without_file_name", "write_report"]
+__all__ = ["THUMBNAIL_PX", "describe_slide"]
 
+THUMBNAIL_PX = 2048
 _PROBE_PX = 64
-REPORT_COLUMNS = ("slide_id", "problems", "width", "height", "mpp_x", "mpp_y", "mpp_source", "vendor", "num_levels")
 
 
-def describe_slide(slide: Slide) -> dict[str, Any]:
-    """All that later stages and a reader of the report want to know of a slide; free of personal data.
+def describe_slide(slide: Slide) -> tuple[dict[str, Any], np.ndarray]:
+    """All that later stages and a reader of the report want to know of a slide, and its thumbnail.
 
     Reads the corners and the middle of every level, so that a file whose end is missing is found out.
 
     Raises:
         SlideError: The slide cannot be read there.
     """
+    digest = hashlib.sha256(f"{slide.width}x{slide.height}".encode())
     for level, (width, height) in enumerate(slide.level_dimensions):
-        _probe(slide, level, width, height)
+        probes = _probe(slide, level, width, height)
+        if level == 0:
+            digest.update(probes)
+    thumbnail = slide.thumbnail(THUMBNAIL_PX)
+    digest.update(thumbnail.tobytes())
+    planes = focal_planes(slide.vendor, slide.properties_of_planes(), slide.path, (slide.width, slide.height))
     known = slide.mpp_problem is None
-    warnings = list(slide.warnings)
-    if not known:
+    description = {
+        "slide_id": slide.slide_id,
+        "width": slide.width,
+        "height": slide.height,
+        "bounds": list(slide.bounds),
+        "mpp_x": slide.mpp_x if known else None,
+        "mpp_y": slide.mpp_y if known else None,
+        "mpp_source": slide.mpp_source,
+        "mpp_problem": slide.mpp_problem,
+        "vendor": slide.vendor,
+        "scanner": slide.scanner,
+        "num_levels": slide.num_levels,
+        "level_dimensions": [list(size) for size in slide.level_dimensions],
+        "level_downsamples": list(slide.level_downsamples),
+        "objective_power": slide.objective_power,
+        "has_icc_profile": slide.has_icc_profile,
+        "focal_planes": planes._asdict(),
+        "looks": describe_looks(thumbnail),
+        # of pixels, not of the file: a copy without its metadata has the same
+        "content": digest.hexdigest()[:32] if np.ptp(thumbnail) else None,
+        "warnings": [*slide.warnings, *_warnings(slide)],
+    }
+    if planes.warning:
+        description["warnings"].append(planes.warning)
+    return description, thumbnail
+
+
+def _warnings(slide: Slide) -> list[str]:
+    warnings = []
+    if slide.mpp_problem is not None:
         warnings.append(f"the file {slide.mpp_problem}")
-    elif abs(slide.mpp_x - slide.mpp_y) > 0.01 * slide.mpp:
+    elif abs(slide.mpp_x - slide.mpp_y) > MAX_ANISOTROPY * slide.mpp:
         warnings.append(
             f"mpp is {slide.mpp_x:.4g} horizontally and {slide.mpp_y:.4g} vertically: give the one to use in column "
             "mpp of slides.tsv"
         )
     if slide.num_levels == 1 and max(slide.width, slide.height) > 20_000:
         warnings.append("the file has no lower-resolution levels, which makes tiling slow: convert it to a pyramid")
-    return {
-        "slide_id": slide.slide_id,
-        "width": slide.width,
-        "height": slide.height,
-        "mpp_x": slide.mpp_x if known else None,
-        "mpp_y": slide.mpp_y if known else None,
-        "mpp_source": slide.mpp_source,
-        "vendor": slide.vendor,
-        "num_levels": slide.num_levels,
-        "level_dimensions": [list(size) for size in slide.level_dimensions],
-        "level_downsamples": list(slide.level_downsamples),
-        "objective_power": slide.objective_power,
-        "has_icc_profile": slide.has_icc_profile,
-        "warnings": warnings,
-    }
+    return warnings
 
 
-def without_file_name(error: SlideError, path: str | Path) -> str:
-    """The message of an error without the file's name and folder, fit for results that may be passed on."""
-    path = Path(path)
-    return str(error).replace(f" (file {path.name})", "").replace(f"{path.stem}/", "")
-
-
-def report_rows(documents: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row a slide, those with problems first, then by slide_id.
-
-    Args:
-        documents: What `describe_slide` returned, or {"slide_id", "error"} of slides that could not be read.
-    """
-    rows = []
-    for document in documents:
-        problems = [document["error"]] if "error" in document else document["warnings"]
-        row = {name: _cell(document.get(name)) for name in REPORT_COLUMNS}
-        rows.append(row | {"problems": _cell("; ".join(problems) or "none")})
-    return sorted(rows, key=lambda row: (row["problems"] == "none", row["slide_id"]))
-
-
-def write_report(path: str | Path, inspected: Sequence[str | Path]) -> list[dict[str, str]]:
-    """Writes the table of `report_rows` for inspected slides as tab-separated text and returns its rows."""
-    rows = report_rows(read_json(document) for document in inspected)
-    lines = ["\t".join(REPORT_COLUMNS), *("\t".join(row[name] for name in REPORT_COLUMNS) for row in rows)]
-    write_text(path, "\n".join(lines) + "\n")
-    return rows
-
-
-def _probe(slide: Slide, level: int, width: int, height: int) -> None:
-    downsample = slide.level_downsamples[level]
+def _probe(slide: Slide, level: int, width: int, height: int) -> bytes:
+    """Pixels of the corners, the middle and the middles of the sides of a level."""
+    downsample, pixels = slide.level_downsamples[level], []
     columns, rows = min(_PROBE_PX, width), min(_PROBE_PX, height)
     for left in np.unique([0, (width - columns) // 2, width - columns]):
         for top in np.unique([0, (height - rows) // 2, height - rows]):
-            slide.read_region(int(left * downsample), int(top * downsample), level, columns, rows)
-
-
-def _cell(value: object) -> str:
-    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split())
+            region = slide.read_region(int(left * downsample), int(top * downsample), level, columns, rows)
+            pixels.append(region.tobytes())
+    return b"".join(pixels)

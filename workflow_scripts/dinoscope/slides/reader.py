@@ -2,6 +2,7 @@
 
 Coordinates are level-0 pixels, x before y; sizes are pixels of the level that is read. Label and macro images are
 never touched, and of a file's properties only those in `_ALLOWED` are looked at: the rest may hold names and dates.
+Formats that OpenSlide lacks are read by a class of the user's own (user_reader.py).
 """
 
 import ctypes
@@ -20,10 +21,13 @@ from openslide import lowlevel
 
 from dinoscope.errors import SlideError
 from dinoscope.slides.fast_tiff import FastLevels
-from dinoscope.slides.members import dicom_series, file_to_open, mirax_members, vms_members
+from dinoscope.slides.focal_planes import PLANE_PROPERTIES
+from dinoscope.slides.members import dicom_series, file_to_open, mirax_members, unsupported_format, vms_members
 from dinoscope.slides.resample import average_squares, resample_square
 from dinoscope.slides.resolution import Resolution, find_resolution, positive_number
+from dinoscope.slides.scanners import MODEL_PROPERTIES, scanner_model
 from dinoscope.slides.tile_cache import TileCache
+from dinoscope.slides.user_reader import UserReader, serves
 
 __all__ = ["OPENSLIDE_VERSION", "Slide", "SlidePool"]
 
@@ -32,10 +36,17 @@ log = logging.getLogger(__name__)
 OPENSLIDE_VERSION: str = openslide.__library_version__
 _BLOCK_PX = (4096, 1024)
 _VENDORS_OF_PLAIN_TIFF = frozenset({"aperio", "generic-tiff"})  # levels are images of their own, tiles edge to edge
+_SETS_OF_FILES = {".mrxs", ".vms", ".vmu", ".dcm", ""}
+_MAX_SIDE = 2**31  # coordinates are stored in 32 bits
+_MOST_PIXELS_PER_BYTE = 100_000  # far above what any compression of empty glass reaches
 _ALLOWED = frozenset(
     {
         "dicom.SeriesInstanceUID",
         "openslide.background-color",
+        "openslide.bounds-height",
+        "openslide.bounds-width",
+        "openslide.bounds-x",
+        "openslide.bounds-y",
         "openslide.icc-size",
         "openslide.mpp-x",
         "openslide.mpp-y",
@@ -44,6 +55,8 @@ _ALLOWED = frozenset(
         "tiff.ResolutionUnit",
         "tiff.XResolution",
         "tiff.YResolution",
+        *MODEL_PROPERTIES,
+        *PLANE_PROPERTIES,
     }
 )
 
@@ -59,10 +72,12 @@ class Slide:
         width, height: Size of level 0 in pixels.
         level_dimensions: (width, height) of every level in pixels.
         level_downsamples: Level-0 pixels a pixel, of every level.
-        mpp_source: "file", "table" (given by the user) or None when unknown.
+        mpp_source: "file", "table" (given by the user), "objective" (a guess from its power) or None when unknown.
         mpp_problem: Why `mpp` cannot be used, as the end of a sentence about the slide, or None when it can.
         vendor: OpenSlide's name of the format.
         objective_power: Nominal magnification, or None.
+        scanner: Model of the scanner, one of `scanners.MODELS`, or None.
+        bounds: Left, top, width and height of what was scanned, in level-0 pixels; all of the slide where unknown.
         background: RGB of places that were never scanned.
         warnings: Sentences about what looks odd.
     """
@@ -73,6 +88,7 @@ class Slide:
         slide_id: str | None = None,
         mpp: float | None = None,
         cache: TileCache | None = None,
+        reader: str | None = None,
     ) -> None:
         """Opens the slide at `path`: a file, or the folder of one DICOM series.
 
@@ -81,25 +97,31 @@ class Slide:
             slide_id: Its name in messages; the file's stem when not given.
             mpp: Micrometres a pixel of level 0, in place of what the file says.
             cache: Where decoded tiles are kept; one of its own when not given.
+            reader: module:Class of a reader for formats that OpenSlide lacks (see user_reader.py).
 
         Raises:
             SlideError: The slide is missing, empty, damaged, unknown to OpenSlide, or `mpp` is implausible.
+            ConfigError: There is no such reader.
         """
         self.path = Path(path)
         self.slide_id = slide_id if slide_id is not None else self.path.stem
         self._name = f"slide {self.slide_id!r} (file {self.path.name})"
         self.warnings: list[str] = []
-        self._file = file_to_open(self.path, self._name)
+        own = serves(reader, self.path)
+        self._file = file_to_open(self.path, self._name, any_folder=own)
         self._fast: FastLevels | None = None
-        self._openslide, self._closed = self._open(), False
+        self._openslide, self._closed = UserReader(reader, self.path, self._name) if own else self._open(), False
         self.level_dimensions = self._openslide.level_dimensions
         self.level_downsamples = self._openslide.level_downsamples
         self.num_levels = len(self.level_dimensions)
         self.width, self.height = self.level_dimensions[0]
+        self._refuse_impossible_size()
         self.vendor = self._property("openslide.vendor") or "unknown"
         self.objective_power = positive_number(self._property("openslide.objective-power"))
         self.has_icc_profile = self._property("openslide.icc-size") is not None
         self.background = _colour(self._property("openslide.background-color"))
+        self.scanner = scanner_model({name: self._property(name) for name in MODEL_PROPERTIES})
+        self.bounds = self._scanned_bounds()
         self._resolution = find_resolution({name: self._property(name) for name in _ALLOWED}, mpp)
         self.mpp_source, self.mpp_problem = self._resolution.source, self._resolution.problem
         if self._resolution.warning:
@@ -107,9 +129,9 @@ class Slide:
             log.warning("slide %r: %s", self.slide_id, self._resolution.warning)
         if mpp is not None:
             self._known_resolution()
-        if self.path.is_dir():
+        if self.path.is_dir() and self.vendor == "dicom":
             self._refuse_second_series()
-        if self.vendor in _VENDORS_OF_PLAIN_TIFF:
+        if self.vendor in _VENDORS_OF_PLAIN_TIFF and not own:
             self._fast = FastLevels(self._file, self.slide_id, self.level_dimensions, self.level_downsamples, cache)
 
     def __enter__(self) -> Self:
@@ -148,7 +170,7 @@ class Slide:
     def read_region(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
         """Reads a rectangle of one level.
 
-        What lies outside the slide, and what was never scanned, has the slide's background colour.
+        What lies outside the slide or its bounds, and what was never scanned, has the slide's background colour.
 
         Args:
             x, y: Top-left corner in level-0 pixels; may be negative.
@@ -162,9 +184,9 @@ class Slide:
             SlideError: The file is damaged here.
         """
         downsample = self.level_downsamples[level]
-        level_width, level_height = self.level_dimensions[level]
-        left, right = _inside(x / downsample, width_px, level_width)
-        top, bottom = _inside(y / downsample, height_px, level_height)
+        (first_x, scanned_x), (first_y, scanned_y) = self._bounds_of(level)
+        left, right = _inside(x / downsample - first_x, width_px, scanned_x)
+        top, bottom = _inside(y / downsample - first_y, height_px, scanned_y)
         if (left, top, right, bottom) == (0, 0, width_px, height_px):
             return self._read(x, y, level, width_px, height_px)
         image = np.empty((height_px, width_px, 3), np.uint8)
@@ -244,6 +266,8 @@ class Slide:
 
     def files(self) -> list[Path]:
         """All files that make up the slide: one, or those of a MIRAX, VMS or DICOM slide."""
+        if isinstance(self._openslide, UserReader):
+            return self._openslide.files()
         if self.vendor == "mirax":
             return mirax_members(self._file)
         if self.vendor == "hamamatsu" and self._file.suffix.lower() in {".vms", ".vmu"}:
@@ -256,6 +280,8 @@ class Slide:
         try:
             return openslide.OpenSlide(str(self._file))
         except openslide.OpenSlideUnsupportedFormatError:
+            if converter := unsupported_format(self._file):
+                raise SlideError(f"{self._name} {converter}") from None
             size = self._file.stat().st_size
             raise SlideError(
                 f"{self._name} is not a slide that OpenSlide can open, or it is cut short ({size:,} bytes): compare "
@@ -266,6 +292,8 @@ class Slide:
 
     def _read(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
         """Reads a rectangle that lies on the level."""
+        if isinstance(self._openslide, UserReader):
+            return self._openslide.read_region(x, y, level, width_px, height_px, self.background)
         if self._fast is not None:
             region = self._fast.read(x, y, level, width_px, height_px, self._reference)
             if region is not None:
@@ -295,6 +323,33 @@ class Slide:
         reason = str(error).replace(str(self._file), "the file").replace(f"{self._file.parent}/", "")
         return SlideError(f"{self._name} {what}, it is damaged or cut short ({reason}): copy it again from the scanner")
 
+    def _scanned_bounds(self) -> tuple[int, int, int, int]:
+        """The file's bounds, where it has any that lie on the slide."""
+        whole = (0, 0, self.width, self.height)
+        try:
+            given = (int(self._property(f"openslide.bounds-{name}") or "") for name in ("x", "y", "width", "height"))
+            left, top, width, height = given
+        except ValueError:
+            return whole
+        right, bottom = min(left + width, self.width), min(top + height, self.height)
+        left, top = max(left, 0), max(top, 0)
+        return (left, top, right - left, bottom - top) if right > left and bottom > top else whole
+
+    def _bounds_of(self, level: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """First pixel of a level and number of its pixels inside the bounds, horizontally and vertically."""
+        left, top, width, height = self.bounds
+        downsample = self.level_downsamples[level]
+        return tuple(
+            (0, pixels) if (first, count) == (0, side) else (first / downsample, count / downsample)
+            for first, count, side, pixels in zip(
+                (left, top), (width, height), (self.width, self.height), self.level_dimensions[level], strict=True
+            )
+        )
+
+    def properties_of_planes(self) -> dict[str, str | None]:
+        """What the file says of its focal planes (`focal_planes.PLANE_PROPERTIES`)."""
+        return {name: self._property(name) for name in PLANE_PROPERTIES}
+
     def _property(self, name: str) -> str | None:
         assert name in _ALLOWED, f"property {name} is not on the list of those that hold no personal data"
         return self._openslide.properties.get(name)
@@ -314,6 +369,19 @@ class Slide:
     def _dicom_files(self) -> Iterator[tuple[Path, bool]]:
         return dicom_series(self._file.parent, self._property("dicom.SeriesInstanceUID") or "")
 
+    def _refuse_impossible_size(self) -> None:
+        """Refuses a size that the file cannot hold, before anyone reserves memory for it; sets of files are trusted."""
+        if isinstance(self._openslide, UserReader) or self._file.suffix.lower() in _SETS_OF_FILES:
+            return
+        num_bytes = self._file.stat().st_size
+        too_many = self.width * self.height > _MOST_PIXELS_PER_BYTE * num_bytes
+        if too_many or max(self.width, self.height) >= _MAX_SIDE:
+            self.close()
+            raise SlideError(
+                f"{self._name} says that it has {self.width:,} x {self.height:,} pixels, but has only {num_bytes:,} "
+                "bytes: it is damaged; copy it again from the scanner"
+            )
+
     def _refuse_second_series(self) -> None:
         if not all(same for _, same in self._dicom_files()):
             self.close()
@@ -331,10 +399,17 @@ class SlidePool:
     """
 
     def __init__(
-        self, paths: Mapping[str, str | os.PathLike[str]], mpp: Mapping[str, float] | None = None, max_open: int = 16
+        self,
+        paths: Mapping[str, str | os.PathLike[str]],
+        mpp: Mapping[str, float] | None = None,
+        max_open: int = 16,
+        reader: str | None = None,
     ) -> None:
-        """Takes the files by slide id, and micrometres a pixel for those slides whose file is to be overruled."""
-        self._paths, self._mpp, self._max_open = dict(paths), dict(mpp or {}), max_open
+        """Takes the files by slide id, and micrometres a pixel for those slides whose file is to be overruled.
+
+        `reader` is module:Class of a reader for formats that OpenSlide lacks.
+        """
+        self._paths, self._mpp, self._max_open, self._reader = dict(paths), dict(mpp or {}), max_open, reader
         self._open: OrderedDict[str, Slide] = OrderedDict()
         self._pid, self._cache = os.getpid(), TileCache()
 
@@ -344,16 +419,20 @@ class SlidePool:
             self._open, self._pid, self._cache = OrderedDict(), os.getpid(), TileCache()
         slide = self._open.pop(slide_id, None)
         if slide is None:
-            slide = Slide(self._paths[slide_id], slide_id, self._mpp.get(slide_id), self._cache)
+            slide = Slide(self._paths[slide_id], slide_id, self._mpp.get(slide_id), self._cache, self._reader)
         self._open[slide_id] = slide
         while len(self._open) > self._max_open:
             self._open.popitem(last=False)[1].close()
         return slide
 
-    def __getstate__(self) -> tuple[dict, dict, int]:
-        return self._paths, self._mpp, self._max_open
+    def path(self, slide_id: str) -> Path:
+        """Where a slide lies."""
+        return Path(self._paths[slide_id])
 
-    def __setstate__(self, state: tuple[dict, dict, int]) -> None:
+    def __getstate__(self) -> tuple[dict, dict, int, str | None]:
+        return self._paths, self._mpp, self._max_open, self._reader
+
+    def __setstate__(self, state: tuple[dict, dict, int, str | None]) -> None:
         self.__init__(*state)
 
     def close(self) -> None:
@@ -400,7 +479,7 @@ def _span(start: float, side: float, length: int, downsample: float) -> tuple[in
     return level0, count, start - begin
 
 
-def _inside(start: float, count: int, length: int) -> tuple[int, int]:
+def _inside(start: float, count: int, length: float) -> tuple[int, int]:
     """Which of the `count` pixels from `start` lie on a level of `length` pixels, at least in part."""
     first = math.ceil(-start - 1e-6) if start < 0 else 0
     last = min(count, math.ceil(length - start - 1e-6))

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["MAX_MPP", "MIN_MPP", "Resolution", "find_resolution", "positive_number"]
+__all__ = ["MAX_ANISOTROPY", "MAX_MPP", "MIN_MPP", "Resolution", "find_resolution", "positive_number"]
 
 MIN_MPP, MAX_MPP = 0.05, 50.0
+MAX_ANISOTROPY = 0.01
 _TOLERATED_CONTRADICTION = 0.05
+_OBJECTIVE_TIMES_MPP = 10.0  # of common scanners: 0.25 um a pixel at 40x, 0.5 at 20x
 _MICROMETRES_PER_UNIT = {"inch": 25400.0, "centimeter": 10000.0}
 
 
@@ -16,7 +18,7 @@ class Resolution(NamedTuple):
 
     Attributes:
         x, y: The values, None when unknown or implausible.
-        source: "file", "table", or None when unknown.
+        source: "file", "table", "objective" (guessed from its power), or None when unknown.
         problem: Why there is no usable value, as the end of a sentence about the slide.
         warning: What is odd about a usable value, as a sentence.
     """
@@ -32,19 +34,15 @@ def find_resolution(properties: Mapping[str, str | None], override: float | None
     """Decides how many micrometres a pixel has; the user's word counts more than the file's.
 
     Args:
-        properties: OpenSlide's `openslide.mpp-*`, `openslide.vendor` and `tiff.*Resolution*`, as far as known.
+        properties: OpenSlide's `openslide.mpp-*`, `openslide.objective-power`, `openslide.vendor` and
+            `tiff.*Resolution*`, as far as known.
         override: What the user says.
     """
     from_file = _from_properties(properties)
     if override is not None:
         return _overridden(float(override), from_file)
     if from_file is None:
-        return Resolution(
-            None,
-            None,
-            None,
-            "does not say how many micrometres a pixel has: give it in column mpp of slides.tsv",
-        )
+        return _guessed(positive_number(properties.get("openslide.objective-power")))
     if not all(_plausible(value) for value in from_file):
         return Resolution(
             None,
@@ -63,6 +61,19 @@ def positive_number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) and value > 0 else None
+
+
+def _guessed(objective_power: float | None) -> Resolution:
+    """What the objective suggests, where nothing else is known."""
+    mpp = _OBJECTIVE_TIMES_MPP / objective_power if objective_power else math.nan
+    if not _plausible(mpp):
+        problem = "does not say how many micrometres a pixel has: give it in column mpp of slides.tsv"
+        return Resolution(None, None, None, problem)
+    warning = (
+        f"the file does not say its mpp; {mpp:.4g} is guessed from its objective of {objective_power:g}x, which may be "
+        "wrong by a third: give the right one in column mpp of slides.tsv"
+    )
+    return Resolution(mpp, mpp, "objective", warning=warning)
 
 
 def _overridden(override: float, from_file: tuple[float, float] | None) -> Resolution:

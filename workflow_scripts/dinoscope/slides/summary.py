@@ -64,5 +64,6 @@ def _row(manifest: str | Path, by_id: dict[str, SlideRecord], decided: dict[str,
     row = {name: getattr(record, name) for name in ("slide_id", "case_id", "site", "scanner", "stain")}
     row |= {name: metadata[name] for name in ("width", "height", "num_levels", "vendor", "num_tiles")}
     row["use"] = ",".join(use for use in ("train", "eval", "features") if use in uses)
-    row["mpp"] = (metadata["mpp_x"] + metadata["mpp_y"]) / 2
+    known = metadata["mpp_x"] is not None  # not so of a slide that was skipped
+    row["mpp"] = (metadata["mpp_x"] + metadata["mpp_y"]) / 2 if known else None
     return row

@@ -20,6 +20,7 @@ from dinoscope.names import nearest
 from dinoscope.slides.find import SLIDE_SUFFIXES, find_slides
 
 __all__ = [
+    "COLLECTION",
     "COLUMNS",
     "SlideRecord",
     "check_cases",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 COLUMNS = ("slide_id", "path", "case_id", "use", "site", "scanner", "stain", "mpp")
+COLLECTION = "*"  # in column slide_id of slides_report.tsv, all slides; none can have this name
 USES = ("train", "eval", "features")
 _SLIDE_ID = re.compile(r"""[^/\\{}:*?"<>|\n\r\t.\-@][^/\\{}:*?"<>|\n\r\t]*""")
 _SHOWN_PROBLEMS = 10
@@ -119,18 +121,20 @@ def check_cases(records: Sequence[SlideRecord], source: str) -> None:
     """Refuses a case with slides in both train and eval, since it would be judged on what it was trained on.
 
     Raises:
-        ConfigError: Names the first such case and one slide of each kind.
+        ConfigError: A sentence for each of the first such cases, with one slide of each kind.
     """
     kinds: dict[str, dict[str, str]] = defaultdict(dict)
     for record in records:
         for kind in record.use & {"train", "eval"}:
             kinds[record.case_id].setdefault(kind, record.slide_id)
-    for case_id, slides in kinds.items():
-        if len(slides) > 1:
-            raise ConfigError(
-                f"{source}: case {case_id} is in both train (slide {slides['train']}) and eval "
-                f"(slide {slides['eval']}); a case may be in one of them: change column `use`"
-            )
+    found = [
+        f"{source}: case {case_id} is in both train (slide {slides['train']}) and eval (slide {slides['eval']}); "
+        "a case may be in one of them: change column `use`"
+        for case_id, slides in kinds.items()
+        if len(slides) > 1
+    ]
+    if found:
+        raise ConfigError(_shown(found))
 
 
 def check_labels(path: str | os.PathLike[str], records: Sequence[SlideRecord]) -> None:
@@ -238,9 +242,13 @@ def _records_of_table(path: Path) -> list[SlideRecord]:
         if not found:
             records.append(_record(row))
     if problems:
-        more = len(problems) - _SHOWN_PROBLEMS
-        raise ConfigError("\n".join(problems[:_SHOWN_PROBLEMS] + ([f"… and {more} more"] if more > 0 else [])))
+        raise ConfigError(_shown(problems))
     return records
+
+
+def _shown(problems: Sequence[str]) -> str:
+    more = len(problems) - _SHOWN_PROBLEMS
+    return "\n".join([*problems[:_SHOWN_PROBLEMS], *([f"… and {more} more"] if more > 0 else [])])
 
 
 def _column_problems(path: Path, header: Sequence[str]) -> Iterator[str]:

@@ -64,6 +64,7 @@ def plan_run(inputs: "RunInputs", recipe: Path, overrides: list[str], processes:
             slides=inputs.slides,
             run_dir=run_dir if begun else Path(elsewhere),
             sealed=seal["inputs"] if seal else None,
+            access=inputs.access,
         )
         ahead = forecast(config, settings, world_size, len(images), device_type, local_size, distilled)
         done = newest[0] + 1 if newest is not None else 0

@@ -27,6 +27,7 @@ from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images, stains_digest
 from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
+from dinoscope.data.tiles import SlideAccess
 from dinoscope.data.windows import CropRange, crop_ranges
 from dinoscope.errors import DinoscopeError, RunError, StoppedError
 from dinoscope.files import write_json
@@ -78,7 +79,7 @@ class RunInputs:
     """What a run reads: its recipe, tiles with the slides they are on (unless the recipe names images), its start.
 
     `resolve_start` is asked only when the run begins: what it began with may be gone when it goes on. The exports of
-    `keep_exports` stay, whatever the recipe says.
+    `keep_exports` stay, whatever the recipe says; `access` says how slides are opened.
     """
 
     config: "RunConfig"
@@ -87,6 +88,7 @@ class RunInputs:
     resolve_start: Callable[[], Start]
     run_dir: Path
     keep_exports: tuple[int, ...] = ()
+    access: SlideAccess | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, locks: list[HeldLoc
 def _find(inputs: RunInputs, world: World) -> Prepared:
     config, run_dir = inputs.config, inputs.run_dir
     batch = global_batch(config, world.size)
-    where = {"manifest": inputs.manifest, "slides": inputs.slides, "run_dir": run_dir}
+    where = {"manifest": inputs.manifest, "slides": inputs.slides, "run_dir": run_dir, "access": inputs.access}
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is not None:
         seal = compare_with_seal(run_dir, config, batch)

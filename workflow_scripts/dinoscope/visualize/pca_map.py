@@ -52,7 +52,8 @@ def draw_map(
     """
     info = file.info
     canvas = _fit_canvas(thumbnail)
-    scale = canvas.shape[1] / info.level0_width
+    is_skipped = not info.level0_width  # nothing is known of a slide that could not be read
+    scale = canvas.shape[1] / (info.level0_width or canvas.shape[1])
     picture, is_dark = _dimmed(canvas)
     if len(file.coords):
         side = info.patch_size_level0 * (1 - info.overlap_px / info.tile_px)
@@ -71,8 +72,8 @@ def draw_map(
             f"3 components explain {explained:.0f} % of the variance"
         ),
         basis=basis,
-        um_per_px=info.level0_mpp / scale,
-        message=_message(basis, file.features),
+        um_per_px=None if is_skipped else info.level0_mpp / scale,
+        message="No tiles: the slide was skipped" if is_skipped else _message(basis, file.features),
     )
 
 
@@ -198,7 +199,7 @@ def _save(
     title: str,
     subtitle: str,
     basis: ColorBasis,
-    um_per_px: float,
+    um_per_px: float | None,
     message: str,
 ) -> None:
     height_px, width_px = picture.shape[:2]
@@ -228,13 +229,14 @@ def _write_message(page: _Page, message: str, y: float) -> None:
     page.text(page.width / 2, y, message, 11, page.width - 6 * MARGIN_PX, ha="center", bbox=box)
 
 
-def _draw_footer(page: _Page, basis: ColorBasis, um_per_px: float, width_px: int) -> None:
+def _draw_footer(page: _Page, basis: ColorBasis, um_per_px: float | None, width_px: int) -> None:
     middle = page.height - FOOTER_PX / 2
-    length_um = scale_bar_um(width_px * um_per_px)
-    length_px = length_um / um_per_px
-    label = f"{length_um / 1000:g} mm" if length_um >= 100 else f"{length_um:g} µm"
-    page.rectangle(MARGIN_PX, middle - 5, length_px, 10, "black")
-    page.text(MARGIN_PX + length_px + 14, middle, label, 10, 200)
+    if um_per_px is not None:
+        length_um = scale_bar_um(width_px * um_per_px)
+        length_px = length_um / um_per_px
+        label = f"{length_um / 1000:g} mm" if length_um >= 100 else f"{length_um:g} µm"
+        page.rectangle(MARGIN_PX, middle - 5, length_px, 10, "black")
+        page.text(MARGIN_PX + length_px + 14, middle, label, 10, 200)
     names = zip(("#d40000", "#009a00", "#0000e6"), ("red", "green", "blue"), strict=True)
     ratios = basis.info["explained_variance_ratio"]
     right = page.width - MARGIN_PX

@@ -20,6 +20,8 @@ import dinoscope
 from dinoscope.errors import RunError
 from dinoscope.files import read_json
 from dinoscope.slides.manifest import read_metadata
+from dinoscope.slides.skipping import SkippedSlide, read_records
+from dinoscope.slides.table import COLLECTION
 from dinoscope.train.metrics import read_metrics
 from dinoscope.train.seal import SEAL_NAME
 from dinoscope.visualize.pca import rounding_note
@@ -41,6 +43,7 @@ PACKAGES = (
     "matplotlib",
 )
 PATH_PLACEHOLDER = "(path)"
+_SHOWN_SLIDES = 12  # with problems, in the summary; all are listed below the table of slides
 _PATH = re.compile(
     r"[/\\]|^~|\.(svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|svslide|dcm|isyntax|qptiff|zvi|tsv|csv|pth|pt|safetensors)$",
     re.IGNORECASE,
@@ -49,13 +52,14 @@ _PATH = re.compile(
 
 @dataclass(frozen=True)
 class SlideFacts:
-    """One row of the table of slides."""
+    """One row of the table of slides; `warnings` are what is odd about it, `skipped` where it was left out and why."""
 
     slide_id: str
     use: str
     properties: dict[str, Any]
     tiles: dict[str, int]
     warnings: list[str]
+    skipped: list[SkippedSlide] = field(default_factory=list)
 
     @property
     def size_mm(self) -> tuple[float, float] | None:
@@ -123,6 +127,16 @@ class ReportData:
     versions: dict[str, str]
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def skipped(self) -> list[SkippedSlide]:
+        """Where slides were left out, and why."""
+        return [record for slide in self.slides for record in slide.skipped]
+
+    @property
+    def odd_slides(self) -> list[SlideFacts]:
+        """Slides about which something is odd."""
+        return [slide for slide in self.slides if slide.warnings]
+
     def num_tiles(self, tile_set: str) -> int:
         """Tiles of a set over all slides."""
         return sum(slide.tiles.get(tile_set, 0) for slide in self.slides)
@@ -156,7 +170,7 @@ def collect(
         models=model_facts,
         workflow_settings=_settings(workflow_config) if workflow_config else "",
         versions=_versions(),
-        warnings=_warnings(slides, run_facts, model_facts),
+        warnings=[*_collection_warnings(results), *_warnings(slides, run_facts, model_facts)],
     )
 
 
@@ -178,21 +192,24 @@ def without_paths(value: Any) -> Any:
 def _collect_slides(results: Path) -> list[SlideFacts]:
     uses = _column(results / "splits.tsv", "use")
     tile_sets = sorted(path.name for path in (results / "tiles").glob("*") if path.is_dir())
-    slides = []
+    slides, problems = [], _column(results / "slides_report.tsv", "problems")
+    skipped = [record for record in read_records(results) if record.reason is not None]
     for slide_id in _slide_ids(results):
         properties = _json_or_empty(results / "slides" / f"{slide_id}.json")
         manifests = {name: results / "tiles" / name / f"{slide_id}.parquet" for name in tile_sets}
         tiles = {name: pq.read_metadata(path).num_rows for name, path in manifests.items() if path.is_file()}
-        warnings = [str(warning) for warning in properties.get("warnings", [])]
-        slides.append(
-            SlideFacts(slide_id, uses.get(slide_id, "features only" if uses else ""), properties, tiles, warnings)
-        )
+        told = problems.get(slide_id, "none")
+        said = [str(warning) for warning in properties.get("warnings", [properties.get("error", "")])]
+        warnings = [told] if told != "none" else [warning for warning in said if warning]
+        use = uses.get(slide_id, "features only" if uses else "")
+        records = [record for record in skipped if record.slide_id == slide_id]
+        slides.append(SlideFacts(slide_id, use, properties, tiles, warnings, records))
     return slides
 
 
 def _slide_ids(results: Path) -> list[str]:
-    listed = _column(results / "slides_report.tsv", "slide_id")
-    return list(listed) or sorted(path.stem for path in (results / "slides").glob("*.json"))
+    listed = [slide_id for slide_id in _column(results / "slides_report.tsv", "slide_id") if slide_id != COLLECTION]
+    return listed or sorted(path.stem for path in (results / "slides").glob("*.json"))
 
 
 def _column(path: Path, name: str) -> dict[str, str]:
@@ -245,8 +262,24 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _collection_warnings(results: Path) -> list[str]:
+    """What the preflight says of the collection as a whole."""
+    told = _column(results / "slides_report.tsv", "problems").get(COLLECTION)
+    return [f"{told[0].upper()}{told[1:]}."] if told else []
+
+
+def _first(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _warnings(slides: list[SlideFacts], runs: list[RunFacts], models: list[ModelFacts]) -> list[str]:
-    found = [f"Slide {slide.slide_id}: {warning}" for slide in slides for warning in slide.warnings]
+    skipped = [slide.slide_id for slide in slides if slide.skipped]
+    found = [f"{len(skipped)} of {len(slides)} slides were skipped: {_first(skipped)}."] if skipped else []
+    odd = [slide for slide in slides if slide.warnings and not slide.skipped]
+    if len(odd) > _SHOWN_SLIDES:
+        found.append(f"{len(odd)} of {len(slides)} slides have problems, listed below the table of slides.")
+    else:
+        found += [f"Slide {slide.slide_id}: {warning}" for slide in odd for warning in slide.warnings]
     held_out = {slide.slide_id for slide in slides if "eval" in slide.use.split(",")}
     found += [
         f"Run {run.name} was trained on {leaked}, which is held out by now: it is no test of this run."
@@ -255,7 +288,7 @@ def _warnings(slides: list[SlideFacts], runs: list[RunFacts], models: list[Model
     ]
     for slide in slides:
         empty = [name for name, count in slide.tiles.items() if count == 0]
-        if empty:
+        if empty and not slide.skipped:
             found.append(f"Slide {slide.slide_id}: no tissue was found, so it has no tiles (set {', '.join(empty)}).")
     for run in runs:
         if run.metrics is None:
