@@ -228,12 +228,19 @@ def test_tiles_and_outline_are_drawn_where_they_are(slide: Path) -> None:
     picture = with_tiles[top : top + 1200, left : left + 1600].astype(int)
     plain = without[top : top + 1200, left : left + 1600].astype(int)
     changed = np.abs(picture - plain).max(axis=2) > 40
-    expected = np.zeros((1200, 1600), np.uint8)
+    kept, dropped = np.zeros((2, 1200, 1600), np.uint8)
     side = 512 * scale
-    for x, y in zip(grid.x * scale, grid.y * scale, strict=True):
-        cv2.rectangle(expected, (round(x), round(y)), (round(x + side) - 1, round(y + side) - 1), 1, 1)
-    assert (changed & (expected == 0)).sum() == 0
-    assert changed.sum() > 0.8 * expected.sum()
+    assert list(grid.dropped) == ["tissue"]
+    for mask, places, thickness in (
+        (kept, zip(grid.x, grid.y, strict=True), 1),
+        (dropped, grid.dropped["tissue"], cv2.FILLED),
+    ):
+        for x, y in places:
+            corners = [round(x * scale), round(y * scale)], [round(x * scale + side) - 1, round(y * scale + side) - 1]
+            cv2.rectangle(mask, *corners, 1, thickness)
+    assert (changed & (kept == 0) & (dropped == 0)).sum() == 0
+    assert changed[kept > 0].mean() > 0.8 and changed[(dropped > 0) & (kept == 0)].mean() > 0.8
+    assert (picture - plain)[(dropped > 0) & (kept == 0)].mean(axis=0).argmin() == 2  # orange: less blue
     green = (np.abs(plain - (0, 158, 115)).max(axis=2) < 12).nonzero()
     distance = np.hypot(green[1] - 700 * scale, green[0] - 700 * scale)
     ring = np.abs(distance - 500 * scale) < 25
