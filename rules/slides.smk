@@ -62,6 +62,7 @@ rule tile_slide:
     input:
         slide=slide_path,
         members=slide_members,
+        annotations=slide_annotations,
     output:
         tiles=expand(
             "<results>/tiles/{set}/{{slide}}.parquet",
@@ -73,6 +74,7 @@ rule tile_slide:
             category="Tiles",
             labels={"slide": "{slide}"},
         ),
+        outline="<results>/tiles/{slide}.geojson",
     log:
         "<logs>/tile_slide/{slide}.log",
     benchmark:
@@ -88,7 +90,7 @@ rule tile_slide:
         sets=tiling_arguments,
     shell:
         "python {params.script:q} --slide {input.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
-        " {params.sets:q} --overview {output.overview:q} > {log:q} 2>&1"
+        " {params.sets:q} --overview {output.overview:q} --outline {output.outline:q} > {log:q} 2>&1"
 
 
 # Reruns when the split changes, not when the table does: a slide for features only leaves training alone.

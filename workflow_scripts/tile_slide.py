@@ -49,7 +49,7 @@ def main() -> None:
 _LIMITS = {
     "max_white": "share of a tile that is white (bare glass, lumina, fat)",
     "max_black": "share of a tile that is black (never scanned, folds)",
-    "max_grey": "share of a tile that is grey (dust, bubbles, edges of cover slips)",
+    "max_grey": "share of a tile that is grey (dust, bubbles)",
     "max_pen": "share of a tile that is pen ink",
     "min_focus": "variance of the Laplacian at the tile's mpp, squared grey levels; every tile is read for it",
 }
@@ -89,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_tissue_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tissue-method", choices=METHODS, default="auto", help="how tissue is found")
     for name, what in (("min-area", "smallest piece of tissue"), ("max-hole", "largest hole that is filled")):
-        group.add_argument(
-            f"--{name}-um2", type=float, metavar="A", help=f"{what}, um2; when not given the method's own"
-        )
+        group.add_argument(f"--{name}-um2", type=float, metavar="A", help=f"{what}, um2; else the method's own")
     group.add_argument("--annotations", type=Path, metavar="GEOJSON", help="outlines, for method annotations")
     for name, what in (("include", "tissue"), ("exclude", "cut out of it")):
         default = ["Tissue"] if name == "include" else []
@@ -110,8 +108,8 @@ def _add_set_options(group: argparse._ArgumentGroup) -> None:
             "--min-tissue",
             share,
             "F",
-            "least share of tissue of a set's tiles, 0 to 1; when not given 0.5, with method cytology 0.01, "
-            "fluorescence 0.25, none 0",
+            "least share of tissue of a set's tiles, 0 to 1; when not given 0.5, with method fluorescence 0.25, none 0, "
+            "cytology as much as 30 um2 of cells",
         ),
         ("--stride", pixels, "PX", "distance of a set's tiles in pixels at its mpp; the tile's side when not given"),
         (

@@ -34,6 +34,7 @@ EDGES = ("drop", "shift", "pad")
 _MAX_TILE_PX = 2**15 - 1
 _MAX_ANISOTROPY = 0.01
 _LEVEL_TOLERANCE = 1.001  # levels are rounded to whole pixels: 4.0003 is meant to be 4
+_LEAST_CELL_UM2 = 30.0
 _PLACES = 4  # a side, looked at in a tile to tell its section
 
 
@@ -134,9 +135,14 @@ class Grid:
         return len(self.x)
 
 
-def default_min_tissue(method: str) -> float:
-    """Least share of tissue for a tile: half; of a smear 3 % cells, of a fluorescence slide a quarter of signal."""
-    return {"cytology": 0.03, "fluorescence": 0.25, "none": 0.0}.get(method, 0.5)
+def default_min_tissue(method: str, tile_set: TileSet) -> float:
+    """Least share of tissue for a tile: half; of fluorescence a quarter; of a smear 30 um2 of cells, a third of one.
+
+    A share of the tile would lose single small cells in large tiles.
+    """
+    if method == "cytology":
+        return min(1.0, _LEAST_CELL_UM2 / (tile_set.tile_px * tile_set.mpp) ** 2)
+    return {"fluorescence": 0.25, "none": 0.0}.get(method, 0.5)
 
 
 def plan_reading(slide: Slide, tile_set: TileSet) -> Reading:
@@ -189,7 +195,7 @@ def make_grid(
     """
     reading = plan_reading(slide, tile_set)
     side = reading.footprint_px
-    min_tissue = default_min_tissue(tissue.method) if tile_set.min_tissue is None else tile_set.min_tissue
+    min_tissue = default_min_tissue(tissue.method, tile_set) if tile_set.min_tissue is None else tile_set.min_tissue
     columns, rows = (_starts(length, reading, tile_set.edge) for length in (slide.width, slide.height))
     fraction = square_shares(cv2.integral(tissue.mask.view(np.uint8)), tissue.downsample, columns, rows, side)
     shares = {name: maps.shares(name, columns, rows, side) for name in SHARES} if maps is not None else {}

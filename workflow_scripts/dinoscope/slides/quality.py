@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.resample import average_squares, square_shares
 from dinoscope.slides.tissue import Tissue, working_level
@@ -115,9 +116,9 @@ def pen_ink(image: np.ndarray, mpp: float) -> np.ndarray:
 def tile_focus(
     slide: Slide, x: Sequence[int], y: Sequence[int], level: int, read_px: int, tile_px: int, footprint_px: int
 ) -> Iterator[float]:
-    """Reads the tiles (as `Slide.read_tile`) and yields the variance of each one's Laplacian."""
+    """Reads the tiles (see `padding.read_tile`) and yields the variance of each one's Laplacian."""
     for left, top in zip(x, y, strict=True):
-        tile = slide.read_tile(int(left), int(top), level, read_px, tile_px, footprint_px)
+        tile = read_tile(slide, int(left), int(top), level, read_px, tile_px, footprint_px)
         laplacian = cv2.Laplacian(cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY), cv2.CV_16S)
         yield float(cv2.meanStdDev(laplacian)[1][0, 0] ** 2)
 

@@ -110,16 +110,20 @@ def _metadata(
         "num_levels": slide.num_levels,
         "tile_set": tile_set.name,
         "tile_px": tile_set.tile_px,
-        "requested_mpp": list(tile_set.mpps) if len(tile_set.mpps) > 1 else tile_set.mpps[0],
+        "requested_mpp": _one_or_all(list(tile_set.mpps)),
         "stride_px": tile_set.stride_px or tile_set.tile_px,
         "edge": tile_set.edge,
-        "min_tissue": grids[0].min_tissue,
+        "min_tissue": _one_or_all([grid.min_tissue for grid in grids]),
         "num_candidates": sum(grid.num_candidates for grid in grids),
         **{f"max_{name}": limits.most(name) for name in SHARES},
         "min_focus": limits.min_focus,
         **tissue.describe(),
         "software": {"dinoscope": dinoscope.__version__, "openslide": OPENSLIDE_VERSION},
     }
+
+
+def _one_or_all(values: list[float]) -> float | list[float]:
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _report(slide: Slide, tissue: Tissue, grid: Grid) -> None:

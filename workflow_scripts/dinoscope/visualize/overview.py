@@ -232,7 +232,7 @@ def _caption(grid: Grid) -> str:
     reasons = [f"{len(grid.dropped[name])} {words}" for name, (_, words) in _REASONS.items() if name in grid.dropped]
     return (
         f"{wanted.name}: {len(grid)} tiles of {wanted.tile_px} px at {wanted.mpp:g} µm a pixel "
-        f"(of {grid.num_candidates}; at least {grid.min_tissue:.0%} tissue"
+        f"(of {grid.num_candidates}; at least {100 * grid.min_tissue:.2g} % tissue"
         + (f"; left out: {', '.join(reasons)})" if reasons else ")")
     )
 
