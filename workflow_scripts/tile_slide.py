@@ -108,8 +108,8 @@ def _add_set_options(group: argparse._ArgumentGroup) -> None:
             "--min-tissue",
             share,
             "F",
-            "least share of tissue of a set's tiles, 0 to 1; when not given 0.5, with method fluorescence 0.25, none 0, "
-            "cytology as much as 30 um2 of cells",
+            "least share of tissue of a set's tiles, 0 to 1; when not given 0.5, with method fluorescence 0.25, none "
+            "0, cytology as much as 30 um2 of cells",
         ),
         ("--stride", pixels, "PX", "distance of a set's tiles in pixels at its mpp; the tile's side when not given"),
         (
