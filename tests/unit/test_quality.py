@@ -6,8 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from dinoscope.slides.quality import pen_ink
+from dinoscope.slides.quality import SHARES, QualityLimits, pen_ink, quality_maps, tile_focus
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.tissue import Tissue, detect_tissue
+from synthetic_slides import texture, write_lossless
 
 INKS = {"black": (38, 36, 42), "blue": (32, 52, 150), "green": (22, 112, 72), "red": (192, 32, 52)}
 STAINS = {"haematoxylin": (0.65, 0.70, 0.29), "DAB": (0.27, 0.57, 0.78), "eosin": (0.10, 0.62, 0.36)}
@@ -87,3 +89,62 @@ def test_stains_are_no_ink(tissue_texture: np.ndarray, stain: str, strength: flo
     share = pen_ink(image, PEN_MPP).mean()
     print(f"{stain} x {strength}: {share:.4f}, mean colour {image.mean(axis=(0, 1)).round()}")
     assert share <= 0.002
+
+
+def test_shares_are_those_of_counted_pixels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kinds = {"white": (230, 226, 221), "black": (20, 10, 24), "grey": (130, 140, 126), "coloured": (190, 120, 150)}
+    choice = rng.integers(0, len(kinds), (40, 50))
+    choice[:10] = list(kinds).index("coloured")
+    image = np.array(list(kinds.values()), np.uint8)[choice].repeat(8, axis=0).repeat(8, axis=1)
+    with Slide(write_lossless(tmp_path / "q.tiff", image, 1.0), "S") as slide:
+        tissue = Tissue(np.ones((40, 50), bool), 8.0, 8.0, "otsu", "test", None, image=slide.shrunk(0, 8))
+        x, y, side = np.array([0, 37, 200]), np.array([0, 121, 250]), 70
+        maps = quality_maps(slide, tissue)
+        for name in ("white", "black", "grey"):
+            where = (choice == list(kinds).index(name)).repeat(8, axis=0).repeat(8, axis=1)
+            counted = [[where[top : top + side, left : left + side].mean() for left in x] for top in y]
+            assert np.allclose(maps.shares(name, x, y, side), counted, atol=1e-9)
+        assert maps.sums["pen"] is None and not maps.shares("pen", x, y, side).any()
+
+
+@pytest.mark.parametrize("values", [(219, 219, 219), (220, 220, 220), (24, 24, 24), (25, 25, 25), (100, 114, 107)])
+def test_thresholds_are_as_documented(tmp_path: Path, values: tuple[int, int, int]) -> None:
+    image = np.full((64, 64, 3), values, np.uint8)
+    with Slide(write_lossless(tmp_path / "t.tiff", image, 8.0), "S") as slide:
+        tissue = Tissue(np.ones((64, 64), bool), 1.0, 8.0, "otsu", "test", None, image=image)
+        shares = {name: quality_maps(slide, tissue).shares(name, *np.zeros((2, 1), int), 64) for name in SHARES}
+    white, black = min(values) >= 220, max(values) < 25
+    grey = not white and not black and max(values) - min(values) <= 14
+    assert [shares[name].item() for name in ("white", "black", "grey")] == [white, black, grey]
+
+
+def test_the_picture_is_read_where_tissue_was_not_looked_for(tmp_path: Path) -> None:
+    image = np.full((600, 400, 3), 240, np.uint8)
+    with Slide(write_lossless(tmp_path / "n.tiff", image, 1.0), "S") as slide:
+        tissue = detect_tissue(slide, "none")
+        assert tissue.image is None
+        assert quality_maps(slide, tissue).shares("white", np.array([0]), np.array([0]), 400) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.8, 1.0])
+def test_focus_is_the_variance_of_the_laplacian(tmp_path: Path, mpp: float) -> None:
+    image = texture(600, 600)
+    image[:, 300:] = cv2.GaussianBlur(image, (0, 0), 4)[:, 300:]
+    with Slide(write_lossless(tmp_path / "f.tiff", image, 0.5, (1, 2)), "S") as slide:
+        side, tile_px = 256, round(256 * 0.5 / mpp)
+        level = 1 if mpp == 1.0 else 0
+        where = ([0, 320], [40, 40], level, side >> level, tile_px, side)
+        focus = list(tile_focus(slide, *where))
+        for number, left in enumerate((0, 320)):
+            tile = slide.read_tile(left, 40, level, side >> level, tile_px, side).astype(np.float64)
+            grey = np.rint(tile @ (0.299, 0.587, 0.114))
+            around = np.pad(grey, 1, mode="reflect")
+            laplacian = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:] - 4 * grey
+            assert focus[number] == pytest.approx(laplacian.var(), rel=0.02)
+        assert focus[0] > 1.5 * focus[1]
+
+
+def test_limits_of_focus_need_the_tiles() -> None:
+    assert not QualityLimits(max_pen=0.1).needs_focus
+    assert QualityLimits(min_focus=0.0).needs_focus and QualityLimits(measure_focus=True).needs_focus

@@ -237,10 +237,11 @@ def _starts(length: int, reading: Reading, edge: str) -> np.ndarray:
     """Where tiles begin along a side of the slide."""
     last = length - reading.footprint_px
     starts = np.arange(0, last + 1, reading.stride_px)
+    following = len(starts) * reading.stride_px
     covered = starts[-1] + reading.footprint_px if len(starts) else 0
-    if edge == "drop" or covered >= length:
+    if edge == "drop" or covered >= length or following >= length:
         return starts
-    return np.append(starts, last if edge == "shift" else len(starts) * reading.stride_px)
+    return np.append(starts, last if edge == "shift" else following)
 
 
 def _corners(where: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
