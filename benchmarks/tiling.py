@@ -10,7 +10,6 @@ alternately in one process.
 
 import argparse
 import functools
-import os
 import subprocess
 import sys
 import tempfile
@@ -167,5 +166,5 @@ def _status(pid: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    cv2.setNumThreads(1)
     main()

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
 from dinoscope.slides.geojson import read_annotations, write_outline
@@ -26,6 +28,7 @@ from dinoscope.visualize.overview import draw_overview, save_jpeg
 def main() -> None:
     """Parses the command line, tiles, draws."""
     arguments = _parser().parse_args()
+    cv2.setNumThreads(1)  # a job has one core, and pictures this small gain nothing from more
     tile_sets, method, annotations = _tile_sets(arguments), arguments.tissue_method, None
     if (method == "annotations") != (arguments.annotations is not None):
         raise ConfigError("--tissue-method annotations and --annotations FILE need each other")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from dinoscope.errors import ConfigError, SlideError
@@ -197,7 +196,7 @@ def make_grid(
     side = reading.footprint_px
     min_tissue = default_min_tissue(tissue.method, tile_set) if tile_set.min_tissue is None else tile_set.min_tissue
     columns, rows = (_starts(length, reading, tile_set.edge) for length in (slide.width, slide.height))
-    fraction = square_shares(cv2.integral(tissue.mask.view(np.uint8)), tissue.downsample, columns, rows, side)
+    fraction = square_shares(tissue.sums, tissue.downsample, columns, rows, side)
     shares = {name: maps.shares(name, columns, rows, side) for name in SHARES} if maps is not None else {}
     keep = fraction >= min_tissue
     dropped = {"tissue": (fraction > 0) & ~keep}

@@ -85,12 +85,15 @@ def quality_maps(slide: Slide, tissue: Tissue) -> QualityMaps:
     Raises:
         SlideError: The slide cannot be read.
     """
-    image, downsample = tissue.image, tissue.downsample
+    image, downsample, extremes = tissue.image, tissue.downsample, tissue.extremes
     if image is None:
         level, factor = working_level(slide, tissue.method)
         image, downsample = slide.shrunk(level, factor), slide.level_downsamples[level] * factor
+    brightest, darkest = extremes or [functools.reduce(end, cv2.split(image)) for end in (cv2.max, cv2.min)]
     factor = max(1, round(_PEN_MPP / (slide.mpp * downsample)))
-    masks = _plain_masks(image) | {"pen": pen_ink(average_squares(image, factor), slide.mpp * downsample * factor)}
+    masks = _plain_masks(brightest, darkest) | {
+        "pen": pen_ink(average_squares(image, factor), slide.mpp * downsample * factor)
+    }
     sums = {name: cv2.integral(mask) if cv2.countNonZero(mask) else None for name, mask in masks.items()}
     downsamples = dict.fromkeys(SHARES, downsample) | {"pen": downsample * factor}
     return QualityMaps(sums, downsamples)
@@ -123,12 +126,15 @@ def tile_focus(
         yield float(cv2.meanStdDev(laplacian)[1][0, 0] ** 2)
 
 
-def _plain_masks(image: np.ndarray) -> dict[str, np.ndarray]:
-    brightest, darkest = (functools.reduce(function, cv2.split(image)) for function in (cv2.max, cv2.min))
+def _plain_masks(brightest: np.ndarray, darkest: np.ndarray) -> dict[str, np.ndarray]:
+    """Where the brightest and the darkest channel make a pixel white, black or grey; uint8, 0 or 1."""
     white = cv2.threshold(darkest, _WHITE - 1, 1, cv2.THRESH_BINARY)[1]
     black = cv2.threshold(brightest, _BLACK - 1, 1, cv2.THRESH_BINARY_INV)[1]
-    even = cv2.threshold(cv2.subtract(brightest, darkest), _GREY_SPREAD, 1, cv2.THRESH_BINARY_INV)[1]
-    return {"white": white, "black": black, "grey": cv2.subtract(even, cv2.max(white, black))}
+    grey = cv2.subtract(brightest, darkest)
+    cv2.threshold(grey, _GREY_SPREAD, 1, cv2.THRESH_BINARY_INV, grey)
+    for plain in (white, black):
+        cv2.subtract(grey, plain, grey)
+    return {"white": white, "black": black, "grey": grey}
 
 
 def _ink_coloured(image: np.ndarray) -> np.ndarray:

@@ -73,6 +73,7 @@ class Tissue:
         min_area_um2: Smaller pieces were left out.
         max_hole_um2: Holes up to this area were filled.
         image: The picture that it was found on, uint8 (height, width, 3), RGB; None if none was read.
+        extremes: Its brightest and its darkest channel, uint8 (height, width) each.
     """
 
     mask: np.ndarray
@@ -84,11 +85,17 @@ class Tissue:
     min_area_um2: float = 0.0
     max_hole_um2: float = 0.0
     image: np.ndarray | None = field(default=None, repr=False)
+    extremes: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
 
     @property
     def area_mm2(self) -> float:
         """Area of the tissue in square millimetres."""
         return float(np.count_nonzero(self.mask)) * (self.mpp / 1000) ** 2
+
+    @functools.cached_property
+    def sums(self) -> np.ndarray:
+        """Number of tissue pixels above and left of every pixel's corner; int32 (height + 1, width + 1)."""
+        return cv2.integral(self.mask.view(np.uint8))
 
     @functools.cached_property
     def sections(self) -> np.ndarray:
@@ -154,7 +161,8 @@ def detect_tissue(
             "there is some, try another tissue method (otsu, cytology, fluorescence; none takes the whole slide) and "
             f"check the mpp, since pieces below {areas['min_area_um2']:g} square micrometres are left out"
         )
-    return Tissue(mask, downsample, look.mpp, method, reason, threshold, **areas, image=look.image)
+    pictures = {"image": look.image, "extremes": (look.brightest, look.darkest)}
+    return Tissue(mask, downsample, look.mpp, method, reason, threshold, **areas, **pictures)
 
 
 def working_level(slide: Slide, method: str) -> tuple[int, int]:
@@ -193,12 +201,12 @@ class _Look:
     @functools.cached_property
     def brightest(self) -> np.ndarray:
         """The brightest channel of every pixel."""
-        return functools.reduce(cv2.max, self.planes)
+        return _folded(cv2.max, self.planes)
 
     @functools.cached_property
     def darkest(self) -> np.ndarray:
         """The darkest channel of every pixel."""
-        return functools.reduce(cv2.min, self.planes)
+        return _folded(cv2.min, self.planes)
 
     def thresholded(self, method: str) -> tuple[np.ndarray, float]:
         """All that is above the threshold, gaps closed; uint8, 0 or 1. And the threshold."""
@@ -226,9 +234,12 @@ class _Look:
         density = [
             cv2.LUT(plane, np.rint(table).astype(np.uint8)) for plane, table in zip(self.planes, tables, strict=True)
         ]
-        spread = cv2.subtract(functools.reduce(cv2.max, density), functools.reduce(cv2.min, density))
-        mean = cv2.addWeighted(cv2.addWeighted(density[0], 0.5, density[1], 0.5, 0), 2 / 3, density[2], 1 / 3, 0)
-        score = cv2.add(mean, spread)
+        # results go to arrays that are there already: fresh memory costs more than the sums
+        spread, darkest = _folded(cv2.max, density), _folded(cv2.min, density)
+        cv2.subtract(spread, darkest, spread)
+        mean = cv2.addWeighted(density[0], 0.5, density[1], 0.5, 0, density[0])
+        cv2.addWeighted(mean, 2 / 3, density[2], 1 / 3, 0, mean)
+        score = cv2.add(mean, spread, mean)
         # unscanned parts filled with black, and the grey seam around them
         black = cv2.compare(self.brightest, _BLACK, cv2.CMP_LT)
         if cv2.countNonZero(black):
@@ -321,6 +332,12 @@ def _cleaned(mask: np.ndarray, mpp: float, areas: dict[str, float]) -> np.ndarra
     for number in np.flatnonzero(small):
         cv2.drawContours(mask, contours[number : number + 1], 0, 0, cv2.FILLED)
     return mask > 0
+
+
+def _folded(function: Callable[..., np.ndarray], planes: Sequence[np.ndarray]) -> np.ndarray:
+    """A function of two planes over three."""
+    result = function(planes[0], planes[1])
+    return function(result, planes[2], result)
 
 
 def _sample(plane: np.ndarray) -> np.ndarray:
