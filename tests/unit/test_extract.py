@@ -255,6 +255,9 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path, model, slide_path):
     write_tiles(tmp_path / "many.parquet", table, document)
     with pytest.raises(ManifestError, match=r"many\.parquet: tiles of slide 'B' differ in mpp \(0\.5, 1\.0\)"):
         load_tiles(tmp_path / "many.parquet")
+    write_tiles(tmp_path / "mix.parquet", table, document | {"requested_mpp": [0.5, 1.0], "tile_set": "train"})
+    with pytest.raises(ManifestError, match=r"mix\.parquet: tile set train mixes mpp 0\.5, 1\.0, but a feature file"):
+        load_tiles(tmp_path / "mix.parquet")
     write_manifest(tmp_path / "C.parquet", slide_id="C", stride_px=48)
     assert load_tiles(tmp_path / "C.parquet").overlap_px == 16
 
