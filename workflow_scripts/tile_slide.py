@@ -29,8 +29,12 @@ def main() -> None:
     """Parses the command line, tiles, draws."""
     arguments = _parser().parse_args()
     cv2.setNumThreads(1)  # a job has one core, and pictures this small gain nothing from more
-    tile_sets, method, annotations = _tile_sets(arguments), arguments.tissue_method, None
-    if (method == "annotations") != (arguments.annotations is not None):
+    _tile(arguments, _tile_sets(arguments))
+
+
+def _tile(arguments: argparse.Namespace, tile_sets: list[tuple[TileSet, Path]]) -> None:
+    annotations = None
+    if (arguments.tissue_method == "annotations") != (arguments.annotations is not None):
         raise ConfigError("--tissue-method annotations and --annotations FILE need each other")
     if arguments.annotations is not None:
         annotations = read_annotations(arguments.annotations, arguments.slide_id, arguments.include, arguments.exclude)
@@ -38,7 +42,7 @@ def main() -> None:
         tissue, grids = tile_slide(
             slide,
             tile_sets,
-            method,
+            arguments.tissue_method,
             limits=QualityLimits(**{name: getattr(arguments, name) for name in (*_LIMITS, "measure_focus")}),
             min_area_um2=arguments.min_area_um2,
             max_hole_um2=arguments.max_hole_um2,

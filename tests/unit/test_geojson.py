@@ -230,6 +230,10 @@ def test_outlines_of_ragged_masks_are_valid_and_come_back(seed: int, slide_path:
     assert np.count_nonzero(back != mask) < 0.05 * rim.sum()
 
 
+def test_an_empty_mask_has_no_outline() -> None:
+    assert outline_document(np.zeros((20, 30), bool), 8.0, 240, 160) == {"type": "FeatureCollection", "features": []}
+
+
 def test_an_exported_outline_gives_the_same_tissue_as_annotations(slide_path: Path, tmp_path: Path) -> None:
     with Slide(slide_path, "S") as slide:
         tissue = detect_tissue(slide, "otsu")

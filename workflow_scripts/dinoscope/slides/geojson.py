@@ -138,6 +138,8 @@ def write_outline(path: str | Path, mask: np.ndarray, downsample: float, width: 
 def outline_document(mask: np.ndarray, downsample: float, width: int, height: int) -> dict[str, Any]:
     """The outlines of a mask as a GeoJSON FeatureCollection: one MultiPolygon with holes, level-0 pixels.
 
+    Of an empty mask a collection of no feature.
+
     Args:
         mask: bool (rows, columns).
         downsample: Side of its pixels in level-0 pixels.
@@ -147,7 +149,7 @@ def outline_document(mask: np.ndarray, downsample: float, width: int, height: in
     geometry = {"type": "MultiPolygon", "coordinates": polygons}
     properties = {"objectType": "annotation", "name": "tissue", "classification": _OUTLINE_CLASS, "isLocked": False}
     feature = {"type": "Feature", "geometry": geometry, "properties": properties}
-    return {"type": "FeatureCollection", "features": [feature]}
+    return {"type": "FeatureCollection", "features": [feature] if polygons else []}
 
 
 def fill_polygon(mask: np.ndarray, polygon: Polygon, downsample: float) -> bool:
