@@ -178,6 +178,8 @@ def test_coarser_tiles_are_read_and_shrunk_as_the_reader_does(tmp_path, model, s
 class SlowSlide:
     """Counts the tiles that were read; each has its row number as its grey."""
 
+    width, height = WIDTH, HEIGHT
+
     def __init__(self, fail_at=None):
         self.lock, self.count, self.fail_at = threading.Lock(), 0, fail_at
 

@@ -129,7 +129,7 @@ def test_the_outline_comes_back_as_annotations(slide: Path, tmp_path: Path) -> N
 
 
 def test_results_hold_no_path_and_no_file_name(slide: Path, tmp_path: Path) -> None:
-    tile(slide, tmp_path)
+    tile(slide, tmp_path, "--outline", tmp_path / "o.geojson")
     outputs = ["--output", tmp_path / "s.json", "--thumbnail", tmp_path / "s.jpg"]
     run("inspect_slide.py", "--slide", slide, "--slide-id", "S", *outputs)
     for path in tmp_path.iterdir():

@@ -20,7 +20,7 @@ import numpy as np
 from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.resample import average_squares, square_shares
-from dinoscope.slides.tissue import Tissue, working_level
+from dinoscope.slides.tissue import Tissue, with_picture
 
 __all__ = ["NO_LIMITS", "SHARES", "QualityLimits", "QualityMaps", "pen_ink", "quality_maps", "tile_focus"]
 
@@ -80,16 +80,14 @@ class QualityMaps:
 
 
 def quality_maps(slide: Slide, tissue: Tissue) -> QualityMaps:
-    """Measures a slide on the picture that its tissue was found on, or on one of 8 to 17 um a pixel.
+    """Measures a slide on the picture that goes with its tissue.
 
     Raises:
         SlideError: The slide cannot be read.
     """
-    image, downsample, extremes = tissue.image, tissue.downsample, tissue.extremes
-    if image is None:
-        level, factor = working_level(slide, tissue.method)
-        image, downsample = slide.shrunk(level, factor), slide.level_downsamples[level] * factor
-    brightest, darkest = extremes or [functools.reduce(end, cv2.split(image)) for end in (cv2.max, cv2.min)]
+    tissue = with_picture(slide, tissue)
+    image, downsample = tissue.image, tissue.downsample
+    brightest, darkest = tissue.extremes or [functools.reduce(end, cv2.split(image)) for end in (cv2.max, cv2.min)]
     factor = max(1, round(_PEN_MPP / (slide.mpp * downsample)))
     masks = _plain_masks(brightest, darkest) | {
         "pen": pen_ink(average_squares(image, factor), slide.mpp * downsample * factor)

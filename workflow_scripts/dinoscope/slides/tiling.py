@@ -15,7 +15,7 @@ from dinoscope.slides.grid import Grid, TileSet, drop_blurred, make_grid, plan_r
 from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.slides.quality import NO_LIMITS, SHARES, QualityLimits, quality_maps, tile_focus
 from dinoscope.slides.reader import OPENSLIDE_VERSION, Slide
-from dinoscope.slides.tissue import Tissue, detect_tissue, working_level
+from dinoscope.slides.tissue import Tissue, detect_tissue, with_picture, working_level
 
 __all__ = ["tile_slide"]
 
@@ -54,6 +54,7 @@ def tile_slide(
     areas = {"min_area_um2": min_area_um2, "max_hole_um2": max_hole_um2}
     with progress(f"reading {slide.slide_id}", slide.num_blocks(level, factor), unit="blocks") as bar:
         tissue = detect_tissue(slide, method, bar.advance, **areas, annotations=annotations)
+        tissue = with_picture(slide, tissue, bar.advance)
     maps = quality_maps(slide, tissue)
     grids = [[make_grid(slide, tissue, one, maps, limits) for one in sets] for sets in single]
     if limits.needs_focus:

@@ -16,7 +16,7 @@ which JPEG noise and uneven light do not reach, and a highest, above which it wo
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -25,7 +25,7 @@ from dinoscope.errors import SlideError
 from dinoscope.slides.geojson import Annotations
 from dinoscope.slides.reader import Slide
 
-__all__ = ["METHODS", "Tissue", "choose_method", "detect_tissue", "working_level"]
+__all__ = ["METHODS", "Tissue", "choose_method", "detect_tissue", "with_picture", "working_level"]
 
 METHODS = ("auto", "otsu", "fluorescence", "cytology", "none", "annotations")
 
@@ -163,6 +163,17 @@ def detect_tissue(
         )
     pictures = {"image": look.image, "extremes": (look.brightest, look.darkest)}
     return Tissue(mask, downsample, look.mpp, method, reason, threshold, **areas, **pictures)
+
+
+def with_picture(slide: Slide, tissue: Tissue, advance: Callable[[], object] | None = None) -> Tissue:
+    """The tissue with the picture that goes with its mask, which methods none and annotations have not read.
+
+    Raises:
+        SlideError: The slide cannot be read.
+    """
+    if tissue.image is not None:
+        return tissue
+    return replace(tissue, image=slide.shrunk(*working_level(slide, tissue.method), advance))
 
 
 def working_level(slide: Slide, method: str) -> tuple[int, int]:
