@@ -105,6 +105,11 @@ def slide_mpp(wildcards):
     return [] if mpp is None else ["--slide-mpp", str(mpp)]
 
 
+def slide_annotations(wildcards):
+    """Outlines of the slide's tissue that somebody has drawn, if any."""
+    return PLAN.annotation_files.get(wildcards.slide, [])
+
+
 def tiling_arguments(wildcards):
     """One group of arguments for each tile set of a slide.
 

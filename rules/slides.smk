@@ -71,6 +71,7 @@ rule tile_slide:
     input:
         slide=slide_path,
         members=slide_members,
+        annotations=slide_annotations,
     output:
         tiles=expand(
             "<results>/tiles/{set}/{{slide}}.parquet",
@@ -82,6 +83,7 @@ rule tile_slide:
             category="Tiles",
             labels={"slide": "{slide}"},
         ),
+        outline="<results>/tiles/{slide}.geojson",
     log:
         "<logs>/tile_slide/{slide}.log",
     benchmark:
@@ -102,7 +104,7 @@ rule tile_slide:
     shell:
         "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
         " {params.reader:q} {params.options:q} --attempt {params.attempt:q} {params.sets:q}"
-        " --overview {output.overview:q} > {log:q} 2>&1"
+        " --overview {output.overview:q} --outline {output.outline:q} > {log:q} 2>&1"
 
 
 # Reruns when the split changes, not when the table does: a slide for features only leaves training alone.

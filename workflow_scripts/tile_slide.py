@@ -1,18 +1,25 @@
 """Finds the tissue of a slide and lays the tiles of one or several sets over it.
 
-Writes a parquet manifest a set, one row a tile (x and y are level-0 pixels), and an overview picture.
+Writes a parquet manifest a set, one row a tile (x and y are level-0 pixels), an overview picture, and the tissue's
+outlines as GeoJSON, which QuPath opens and which may come back, edited, as --annotations.
 
     tile_slide.py --slide S1.svs --slide-id S1 --set train 512 0.5 train/S1.parquet --set features 224 0.5 \\
-        features/S1.parquet --overview S1.jpg
+        features/S1.parquet --overview S1.jpg --outline S1.geojson
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
-from dinoscope.slides.grid import TileSet
+from dinoscope.slides.geojson import read_annotations, write_outline
+from dinoscope.slides.grid import EDGES, MAX_UPSAMPLE, TileSet
+from dinoscope.slides.quality import QualityLimits
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.skipped_tiles import write_skipped
 from dinoscope.slides.skipping import Attempt, add_skip_arguments, try_slide
@@ -24,19 +31,48 @@ from dinoscope.visualize.overview import draw_overview, placeholder, save_jpeg
 def main() -> None:
     """Parses the command line, tiles, draws."""
     arguments = _parser().parse_args()
+    cv2.setNumThreads(1)  # a job has one core, and pictures this small gain nothing from more
     tile_sets = _tile_sets(arguments)
-
-    def tile() -> None:
-        with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
-            tissue, grids = tile_slide(slide, tile_sets, arguments.tissue_method)
-            save_jpeg(draw_overview(slide, tissue, grids), arguments.overview)
 
     def give_up(reason: str) -> None:
         write_skipped(arguments.slide_id, tile_sets, reason)
         save_jpeg(placeholder("this slide was skipped"), arguments.overview)
+        if arguments.outline is not None:
+            write_outline(arguments.outline, np.zeros((1, 1), bool), 1.0, 1, 1)
 
     how = (arguments.on_error, arguments.attempt, arguments.skip_record)
-    try_slide(tile, give_up, Attempt(arguments.slide, arguments.slide_id, "tiles", *how))
+    attempt = Attempt(arguments.slide, arguments.slide_id, "tiles", *how)
+    try_slide(lambda: _tile(arguments, tile_sets), give_up, attempt)
+
+
+def _tile(arguments: argparse.Namespace, tile_sets: list[tuple[TileSet, Path]]) -> None:
+    annotations = None
+    if (arguments.tissue_method == "annotations") != (arguments.annotations is not None):
+        raise ConfigError("--tissue-method annotations and --annotations FILE need each other")
+    if arguments.annotations is not None:
+        annotations = read_annotations(arguments.annotations, arguments.slide_id, arguments.include, arguments.exclude)
+    with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
+        tissue, grids = tile_slide(
+            slide,
+            tile_sets,
+            arguments.tissue_method,
+            limits=QualityLimits(**{name: getattr(arguments, name) for name in (*_LIMITS, "measure_focus")}),
+            min_area_um2=arguments.min_area_um2,
+            max_hole_um2=arguments.max_hole_um2,
+            annotations=annotations,
+        )
+        if arguments.outline is not None:
+            write_outline(arguments.outline, tissue.mask, tissue.downsample, slide.width, slide.height)
+        save_jpeg(draw_overview(slide, tissue, grids), arguments.overview)
+
+
+_LIMITS = {
+    "max_white": "share of a tile that is white (bare glass, lumina, fat)",
+    "max_black": "share of a tile that is black (never scanned, folds)",
+    "max_grey": "share of a tile that is grey (dust, bubbles)",
+    "max_pen": "share of a tile that is pen ink",
+    "min_focus": "variance of the Laplacian at the tile's mpp, squared grey levels; every tile is read for it",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,39 +86,75 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         dest="sets",
         metavar=("NAME", "PX", "MPP", "OUT.parquet"),
-        help="a tile set: its name, side of a tile in pixels, micrometres a pixel, file to write; may be repeated",
+        help="a tile set: its name, side of a tile in pixels, micrometres a pixel (or several, as 0.25,0.5,1), file to "
+        "write; may be repeated",
     )
     parser.add_argument("--overview", type=Path, required=True, metavar="OUT.jpg", help="picture to write")
+    parser.add_argument("--outline", type=Path, metavar="OUT.geojson", help="outlines of the tissue to write")
     parser.add_argument(
         "--slide-mpp", type=float, metavar="M", help="micrometres a level-0 pixel; what the file says when not given"
     )
     parser.add_argument("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
     add_skip_arguments(parser)
-    parser.add_argument("--tissue-method", choices=METHODS, default="auto", help="how tissue is found")
-    parser.add_argument(
-        "--min-tissue",
-        nargs="+",
-        action="extend",
-        type=_named(float, "a share from 0 to 1", lambda share: 0 <= share <= 1),
-        default=[],
-        metavar="NAME=F",
-        help="least share of tissue of a set's tiles, 0 to 1; when not given 0.5, with method cytology 0.03, "
-        "fluorescence 0.25, none 0",
-    )
-    parser.add_argument(
-        "--stride",
-        nargs="+",
-        action="extend",
-        type=_named(int, "a whole number above 0", lambda pixels: pixels > 0),
-        default=[],
-        metavar="NAME=PX",
-        help="distance of a set's tiles in pixels at its micrometres a pixel; the tile's side when not given",
+    _add_tissue_options(parser.add_argument_group("tissue"))
+    _add_set_options(parser.add_argument_group("tile sets"))
+    quality = parser.add_argument_group("quality", "Limits that a tile must keep to; without them, none is left out.")
+    for name, meaning in _LIMITS.items():
+        bound, unit = ("largest", "F") if name.startswith("max") else ("least", "V")
+        quality.add_argument(f"--{name.replace('_', '-')}", type=float, metavar=unit, help=f"{bound} {meaning}")
+    quality.add_argument(
+        "--measure-focus", action="store_true", help="write down the focus of all tiles, without a limit"
     )
     return parser
 
 
-def _named(kind: type, wanted: str, fits: Callable[[float], bool]) -> Callable[[str], tuple[str, float]]:
-    def parse(text: str) -> tuple[str, float]:
+def _add_tissue_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tissue-method", choices=METHODS, default="auto", help="how tissue is found")
+    for name, what in (("min-area", "smallest piece of tissue"), ("max-hole", "largest hole that is filled")):
+        group.add_argument(f"--{name}-um2", type=float, metavar="A", help=f"{what}, um2; else the method's own")
+    group.add_argument("--annotations", type=Path, metavar="GEOJSON", help="outlines, for method annotations")
+    for name, what in (("include", "tissue"), ("exclude", "cut out of it")):
+        default = ["Tissue"] if name == "include" else []
+        group.add_argument(
+            f"--{name}", nargs="*", default=default, metavar="CLASS", help=f"annotations that are {what}"
+        )
+
+
+def _add_set_options(group: argparse._ArgumentGroup) -> None:
+    share = _named(float, "a share from 0 to 1", lambda share: 0 <= share <= 1)
+    pixels = _named(int, "a whole number above 0", lambda pixels: pixels > 0)
+    edge = _named(str, " or ".join(EDGES), lambda edge: edge in EDGES)
+    factor = _named(float, "a factor of at least 1", lambda factor: factor >= 1)
+    for option, kind, unit, meaning in (
+        (
+            "--min-tissue",
+            share,
+            "F",
+            "least share of tissue of a set's tiles, 0 to 1; when not given 0.5, with method fluorescence 0.25, none "
+            "0, cytology as much as 30 um2 of cells",
+        ),
+        ("--stride", pixels, "PX", "distance of a set's tiles in pixels at its mpp; the tile's side when not given"),
+        (
+            "--edge",
+            edge,
+            "E",
+            "what becomes of the rest at the right and lower edge: drop (left out, the default), shift (a last tile is "
+            "moved inwards), pad (a last tile reaches over the edge and is white there)",
+        ),
+        (
+            "--max-upsample",
+            factor,
+            "F",
+            f"how many times the finest level may be enlarged, {MAX_UPSAMPLE:g} when not given",
+        ),
+    ):
+        group.add_argument(
+            option, nargs="+", action="extend", type=kind, default=[], metavar=f"NAME={unit}", help=meaning
+        )
+
+
+def _named(kind: type, wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], tuple[str, Any]]:
+    def parse(text: str) -> tuple[str, Any]:
         name, _, value = text.rpartition("=")
         try:
             number = kind(value)
@@ -96,16 +168,26 @@ def _named(kind: type, wanted: str, fits: Callable[[float], bool]) -> Callable[[
 
 
 def _tile_sets(arguments: argparse.Namespace) -> list[tuple[TileSet, Path]]:
-    least, strides = dict(arguments.min_tissue), dict(arguments.stride)
+    given = {
+        "min_tissue": dict(arguments.min_tissue),
+        "stride_px": dict(arguments.stride),
+        "edge": dict(arguments.edge),
+        "max_upsample": dict(arguments.max_upsample),
+    }
     tile_sets = []
     for name, tile_px, mpp, path in arguments.sets:
+        options = {key: values.pop(name) for key, values in given.items() if name in values}
         try:
-            tile_set = TileSet(name, int(tile_px), float(mpp), least.pop(name, None), strides.pop(name, None))
+            mpps = tuple(float(part) for part in mpp.split(","))
+            tile_set = TileSet(name, int(tile_px), mpps[0] if len(mpps) == 1 else mpps, **options)
+        except ConfigError:
+            raise
         except ValueError:
             raise ConfigError(f"--set {name} {tile_px} {mpp}: wanted whole pixels and micrometres a pixel") from None
         tile_sets.append((tile_set, Path(path)))
-    for option, left in (("--min-tissue", least), ("--stride", strides)):
+    for key, left in given.items():
         if left:
+            option = f"--{key.removesuffix('_px').replace('_', '-')}"
             raise ConfigError(f"{option} {next(iter(left))}=...: there is no --set of this name")
     return tile_sets
 

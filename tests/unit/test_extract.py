@@ -178,6 +178,8 @@ def test_coarser_tiles_are_read_and_shrunk_as_the_reader_does(tmp_path, model, s
 class SlowSlide:
     """Counts the tiles that were read; each has its row number as its grey."""
 
+    width, height = WIDTH, HEIGHT
+
     def __init__(self, fail_at=None):
         self.lock, self.count, self.fail_at = threading.Lock(), 0, fail_at
 
@@ -255,6 +257,9 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path, model, slide_path):
     write_tiles(tmp_path / "many.parquet", table, document)
     with pytest.raises(ManifestError, match=r"many\.parquet: tiles of slide 'B' differ in mpp \(0\.5, 1\.0\)"):
         load_tiles(tmp_path / "many.parquet")
+    write_tiles(tmp_path / "mix.parquet", table, document | {"requested_mpp": [0.5, 1.0], "tile_set": "train"})
+    with pytest.raises(ManifestError, match=r"mix\.parquet: tile set train mixes mpp 0\.5, 1\.0, but a feature file"):
+        load_tiles(tmp_path / "mix.parquet")
     write_manifest(tmp_path / "C.parquet", slide_id="C", stride_px=48)
     assert load_tiles(tmp_path / "C.parquet").overlap_px == 16
 

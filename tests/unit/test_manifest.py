@@ -12,6 +12,7 @@ import pytest
 from dinoscope.errors import ManifestError
 from dinoscope.slides import manifest
 from dinoscope.slides.manifest import (
+    QUALITY_SCHEMA,
     TILE_SCHEMA,
     manifest_digest,
     merge_manifests,
@@ -30,6 +31,8 @@ def tiles_of(slide_id: str, count: int) -> pa.Table:
         "x": rng.integers(0, 100_000, count),
         "y": rng.integers(0, 90_000, count),
         "tissue_fraction": rng.random(count),
+        **{name: rng.random(count) for name in QUALITY_SCHEMA.names if name != "section_id"},
+        "section_id": rng.integers(0, 9, count),
         "level": 1,
         "read_px": 512,
         "tile_px": 256,
@@ -70,6 +73,8 @@ def test_columns_are_those_of_the_format(tmp_path: Path) -> None:
         ("mpp", "float"),
         ("footprint_px", "int32"),
         ("tissue_fraction", "float"),
+        *((name, "float") for name in ("white_fraction", "black_fraction", "grey_fraction", "pen_fraction", "focus")),
+        ("section_id", "int32"),
     ]
     schema = pq.read_schema(path)
     assert [(field.name, str(field.type)) for field in schema] == expected
@@ -131,7 +136,7 @@ def test_digest_against_a_plain_reimplementation(tmp_path: Path) -> None:
     digest = merge_manifests(paths, tmp_path / "m.parquet")
     total = b""
     for name in ("a", "ß"):
-        rows = read_tiles(tmp_path / f"{name}.parquet").drop_columns("slide_id").to_pandas()
+        rows = read_tiles(tmp_path / f"{name}.parquet").select(TILE_SCHEMA.names[1:9]).to_pandas()
         layout = np.dtype("<i4,<i4,i1,<i4,<i2,<f4,<i4,<f4")
         plain = np.array([tuple(row) for row in rows.itertuples(index=False)], layout).tobytes()
         total += hashlib.sha256(name.encode()).digest() + hashlib.sha256(plain).digest()
@@ -148,6 +153,34 @@ def test_every_column_counts_in_the_digest(tmp_path: Path, column: str) -> None:
     position = tiles.schema.get_field_index(column)
     write_tiles(path, tiles.set_column(position, column, pa.array(values)), read_metadata(path))
     assert manifest_digest(path) != before
+
+
+def test_quality_says_nothing_of_pixels_and_does_not_count_in_the_digest(tmp_path: Path) -> None:
+    path = write(tmp_path, "a", 50)
+    before = manifest_digest(path)
+    for column in QUALITY_SCHEMA.names:
+        tiles = read_tiles(path)
+        values = pa.array(tiles[column].to_numpy() + 1)
+        write_tiles(path, tiles.set_column(tiles.schema.get_field_index(column), column, values), read_metadata(path))
+    assert manifest_digest(path) == before
+
+
+def test_manifests_from_before_quality_was_measured_are_read_and_merged(tmp_path: Path) -> None:
+    old, new = write(tmp_path, "a", 50), write(tmp_path, "b", 70)
+    before, measured = manifest_digest(old), read_tiles(new).select(QUALITY_SCHEMA.names)
+    write_tiles(old, read_tiles(old).drop_columns(QUALITY_SCHEMA.names), read_metadata(old))
+    assert read_tiles(old).num_rows == 50 and manifest_digest(old) == before
+    merge_manifests([old, new], tmp_path / "m.parquet")
+    merged = read_tiles(tmp_path / "m.parquet")
+    assert np.isnan(merged["focus"].to_numpy()[:50]).all() and not merged["section_id"].to_numpy()[:50].any()
+    assert merged.slice(50).select(QUALITY_SCHEMA.names).combine_chunks().equals(measured.combine_chunks())
+
+
+def test_what_was_not_measured_is_nan() -> None:
+    columns = dict.fromkeys(("y", "level", "read_px", "tile_px", "mpp", "footprint_px", "tissue_fraction"), 1)
+    tiles = tile_table("a", columns | {"x": [1, 2, 3]})
+    assert all(np.isnan(tiles[name].to_numpy()).all() for name in QUALITY_SCHEMA.names if name != "section_id")
+    assert tiles["section_id"].to_pylist() == [0, 0, 0]
 
 
 def test_slide_ids_count_in_the_digest(tmp_path: Path) -> None:

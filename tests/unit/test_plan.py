@@ -104,7 +104,8 @@ def test_targets_are_the_rules_of_the_workflow():
 
 def test_defaults_come_from_the_schema(config):
     plan = plan_of(config)
-    assert plan.config["tiling"]["sets"]["train"] == {"tile_px": 256, "mpp": 0.5, "min_tissue": None, "stride_px": None}
+    wanted = {"tile_px": 256, "mpp": 0.5, "min_tissue": None, "stride_px": None, "edge": "drop", "max_upsample": 1.05}
+    assert plan.config["tiling"]["sets"]["train"] == wanted
     assert plan.config["tiling"]["sets"]["features"]["tile_px"] == 224
     assert plan.config["features"]["pooling"] == "cls"
     assert plan.results == Path("results")
@@ -177,6 +178,15 @@ BAD_CONFIGS = [
         "gram_teacher_crops_size is 128 px, but tiles of set train have 112",
     ),
     ({"labels": "labels.tsv"}, "labels.tsv does not exist"),
+    ({"tiling.sets.features": {"mpp": [0.5, 1]}}, "features.set is features, which mixes several mpp (0.5, 1)"),
+    ({"tiling.sets.train.mpp": []}, "tiling.sets.train.mpp is [], but must be a list with at least one entry"),
+    ({"tiling.sets.train.mpp": [0.5, 0]}, "tiling.sets.train.mpp.1 is 0, but must be more than 0"),
+    ({"tiling.sets.train.mpp": [1, 1]}, "tiling.sets.train.mpp is [1, 1], but must be a list without repeats"),
+    ({"tiling.sets.train.edge": "cut"}, "tiling.sets.train.edge is 'cut', but must be one of drop, shift, pad"),
+    ({"tiling.sets.train.max_upsample": 0.5}, "tiling.sets.train.max_upsample is 0.5, but must be at least 1"),
+    ({"tiling.quality.max_ink": 0.5}, "unknown key tiling.quality.max_ink; did you mean"),
+    ({"tissue.method": "annotations"}, "tissue.method is annotations, but tissue.annotations names no folder"),
+    ({"tissue.annotations": "outlines"}, "tissue.annotations outlines is no folder"),
 ]
 
 
@@ -322,6 +332,41 @@ def test_tiling_arguments(config):
         *["--set", "train", "256", "0.5", "t.parquet", "--min-tissue", "train=0.25", "--stride", "train=128"],
         *["--set", "features", "224", "0.5", "f.parquet"],
     ]
+
+
+def test_tiling_arguments_of_all_settings(config):
+    changes = {
+        "tiling.sets.train": {"tile_px": 256, "mpp": [0.25, 1], "edge": "pad", "max_upsample": 1.5},
+        "tiling.quality": {"max_pen": 0.05, "min_focus": 20, "measure_focus": True},
+        "tissue": {"method": "none", "min_area_um2": 0, "max_hole_um2": 500},
+    }
+    assert plan_of(config, **changes).tiling_arguments("s0", ["t.parquet", "f.parquet"]) == [
+        *["--tissue-method", "none", "--min-area-um2", "0", "--max-hole-um2", "500"],
+        *["--max-pen", "0.05", "--min-focus", "20", "--measure-focus"],
+        *["--set", "train", "256", "0.25,1", "t.parquet", "--edge", "train=pad", "--max-upsample", "train=1.5"],
+        *["--set", "features", "224", "0.5", "f.parquet"],
+    ]
+
+
+def test_slides_with_annotations_take_their_tissue_from_them(config, folder):
+    (folder / "outlines").mkdir()
+    for name in ("s1.geojson", "s2.txt", "other.geojson"):
+        (folder / "outlines" / name).touch()
+    changes = {"tissue.annotations": "outlines", "tissue.exclude": ["Ink", "Fold"]}
+    plan = plan_of(config, **changes)
+    assert plan.annotation_files == {"s1": "outlines/s1.geojson"}
+    assert plan.tiling_arguments("s0", ["t", "f"])[:2] == ["--tissue-method", "otsu"]
+    assert plan.tiling_arguments("s1", ["t", "f"])[:9] == [
+        *["--tissue-method", "annotations", "--annotations", "outlines/s1.geojson"],
+        *["--include", "Tissue", "--exclude", "Ink", "Fold"],
+    ]
+    with pytest.raises(
+        ConfigError, match=r"slide s0 and 4 more slides: outlines has no s0\.geojson, which tissue\.meth"
+    ):
+        plan_of(config, **changes, **{"tissue.method": "annotations"})
+    (folder / "outlines/s1.geojson").unlink()
+    with pytest.raises(ConfigError, match=r"outlines has no file named after a slide, such as s0\.geojson"):
+        plan_of(config, **changes)
 
 
 def test_an_unknown_slide_gets_the_nearest_name(config):

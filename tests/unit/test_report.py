@@ -16,7 +16,7 @@ from dinoscope.features.writers import read_features
 from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.visualize.pca import fit_basis, save_basis
 from dinoscope.visualize.pca_map import draw_map
-from dinoscope.visualize.report import _number, build_report, summary_sentences
+from dinoscope.visualize.report import _number, _tile_kind, build_report, summary_sentences
 from dinoscope.visualize.report_data import PATH_PLACEHOLDER, collect, without_paths
 from feature_samples import write_sample
 
@@ -310,3 +310,8 @@ def test_a_click_enlarges_a_picture_and_arrows_walk_through(tmp_path, page, whol
     labels = [f"B [1] · {label}" for label in ("tiling", "base", "pretrain", "base")]
     assert json.loads(title) == [True, True, labels]
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.parametrize(("mpp", "words"), [(0.5, "0.5"), ([0.25, 0.5, 1.0], "0.25, 0.5 and 1")])
+def test_a_mix_of_mpp_is_told(mpp, words):
+    assert _tile_kind({"tile_px": 256, "requested_mpp": mpp}) == f" (256 px at {words} µm a pixel)"

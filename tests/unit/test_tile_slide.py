@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dinoscope.slides.grid import TileSet, make_grid
+from dinoscope.slides.grid import TileSet, drop_blurred, make_grid
 from dinoscope.slides.manifest import manifest_digest, read_metadata, read_tiles
+from dinoscope.slides.quality import QualityLimits, quality_maps
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.tissue import detect_tissue
 from dinoscope.visualize.overview import brightened, draw_overview, scale_bar_mm
@@ -81,8 +82,54 @@ def test_options_reach_the_grid(slide: Path, tmp_path: Path) -> None:
     assert min(set(np.diff(sorted(set(tiles["x"].to_pylist()))))) == round(128 * 2 / 1.02)
 
 
+def test_several_mpp_edges_and_limits_reach_the_manifest(slide: Path, tmp_path: Path) -> None:
+    options = ["--set", "mix", 128, "4,2.0,1", tmp_path / "mix.parquet", "--edge", "mix=shift", "train=pad"]
+    options += ["--max-white", 0.3, "--max-pen", 0.05, "--measure-focus", "--min-area-um2", 1000, "--max-hole-um2", 1]
+    done = tile(slide, tmp_path, *options, "--outline", tmp_path / "o.geojson", "--max-upsample", "f=1.5", fails=True)
+    assert "--max-upsample f=...: there is no --set of this name" in done.stderr
+    tile(slide, tmp_path, *options, "--outline", tmp_path / "o.geojson", "--max-upsample", "features=1.5")
+    metadata, tiles = read_metadata(tmp_path / "mix.parquet"), read_tiles(tmp_path / "mix.parquet")
+    assert metadata["requested_mpp"] == [4.0, 2.0, 1.0] and metadata["edge"] == "shift"
+    assert (metadata["max_white"], metadata["max_pen"], metadata["max_grey"]) == (0.3, 0.05, None)
+    assert (metadata["tissue_min_area_um2"], metadata["tissue_max_hole_um2"]) == (1000, 1)
+    rows = tiles.to_pandas()
+    assert sorted(set(rows.mpp)) == [1, 2, 4] and rows.mpp.is_monotonic_increasing
+    assert (rows.footprint_px == 128 * rows.mpp).all() and (rows.level == (rows.mpp == 4)).all()
+    assert (rows.white_fraction <= 0.3).all() and (rows.section_id > 0).all() and (rows.focus > 0).all()
+    assert rows[["black_fraction", "grey_fraction", "pen_fraction"]].notna().all(axis=None)
+    train = read_metadata(tmp_path / "train.parquet")
+    assert train["edge"] == "pad" and train["num_candidates"] == 12
+    assert np.isnan(read_tiles(tmp_path / "f.parquet")["focus"].to_numpy()).sum() == 0
+
+
+def test_limits_that_no_tile_keeps_are_a_warning(slide: Path, tmp_path: Path) -> None:
+    done = tile(slide, tmp_path, "--min-focus", 1e9)
+    assert "tiles with enough tissue fail the limits of quality, most of them that of focus" in done.stderr
+    assert read_tiles(tmp_path / "train.parquet").num_rows == 0
+
+
+def test_the_outline_comes_back_as_annotations(slide: Path, tmp_path: Path) -> None:
+    outline = tmp_path / "outline.geojson"
+    tile(slide, tmp_path / "a", "--outline", outline)
+    document = json.loads(outline.read_text())
+    options = ["--tissue-method", "annotations", "--annotations", outline]
+    tile(slide, tmp_path / "b", *options)
+    first, again = (read_tiles(tmp_path / name / "train.parquet").to_pandas() for name in "ab")
+    assert read_metadata(tmp_path / "b/train.parquet")["tissue_method"] == "annotations"
+    assert set(zip(first.x, first.y, strict=True)) == set(zip(again.x, again.y, strict=True))
+    assert np.allclose(first.tissue_fraction, again.tissue_fraction, atol=0.01)
+    # somebody cuts a quarter out in QuPath
+    ring = [[0, 0], [1000, 0], [1000, 700], [0, 700], [0, 0]]
+    cut = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    document["features"].append(cut | {"properties": {"classification": {"name": "Fold"}}})
+    outline.write_text(json.dumps(document))
+    tile(slide, tmp_path / "c", *options, "--include", "Tissue", "--exclude", "Fold", "Ink")
+    edited = read_tiles(tmp_path / "c/train.parquet").to_pandas()
+    assert 0 < len(edited) < len(first) and not ((edited.x + 512 <= 1000) & (edited.y + 512 <= 700)).any()
+
+
 def test_results_hold_no_path_and_no_file_name(slide: Path, tmp_path: Path) -> None:
-    tile(slide, tmp_path)
+    tile(slide, tmp_path, "--outline", tmp_path / "o.geojson")
     outputs = ["--output", tmp_path / "s.json", "--thumbnail", tmp_path / "s.jpg"]
     run("inspect_slide.py", "--slide", slide, "--slide-id", "S", *outputs)
     for path in tmp_path.iterdir():
@@ -110,6 +157,12 @@ def test_errors_are_one_sentence_and_leave_nothing(slide: Path, tmp_path: Path) 
         "only 2000 x 1500": tile(slide, output, "--set", "x", 3000, 1.0, output / "x", fails=True),
         "there is no --set of this name": tile(slide, output, "--min-tissue", "trian=0.5", fails=True),
         "wanted NAME=a share": tile(slide, output, "--min-tissue", "train=1.5", fails=True),
+        "give each mpp once": tile(slide, output, "--set", "x", 64, "1,1", output / "x", fails=True),
+        "wanted NAME=drop or shift or pad": tile(slide, output, "--edge", "train=cut", fails=True),
+        "need each other": tile(slide, output, "--tissue-method", "annotations", fails=True),
+        "annotations no.geojson do not exist": tile(
+            slide, output, "--tissue-method", "annotations", "--annotations", "no.geojson", fails=True
+        ),
         "wanted whole pixels": tile(slide, output, "--set", "x", "big", 0.5, output / "x", fails=True),
     }
     for sentence, done in cases.items():
@@ -233,17 +286,41 @@ def test_tiles_and_outline_are_drawn_where_they_are(slide: Path) -> None:
     picture = with_tiles[top : top + 1200, left : left + 1600].astype(int)
     plain = without[top : top + 1200, left : left + 1600].astype(int)
     changed = np.abs(picture - plain).max(axis=2) > 40
-    expected = np.zeros((1200, 1600), np.uint8)
+    kept, dropped = np.zeros((2, 1200, 1600), np.uint8)
     side = 512 * scale
-    for x, y in zip(grid.x * scale, grid.y * scale, strict=True):
-        cv2.rectangle(expected, (round(x), round(y)), (round(x + side) - 1, round(y + side) - 1), 1, 1)
-    assert (changed & (expected == 0)).sum() == 0
-    assert changed.sum() > 0.8 * expected.sum()
+    assert list(grid.dropped) == ["tissue"]
+    for mask, places, thickness in (
+        (kept, zip(grid.x, grid.y, strict=True), 1),
+        (dropped, grid.dropped["tissue"], cv2.FILLED),
+    ):
+        for x, y in places:
+            corners = [round(x * scale), round(y * scale)], [round(x * scale + side) - 1, round(y * scale + side) - 1]
+            cv2.rectangle(mask, *corners, 1, thickness)
+    assert (changed & (kept == 0) & (dropped == 0)).sum() == 0
+    assert changed[kept > 0].mean() > 0.8 and changed[(dropped > 0) & (kept == 0)].mean() > 0.8
+    assert (picture - plain)[(dropped > 0) & (kept == 0)].mean(axis=0).argmin() == 2  # orange: less blue
     green = (np.abs(plain - (0, 158, 115)).max(axis=2) < 12).nonzero()
     distance = np.hypot(green[1] - 700 * scale, green[0] - 700 * scale)
     ring = np.abs(distance - 500 * scale) < 25
     other = np.abs(np.hypot(green[1] - 1600 * scale, green[0] - 1000 * scale) - 300 * scale) < 25
     assert len(green[0]) > 3000 and (ring | other).all()
+
+
+def test_every_set_and_reason_has_its_place(slide: Path) -> None:
+    """Two sets are two pictures side by side; the reasons that there are stand in the legend."""
+    with Slide(slide, "S") as opened:
+        tissue = detect_tissue(opened)
+        maps = quality_maps(opened, tissue)
+        sets = [TileSet("a", 256, 2.0), TileSet("b", 112, 1.5)]
+        plain = [make_grid(opened, tissue, one, maps) for one in sets]
+        strict = [make_grid(opened, tissue, one, maps, QualityLimits(max_white=0.2)) for one in sets]
+        strict = [drop_blurred(grid, np.arange(len(grid), dtype=float), 2.0) for grid in strict]
+        first, second = draw_overview(opened, tissue, plain), draw_overview(opened, tissue, strict)
+    assert set(strict[1].dropped) == {"tissue", "white", "focus"}
+    assert first.shape == second.shape and first.shape[1] > 2 * 1100
+    for colour, least in (((86, 200, 255), 500), ((250, 235, 40), 100)):
+        found = [(np.abs(picture.astype(int) - colour).max(axis=2) < 25).sum() for picture in (first, second)]
+        assert found[1] > found[0] + least
 
 
 @pytest.mark.parametrize(

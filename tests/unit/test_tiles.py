@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +14,17 @@ import pytest
 from PIL import Image
 
 import dinoscope
+from dinoscope.data.crops import CropSizes
 from dinoscope.data.sources import Window
 from dinoscope.data.tiles import MappedTiles, SlideRows, SlideTiles, map_manifest, open_tiles
+from dinoscope.data.windows import crop_ranges
 from dinoscope.errors import ConfigError, ManifestError
+from dinoscope.slides.grid import TileSet
 from dinoscope.slides.manifest import TILE_SCHEMA, manifest_digest, merge_manifests, tile_table, write_tiles
+from dinoscope.slides.reader import Slide
 from dinoscope.slides.table import SlideRecord
+from dinoscope.slides.tiling import tile_slide
+from synthetic_slides import texture, write_lossless
 from tiny_slides import write_manifest, write_slide
 
 ABOUT = {"tile_set": "train", "tile_px": 64, "requested_mpp": 0.5, "mpp": 0.5, "stride_px": 64}
@@ -93,6 +100,32 @@ def test_tiles_are_read_from_their_slides(tmp_path: Path) -> None:
     table.write_text("\n".join(["slide_id\tpath\tstain", rows[0], ""]))
     with pytest.raises(ConfigError, match=r"has tiles of slide a, which .*slides\.tsv does not list"):
         open_tiles(tmp_path / "train.parquet", str(table))
+
+
+def test_a_mix_of_mpp_is_read_at_each_tiles_own(tmp_path: Path) -> None:
+    """Tiled, merged, mapped and read as training reads: every tile equals the average of level 0 under it."""
+    image = texture(600, 840)
+    path = write_lossless(tmp_path / "s.tiff", image, 0.25, (1, 2, 4))
+    with Slide(path, "s") as slide:
+        mix = TileSet("train", 96, (0.25, 0.5, 0.7, 1.0), edge="pad")
+        tile_slide(slide, [(mix, tmp_path / "s.parquet")], "none")
+    merge_manifests([tmp_path / "s.parquet"], tmp_path / "train.parquet")
+    (tmp_path / "slides.tsv").write_text(f"slide_id\tpath\ns\t{path}\n")
+    tiles = open_tiles(tmp_path / "train.parquet", str(tmp_path / "slides.tsv"))
+    assert tiles.windows == [Window(96, 96, pytest.approx(mpp)) for mpp in mix.mpps]
+    assert [kind.level for kind in tiles.tiles.kinds] == [0, 1, 1, 2]
+    white = np.pad(image, ((0, 400), (0, 400), (0, 0)), constant_values=255)
+    rows = pq.read_table(tmp_path / "train.parquet").to_pylist()
+    assert len(rows) == len(tiles) and any(row["x"] + row["footprint_px"] > 840 for row in rows)
+    for index, row in enumerate(rows):
+        side = row["footprint_px"]
+        assert side == round(96 * row["mpp"] / 0.25)
+        under = white[row["y"] : row["y"] + side, row["x"] : row["x"] + side]
+        wanted = cv2.resize(under.astype(np.float32), (96, 96), interpolation=cv2.INTER_AREA)
+        assert np.abs(tiles.read(index)[0] - wanted).mean() <= 1
+    # and the range of magnification that crops show covers the mix
+    kinds = crop_ranges(tiles.windows, CropSizes(64, 32))
+    assert all(crop.finest_mpp <= 0.25 and crop.coarsest_mpp >= 1.0 for crop in kinds)
 
 
 def test_rows_of_a_slide_follow_each_other_at_all_resolutions(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from dinoscope.errors import SlideError
+from dinoscope.slides import demo_cytology
+from dinoscope.slides.grid import TileSet, make_grid
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.tiff_writer import encode_tiles, write_pyramid
-from dinoscope.slides.tissue import choose_method, detect_tissue, working_level
+from dinoscope.slides.tissue import _cleaned, choose_method, detect_tissue, working_level
 from synthetic_slides import blobs, write_lossless
 
 GLASS, PINK, PURPLE, BROWN, PALE_BLUE = (243, 242, 244), (222, 140, 170), (110, 70, 140), (140, 95, 60), (222, 226, 238)
@@ -183,3 +185,66 @@ def test_real_slides(shared: Path) -> None:
     # lymph node of the DICOM slide, and the gap between its sections
     step = tissue.downsample
     assert tissue.mask[int(300 / step), int(150 / step)] and not tissue.mask[int(600 / step), int(600 / step)]
+
+
+@pytest.mark.parametrize(("num_cells", "num_sheets", "tile_px"), [(120, 2, 224), (40, 0, 256), (12, 0, 512)])
+def test_cells_of_sparse_smears_lie_in_kept_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_cells: int, num_sheets: int, tile_px: int
+) -> None:
+    """At least 95 % of all cells, leucocytes included, with the settings that nobody has touched."""
+    centres, places = [], demo_cytology._places
+    monkeypatch.setattr(demo_cytology, "_places", lambda *given: centres.append(places(*given)) or centres[-1])
+    image = demo_cytology.draw_smear(4096, 4608, num_cells, num_sheets, (num_cells, 0))
+    levels = [image, image[::2, ::2]]
+    path = tmp_path / "smear.tiff"
+    write_pyramid(path, [(level.shape[1], level.shape[0], encode_tiles(level)) for level in levels], 0.5)
+    with Slide(path, "S") as slide:
+        tissue = detect_tissue(slide, "cytology")
+        grid = make_grid(slide, tissue, TileSet("t", tile_px, 0.5))
+    x, y = np.concatenate(centres).T
+    found = np.zeros(len(x), bool)
+    for left, top in zip(grid.x, grid.y, strict=True):
+        found |= (x >= left) & (x < left + tile_px) & (y >= top) & (y < top + tile_px)
+    assert len(x) >= 1.5 * num_cells and found.mean() >= 0.95
+    assert len(grid) < 0.6 * grid.num_candidates
+
+
+def test_areas_can_be_set(tmp_path: Path) -> None:
+    image = blobs(SIDE, SIDE, [(700, 700, 500), (1800, 1800, 14)], PINK, GLASS)
+    cv2.circle(image, (900, 700), 120, GLASS, cv2.FILLED)
+    with slide_of(tmp_path, image) as slide:
+        tissue = detect_tissue(slide, "otsu", min_area_um2=500, max_hole_um2=300_000)
+        assert tissue.describe()["tissue_min_area_um2"] == 500 and tissue.describe()["tissue_max_hole_um2"] == 300_000
+        speck, hole = (
+            bool(tissue.mask[int(y / tissue.downsample), int(x / tissue.downsample)])
+            for x, y in ((1800, 1800), (900, 700))
+        )
+        assert speck and hole
+        with pytest.raises(SlideError, match="pieces below 1e\\+09 square micrometres are left out"):
+            detect_tissue(slide, "otsu", min_area_um2=1e9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_small_pieces_and_holes_are_those_of_labelling(seed: int) -> None:
+    noise = cv2.GaussianBlur(np.random.default_rng(seed).standard_normal((150, 180)), (0, 0), 2.0)
+    mask = noise > 0
+    cleaned = _cleaned(mask, 1.0, {"max_hole_um2": 40.0, "min_area_um2": 60.0})
+
+    def without_small(where: np.ndarray, area: float, connectivity: int) -> np.ndarray:
+        labels, stats = cv2.connectedComponentsWithStats(where.astype(np.uint8), connectivity=connectivity)[1:3]
+        keep = stats[:, cv2.CC_STAT_AREA] > area
+        keep[0] = False
+        return keep[labels]
+
+    # what touches the border is no hole, however small
+    outside = cv2.connectedComponents((~np.pad(mask, 1)).astype(np.uint8), connectivity=4)[1][1:-1, 1:-1] == 1
+    filled = ~(without_small(~mask, 40.0, 4) | (~mask & outside))
+    assert np.count_nonzero(cleaned != without_small(filled, 59.5, 8)) <= 0.005 * mask.size
+
+
+def test_sections_are_connected_pieces_in_raster_order(tmp_path: Path) -> None:
+    with slide_of(tmp_path, blobs(SIDE, SIDE, PIECES, PINK, GLASS)) as slide:
+        tissue = detect_tissue(slide)
+    assert np.array_equal(tissue.sections > 0, tissue.mask)
+    step = tissue.downsample
+    assert [int(tissue.sections[int(y / step), int(x / step)]) for x, y, _ in PIECES] == [1, 2]

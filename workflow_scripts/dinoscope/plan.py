@@ -48,6 +48,13 @@ _TRAINING_ONLY = (
 DEMO_SLIDES = ("demo_he_1", "demo_he_2", "demo_he_3", "demo_ihc_1", "demo_cyto_1")
 # What `stain` says about a slide's looks, where the tissue method is auto.
 _METHOD_OF_STAIN = {"HE": "otsu", "IHC": "otsu", "Pap": "cytology", "MGG": "cytology", "IF": "fluorescence"}
+# Option of tile_slide.py, key of a tile set, and its default, which needs no option.
+_SET_OPTIONS = (
+    ("--min-tissue", "min_tissue", None),
+    ("--stride", "stride_px", None),
+    ("--edge", "edge", "drop"),
+    ("--max-upsample", "max_upsample", 1.05),
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -213,13 +220,21 @@ class Plan:
         method, stain = self.config["tissue"]["method"], self.slide(slide_id).stain or ""
         return _METHOD_OF_STAIN.get(stain.partition(":")[0], "auto") if method == "auto" else method
 
+    @functools.cached_property
+    def annotation_files(self) -> dict[str, str]:
+        """slide_id -> GeoJSON file, of the slides that have one in tissue.annotations."""
+        folder = self.config["tissue"]["annotations"]
+        there = {path.name for path in Path(folder).iterdir()} if folder and Path(folder).is_dir() else set()
+        return {slide: str(Path(folder) / f"{slide}.geojson") for slide in self.slides if f"{slide}.geojson" in there}
+
     def tiling_arguments(self, slide_id: str, outputs: Sequence[str]) -> list[str]:
         """Arguments of tile_slide.py for all tile sets, `outputs` being their files in the order of the config."""
-        arguments = ["--tissue-method", self.tissue_method(slide_id)]
+        arguments = [*self._tissue_arguments(slide_id), *self._quality_arguments()]
         for (name, tiles), output in zip(self.config["tiling"]["sets"].items(), outputs, strict=True):
-            arguments += ["--set", name, str(tiles["tile_px"]), str(tiles["mpp"]), output]
-            for option, key in (("--min-tissue", "min_tissue"), ("--stride", "stride_px")):
-                if tiles[key] is not None:
+            mpps = tiles["mpp"] if isinstance(tiles["mpp"], list) else [tiles["mpp"]]
+            arguments += ["--set", name, str(tiles["tile_px"]), ",".join(map(str, mpps)), output]
+            for option, key, default in _SET_OPTIONS:
+                if tiles[key] != default:
                     arguments += [option, f"{name}={tiles[key]}"]
         return arguments
 
@@ -229,6 +244,30 @@ class Plan:
         for name, tiles in self.config["tiling"]["sets"].items():
             mpps = tiles["mpp"] if isinstance(tiles["mpp"], list) else [tiles["mpp"]]
             arguments += [part for mpp in mpps for part in ("--set", name, str(tiles["tile_px"]), str(mpp))]
+        return arguments
+
+    def _tissue_arguments(self, slide_id: str) -> list[str]:
+        tissue, annotations = self.config["tissue"], self.annotation_files.get(slide_id)
+        arguments = ["--tissue-method", "annotations" if annotations else self.tissue_method(slide_id)]
+        for key in ("min_area_um2", "max_hole_um2"):
+            if tissue[key] is not None:
+                arguments += [f"--{key.replace('_', '-')}", str(tissue[key])]
+        if annotations:
+            arguments += [
+                "--annotations",
+                annotations,
+                "--include",
+                *tissue["include"],
+                "--exclude",
+                *tissue["exclude"],
+            ]
+        return arguments
+
+    def _quality_arguments(self) -> list[str]:
+        arguments = []
+        for key, value in self.config["tiling"]["quality"].items():
+            if value is not None and value is not False:
+                arguments += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
         return arguments
 
     def demo_slides(self) -> list[str]:

@@ -105,6 +105,7 @@ def window_problems(plan: "Plan") -> Iterator[str]:
 
 def file_problems(plan: "Plan") -> Iterator[str]:
     """Weights, images and teachers that do not exist; slides are looked for when a job needs them (plan_slides.py)."""
+    yield from _annotation_problems(plan)
     weights = plan.base_run.settings.MODEL.WEIGHTS
     if weights and not Path(weights).exists():
         yield f"recipe {plan.base_run.recipe}: MODEL.WEIGHTS {weights} does not exist"
@@ -117,6 +118,26 @@ def file_problems(plan: "Plan") -> Iterator[str]:
             yield f"config: runs.{run.name}.gram_teacher {teacher} does not exist; give last, an iteration or a file"
         if run.distilled_file is not None and not run.distilled_file.exists():
             yield f"recipe {run.recipe}: distillation.checkpoint_path {run.distilled_file} does not exist"
+
+
+def _annotation_problems(plan: "Plan") -> Iterator[str]:
+    """A folder of annotations that is missing or of other slides, and slides that should have some and have none."""
+    tissue = plan.config["tissue"]
+    folder = tissue["annotations"]
+    if folder is None:
+        return
+    if not Path(folder).is_dir():
+        yield f"config: tissue.annotations {folder} is no folder; give one with a file SLIDE.geojson a slide"
+        return
+    missing = [slide for slide in plan.slides if slide not in plan.annotation_files]
+    if missing and tissue["method"] == "annotations":
+        more = f" and {len(missing) - 1} more slides" if len(missing) > 1 else ""
+        yield (
+            f"slide {missing[0]}{more}: {folder} has no {missing[0]}.geojson, which tissue.method annotations needs; "
+            "outline the tissue, or set tissue.method to auto for slides without"
+        )
+    elif len(missing) == len(plan.slides):
+        yield f"config: tissue.annotations {folder} has no file named after a slide, such as {missing[0]}.geojson"
 
 
 def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
@@ -138,6 +159,14 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
         teacher = run["gram_teacher"]
         if run["continues"] is None and (teacher == "last" or str(teacher).isdecimal()):
             yield f"runs.{name}.gram_teacher is {teacher}, but the run continues none: name a file or set `continues`"
+    features = config["features"]["set"]
+    if features in sets and isinstance(sets[features]["mpp"], list):
+        yield (
+            f"features.set is {features}, which mixes several mpp ({', '.join(map(str, sets[features]['mpp']))}), but "
+            "a feature file holds one kind of tiles; name a set with one mpp"
+        )
+    if config["tissue"]["method"] == "annotations" and config["tissue"]["annotations"] is None:
+        yield "tissue.method is annotations, but tissue.annotations names no folder; give one with SLIDE.geojson files"
     yield from _circle_problems(runs)
 
 

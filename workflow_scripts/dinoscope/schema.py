@@ -59,8 +59,8 @@ def with_defaults(value: Any, schema: dict[str, Any]) -> Any:
 def problems(value: Any, schema: dict[str, Any]) -> list[str]:
     """One sentence for each place where `value` breaks the schema: the key, what it is and what it must be.
 
-    The schema may use type, enum, anyOf, bounds, lengths, pattern, uniqueItems, required, minProperties,
-    properties, patternProperties and additionalProperties: false.
+    The schema may use type, enum, anyOf, bounds, lengths, pattern, items, minItems, uniqueItems, required,
+    minProperties, properties, patternProperties and additionalProperties: false.
     """
     errors = sorted(Draft202012Validator(schema).iter_errors(value), key=lambda error: [*map(str, error.absolute_path)])
     return [sentence for error in errors for sentence in _sentences(error, schema)]
@@ -129,6 +129,8 @@ def _wanted(error: ValidationError) -> str:
             return "given"
         case "minProperties":
             return "a section with at least one entry"
+        case "minItems":
+            return "a list with at least one entry"
         case "uniqueItems":
             return "a list without repeats"
     return f"as the schema says ({error.validator} {value})"

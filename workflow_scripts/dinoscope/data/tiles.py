@@ -21,6 +21,7 @@ from dinoscope.data.sources import Window
 from dinoscope.errors import ConfigError, ManifestError, SlideError
 from dinoscope.files import atomic_path
 from dinoscope.slides.manifest import manifest_digest
+from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import SlidePool
 from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import SlideRecord, read_slide_table
@@ -179,7 +180,7 @@ class SlideTiles:
         tile = self.tiles[index]
         kind = tile.kind
         slide = self._slides[kind.slide_id]
-        image = slide.read_tile(tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
+        image = read_tile(slide, tile.x, tile.y, kind.level, kind.read_px, kind.tile_px, kind.footprint_px)
         return image, self.sample_id(index)
 
     def _replacement(self, index: int, draw: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinoscope.errors import ManifestError
 from dinoscope.slides.manifest import read_metadata, read_tiles
+from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import Slide
 
 __all__ = ["SlideTiles", "load_tiles", "read_batches"]
@@ -71,6 +72,11 @@ def load_tiles(path: Path) -> SlideTiles:
     if slide_id is None or set(table["slide_id"].unique().to_pylist()) - {slide_id}:
         raise ManifestError(f"{path} holds the tiles of several slides; give the one of this slide, of results/tiles")
     tile_px, mpp = metadata["tile_px"], metadata["requested_mpp"]
+    if isinstance(mpp, list):
+        raise ManifestError(
+            f"{path}: tile set {metadata['tile_set']} mixes mpp {', '.join(map(str, mpp))}, but a feature file holds "
+            "one kind; make a tile set of each"
+        )
     skipped = metadata.get("error")
     level0_mpp = mpp if skipped else (metadata["mpp_x"] + metadata["mpp_y"]) / 2
     for name in ("tile_px", "mpp", "footprint_px"):
@@ -130,7 +136,7 @@ class _Reader:
     def read_row(self, row: int, place: Tensor) -> None:
         tiles = self.tiles
         where = (int(column[row]) for column in (tiles.x, tiles.y, tiles.level, tiles.read_px))
-        place.copy_(torch.from_numpy(self.slide.read_tile(*where, tiles.tile_px, tiles.footprint_px)))
+        place.copy_(torch.from_numpy(read_tile(self.slide, *where, tiles.tile_px, tiles.footprint_px)))
 
     def read(self, rows: slice) -> Tensor:
         batch = self.empty(rows)

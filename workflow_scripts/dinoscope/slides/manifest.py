@@ -1,7 +1,9 @@
 """Tile manifests: parquet files with a row a tile, one a slide, and merged over slides for training.
 
 Columns as in `TILE_SCHEMA`; rows of a slide in the order (mpp, y, x), slides in the order of their ids; zstd, row
-groups of 65,536. The schema's metadata holds a JSON document under the key `dinoscope`.
+groups of 65,536. The schema's metadata holds a JSON document under the key `dinoscope`. The columns of `QUALITY_SCHEMA`
+say what tiles are like and nothing of their pixels: the digest leaves them out, files made before there were any have
+none, and where something was not measured they hold NaN (section_id: 0).
 """
 
 import hashlib
@@ -18,6 +20,7 @@ from dinoscope.errors import ManifestError
 from dinoscope.files import atomic_path
 
 __all__ = [
+    "QUALITY_SCHEMA",
     "SCHEMA_VERSION",
     "TILE_SCHEMA",
     "manifest_digest",
@@ -29,6 +32,16 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+QUALITY_SCHEMA = pa.schema(
+    [
+        ("white_fraction", pa.float32()),
+        ("black_fraction", pa.float32()),
+        ("grey_fraction", pa.float32()),
+        ("pen_fraction", pa.float32()),
+        ("focus", pa.float32()),
+        ("section_id", pa.int32()),
+    ]
+)
 TILE_SCHEMA = pa.schema(
     [
         ("slide_id", pa.dictionary(pa.int32(), pa.string())),
@@ -40,6 +53,7 @@ TILE_SCHEMA = pa.schema(
         ("mpp", pa.float32()),
         ("footprint_px", pa.int32()),
         ("tissue_fraction", pa.float32()),
+        *QUALITY_SCHEMA,
     ]
 )
 _KEY = b"dinoscope"
@@ -56,6 +70,7 @@ _ROW = np.dtype(
         ("tissue_fraction", "<f4"),
     ]
 )
+_QUALITY = {name: np.dtype("<i4" if name == "section_id" else "<f4") for name in QUALITY_SCHEMA.names}
 _SET_KEYS = ("tile_set", "tile_px", "requested_mpp", "stride_px")
 
 
@@ -64,16 +79,19 @@ def tile_table(slide_id: str, columns: dict[str, Any]) -> pa.Table:
 
     Args:
         slide_id: Of the slide.
-        columns: Of every other column its values, or one value for all rows; at least one column is a sequence.
+        columns: Of every other column its values, or one value for all rows; at least one column is a sequence. Those
+            of `QUALITY_SCHEMA` may be left out.
     """
     count = max(len(values) for values in columns.values() if np.ndim(values))
-    values = {name: np.broadcast_to(columns[name], (count,)).astype(_ROW[name]) for name in _ROW.names}
+    columns = {name: _unmeasured(name) for name in _QUALITY} | columns
+    kinds = {name: _ROW[name] for name in _ROW.names} | _QUALITY
+    values = {name: np.broadcast_to(columns[name], (count,)).astype(kind) for name, kind in kinds.items()}
     order = np.lexsort((values["x"], values["y"], values["mpp"]))
     # built from buffers, because pa.array imports pandas, which takes longer than tiling a slide
     name_end = np.array([0, len(slide_id.encode())], "<i4")
     names = pa.StringArray.from_buffers(1, pa.py_buffer(name_end), pa.py_buffer(slide_id.encode()))
     codes = _array(pa.int32(), np.zeros(count, "<i4"))
-    numbers = [_array(TILE_SCHEMA.field(name).type, values[name][order]) for name in _ROW.names]
+    numbers = [_array(TILE_SCHEMA.field(name).type, values[name][order]) for name in TILE_SCHEMA.names[1:]]
     return pa.Table.from_arrays([pa.DictionaryArray.from_arrays(codes, names), *numbers], schema=TILE_SCHEMA)
 
 
@@ -118,7 +136,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def manifest_digest(path: str | Path) -> str:
     """SHA-256 over the rows of a manifest, in hexadecimal; merged manifests carry it, others are read through.
 
-    It depends on nothing but the rows: not on the order in which slides were merged, nor on how a file was encoded.
+    It depends on nothing but the rows, without what `QUALITY_SCHEMA` says of them: not on the order in which slides
+    were merged, nor on how a file was encoded.
 
     Raises:
         ManifestError: The file is missing, damaged or no tile manifest.
@@ -188,6 +207,10 @@ class _RowDigest:
         if self._slide_id is not None:
             self._all.update(hashlib.sha256(self._slide_id.encode()).digest() + self._slide.digest())
         self._slide, self._slide_id = hashlib.sha256(), None
+
+
+def _unmeasured(name: str) -> float:
+    return 0 if name == "section_id" else np.nan
 
 
 def _array(kind: pa.DataType, values: np.ndarray) -> pa.Array:
@@ -265,7 +288,11 @@ def _opened(path: str | Path) -> pq.ParquetFile:
 def _batches(file: pq.ParquetFile, path: str | Path) -> Iterator[pa.Table]:
     try:
         for batch in file.iter_batches(batch_size=_ROW_GROUP):
-            yield pa.Table.from_batches([batch]).select(TILE_SCHEMA.names).cast(TILE_SCHEMA)
+            table = pa.Table.from_batches([batch])
+            for name in set(_QUALITY) - set(table.column_names):
+                column = _array(QUALITY_SCHEMA.field(name).type, np.full(len(table), _unmeasured(name), _QUALITY[name]))
+                table = table.append_column(name, column)
+            yield table.select(TILE_SCHEMA.names).cast(TILE_SCHEMA)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise _damaged(path, error) from None
 

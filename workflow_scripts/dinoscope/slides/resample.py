@@ -6,7 +6,7 @@ import math
 import cv2
 import numpy as np
 
-__all__ = ["average_squares", "resample_square"]
+__all__ = ["average_squares", "resample_square", "square_shares"]
 
 
 def average_squares(block: np.ndarray, factor: int) -> np.ndarray:
@@ -56,6 +56,38 @@ def resample_square(
         # the second pass works on the columns, and turns the picture back
         region = _averaged_rows(region, *_taps(region.shape[0], start, side, tile_px, knots)).transpose(1, 0, 2)
     return np.clip(np.rint(region), 0, 255).astype(np.uint8, order="C")
+
+
+def square_shares(sums: np.ndarray, downsample: float, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
+    """Share of every square that a mask covers, mask pixels that its border cuts counting in part.
+
+    Args:
+        sums: Running sums of the mask, with a row and a column of zeros before (`cv2.integral`).
+        downsample: Side of a mask pixel in level-0 pixels.
+        x, y: Left ends of the columns and top ends of the rows of squares, level-0 pixels.
+        side: Of a square, level-0 pixels. What lies outside of the mask counts as not covered.
+
+    Returns:
+        float64 (rows, columns).
+    """
+    down = _spans(sums, y / downsample, side / downsample)
+    return np.clip(_spans(down.T, x / downsample, side / downsample).T / (side / downsample) ** 2, 0, 1)
+
+
+def _spans(sums: np.ndarray, starts: np.ndarray, side: float) -> np.ndarray:
+    """Differences of running sums over `side` rows from each of `starts` on."""
+    ends = starts + side
+    if (np.abs(ends[:-1] - starts[1:]) < 1e-6).all():  # tiles that touch share their edges
+        return np.diff(_between(sums, np.append(starts, ends[-1:])), axis=0)
+    return _between(sums, ends) - _between(sums, starts)
+
+
+def _between(sums: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Rows of running sums at fractional places; linear in between, which is exact for sums of whole pixels."""
+    places = np.minimum(places, len(sums) - 1)
+    before = np.minimum(places.astype(int), len(sums) - 2)
+    share = (places - before)[:, None]
+    return sums[before] * (1 - share) + sums[before + 1] * share
 
 
 def _averaged_rows(region: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:

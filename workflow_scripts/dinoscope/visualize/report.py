@@ -164,7 +164,8 @@ def _run_sentence(run: RunFacts) -> str:
 
 def _tile_kind(metadata: dict[str, Any]) -> str:
     tile_px, mpp = metadata.get("tile_px"), metadata.get("requested_mpp")
-    return f" ({tile_px} px at {mpp:g} µm a pixel)" if tile_px and mpp else ""
+    mpps = [f"{each:g}" for each in (mpp if isinstance(mpp, list) else [mpp])] if mpp else []
+    return f" ({tile_px} px at {_joined(mpps)} µm a pixel)" if tile_px and mpps else ""
 
 
 def _joined(parts: Sequence[str]) -> str:
