@@ -20,7 +20,7 @@ from dinoscope.data.sampling import SampleOrder, UniformOrder
 from dinoscope.data.sources import TrainingImages, UserImages, is_class_name
 from dinoscope.data.tiles import SlideTiles, open_tiles
 from dinoscope.errors import ConfigError, DinoscopeError, SealError
-from dinoscope.processes import die_with_parent
+from dinoscope.processes import die_with_parent, keep_freed_memory
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
@@ -168,3 +168,4 @@ def _start_worker(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
+    keep_freed_memory()
