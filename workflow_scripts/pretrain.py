@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, type=Path, help="recipe of the run (YAML)")
     parser.add_argument("--manifest", type=Path, help="merged tile manifest; none where the recipe names images")
     parser.add_argument("--slides", help="where the manifest's slides are: slides.tsv, a folder or a glob")
+    parser.add_argument("--packed", type=Path, help="index of packed tiles, to read these and not the slides")
     parser.add_argument("--run-dir", required=True, type=Path, help="folder of the run; its name is the run's name")
     parser.add_argument("--weights", help="backbone file to start from; wins over the recipe's MODEL.WEIGHTS")
     parser.add_argument("--continues", type=Path, help="final.json of the run that is continued, optimizer included")
@@ -45,7 +46,7 @@ def main() -> None:
     if arguments.weights is None and arguments.continues is None:
         require_weights(arguments.config, config)
     start = functools.partial(resolve_start, config, arguments.weights, arguments.continues, arguments.gram_teacher)
-    inputs = RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir)
+    inputs = RunInputs(config, arguments.manifest, arguments.slides, start, arguments.run_dir, arguments.packed)
     if arguments.plan:
         from dinoscope.train.planning import plan_run
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.crops import AUGMENTATIONS, Augmentation, Crops, CropSizes, for_stain, make_crops, sample_rng
 from dinoscope.data.images import map_images
+from dinoscope.data.packed import PackedTiles, open_packed
 from dinoscope.data.sampler import StepSampler
 from dinoscope.data.sampling import SampleOrder, UniformOrder
 from dinoscope.data.sources import TrainingImages, UserImages, is_class_name
@@ -25,7 +26,7 @@ from dinoscope.processes import die_with_parent, keep_freed_memory
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["ImageCrops", "build_loader", "crop_settings", "open_images", "stains_digest"]
+__all__ = ["ImageCrops", "build_loader", "crop_settings", "open_images", "pixels_digest", "stains_digest"]
 
 
 class ImageCrops(Dataset):
@@ -80,6 +81,7 @@ def open_images(
     manifest: Path | None,
     slides: str | None,
     run_dir: Path,
+    packed: Path | None = None,
     sealed: Mapping[str, str | None] | None = None,
 ) -> TrainingImages:
     """What a run is trained on.
@@ -88,6 +90,7 @@ def open_images(
         dataset_path: `train.dataset_path` of the recipe: a folder of images, module:Class, or None for the manifest.
         manifest: The merged tile manifest; needed where `dataset_path` is None, and only there.
         slides: Where the manifest's slides are.
+        packed: Index of the manifest's tiles packed as JPEG, to read these in place of the slides.
         run_dir: The run's folder, which keeps the list of images that it begins with.
         sealed: Digests under "manifest" and "images" that the run was started with, when it goes on.
 
@@ -99,6 +102,8 @@ def open_images(
     if dataset_path is None:
         if manifest is None or slides is None:
             raise ConfigError("nothing to train on: give --manifest and --slides, or set train.dataset_path")
+        if packed is not None:
+            return open_packed(manifest, slides, packed, sealed.get("manifest"))
         return open_tiles(manifest, slides, sealed.get("manifest"))
     if manifest is not None:
         raise ConfigError(
@@ -146,6 +151,11 @@ def stains_digest(images: TrainingImages, config: "RunConfig") -> str | None:
         return None
     kinds = {slide: (stain or "").partition(":")[0].casefold() for slide, stain in images.slide_stains().items()}
     return hashlib.sha256(json.dumps(sorted(kinds.items())).encode()).hexdigest()
+
+
+def pixels_digest(images: TrainingImages) -> str | None:
+    """Of the tiles' pixels where these were packed; None where they are those of slides or images themselves."""
+    return images.index.pixels if isinstance(images, PackedTiles) else None
 
 
 def build_loader(
