@@ -69,6 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cv2.setNumThreads(0)
     on_slides = open_tiles(arguments.manifest, arguments.slides)
+    read_tiles(arguments.manifest)  # imports what the first reading needs
     for number in range(min(len(on_slides), arguments.tiles)):  # opens the slides and fills the disk cache
         on_slides.read(number)
     rng = np.random.default_rng(0)
