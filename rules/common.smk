@@ -163,6 +163,24 @@ def run_manifest(wildcards):
     return kept_by_finished(f"<results>/manifests/{tile_set}.parquet", wildcards)
 
 
+@one_sentence
+def packed_tiles(wildcards):
+    """The packed files of the slides that training sees."""
+    return expand(
+        "<results>/packed/{set}/{slide}.arrow",
+        set=wildcards.set,
+        slide=PLAN.slides_to_train_on(),
+    )
+
+
+def run_packed(wildcards):
+    """The index of the packed tiles that the run is trained on, if it is."""
+    run = PLAN.runs[wildcards.run]
+    if not PLAN.is_packed(run):
+        return []
+    return kept_by_finished(f"<results>/packed/{run.tile_set}/index.json", wildcards)
+
+
 def run_weights(wildcards):
     """What the run starts from, unless it continues another."""
     return kept_by_finished("<results>/models/base/teacher.pth", wildcards)
@@ -199,7 +217,12 @@ def launch_options(wildcards, output, resources):
 def run_data(wildcards, input):
     """Arguments for the tiles that the run is trained on."""
     slides = str(Path(PLAN.config["slides"]["source"]))
-    return ["--manifest", input.manifest, "--slides", slides] if input.manifest else []
+    packed = ["--packed", input.packed] if input.packed else []
+    return (
+        ["--manifest", input.manifest, "--slides", slides, *packed]
+        if input.manifest
+        else []
+    )
 
 
 def run_options(wildcards, input):

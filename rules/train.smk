@@ -29,6 +29,7 @@ rule train:
         recipe=run_recipe,
         parents=run_parents,
         manifest=run_manifest,
+        packed=run_packed,
         weights=run_weights,
         continued=continued_run,
         teachers=teacher_files,

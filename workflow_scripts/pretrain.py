@@ -25,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other slide formats")
     parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="skip: replace unreadable tiles")
     parser.add_argument("--skip-records", type=Path, metavar="DIR", help="where to write which slides have such tiles")
+    parser.add_argument("--packed", type=Path, help="index of packed tiles, to read these and not the slides")
     parser.add_argument("--run-dir", required=True, type=Path, help="folder of the run; its name is the run's name")
     parser.add_argument("--weights", help="backbone file to start from; wins over the recipe's MODEL.WEIGHTS")
     parser.add_argument("--continues", type=Path, help="final.json of the run that is continued, optimizer included")
@@ -61,6 +62,7 @@ def main() -> None:
         arguments.run_dir,
         tuple(arguments.keep_exports),
         SlideAccess(*how),
+        arguments.packed,
     )
     if arguments.plan:
         from dinoscope.train.planning import plan_run

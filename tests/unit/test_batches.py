@@ -61,6 +61,17 @@ def test_batches_depend_on_nothing_but_seed_and_step(dataset: ImageCrops) -> Non
     assert not torch.equal(plain[0].masks, plain[1].masks)
 
 
+def test_a_loader_writes_crops_into_shared_memory_at_once(dataset: ImageCrops, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [dataset[sample] for sample in range(4)]
+    plain = collate()(samples)
+    assert not plain.global_crops.is_shared()
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "in a loader")
+    shared = collate()(samples)
+    assert shared.global_crops.is_shared()
+    assert shared.local_crops.is_shared()
+    assert equal(plain, shared)
+
+
 def test_masks_are_as_many_and_as_large_as_asked() -> None:
     batch = mask_tensors(collate()._masks(0, 8, 4))
     counts = batch["masks"].sum(1)

@@ -304,6 +304,7 @@ def test_profile_entries_are_commented():
 
 def test_jobs_see_the_gpus_that_the_config_names(folder):
     """What a job's environment says is written down by Python itself, as it starts."""
+    change_config(folder, **{"launch.gpus": [1, 2, 3]})
     (folder / "sitecustomize.py").write_text(
         "import os, pathlib\n"
         "if b'split_slides.py' in pathlib.Path('/proc/self/cmdline').read_bytes():\n"
@@ -311,7 +312,7 @@ def test_jobs_see_the_gpus_that_the_config_names(folder):
     )
     environment = os.environ | {"PYTHONPATH": str(folder)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [*COMMAND, "results/splits.tsv", "--config", "launch={gpus: [1, 2, 3]}"]
+    command = [*COMMAND, "results/splits.tsv"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (folder / "seen.txt").read_text() == "1,2,3"
@@ -319,3 +320,51 @@ def test_jobs_see_the_gpus_that_the_config_names(folder):
     done = subprocess.run([*command, "-f"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "error: launch.gpus asks for GPU 2, but CUDA_VISIBLE_DEVICES is '0,1'" in done.stderr
+
+
+PACKING = {"pack_slide": 4, "pack_index": 1}
+
+
+def begin_pretrain(folder, pixels):
+    """A run pretrain with a checkpoint, trained on such pixels."""
+    run_dir = folder / "results" / "runs" / "pretrain"
+    inputs = dict.fromkeys(["manifest", "weights", "continues", "gram_teacher"]) | {"pixels": pixels}
+    seal_run(run_dir, load_recipe(folder / "config" / "runs" / "tiny.yaml"), 16, inputs, "a seed")
+    (run_dir / "ckpt" / "7").mkdir(parents=True)
+    (run_dir / "ckpt" / "7" / ".metadata").touch()
+
+
+def test_training_slides_are_packed_once_for_all_runs(folder):
+    change_config(folder, **{"packing.enabled": True})
+    jobs, text = plan(folder)
+    assert jobs == WHOLE_DEMO | PACKING
+    assert text.count("--packed results/packed/train/index.json") == 2
+    assert "--quality 90 --subsampling 4:2:0 --output results/packed/train/demo_he_2.arrow" in text
+    assert "results/packed/train/demo_he_1.arrow" not in text  # held out of training
+    jobs, _ = plan(folder, "results/packed/train/index.json")
+    assert jobs == {"demo_slides": 1, "tile_slide": 4, "merge_manifest": 1, **PACKING}
+
+
+def test_nothing_is_packed_unless_asked(folder):
+    jobs, text = plan(folder, "pretrain")
+    assert not jobs.keys() & PACKING.keys()
+    assert "--packed" not in text
+
+
+def test_a_run_keeps_the_pixels_it_was_started_with(finished):
+    begin_pretrain(finished, None)
+    change_config(finished, **{"packing.enabled": True})
+    jobs, text = plan(finished, "pretrain")
+    assert jobs == {}
+    assert (
+        "note: run pretrain was started on tiles of the slides and keeps to them: give a new run name to train with "
+        "packing.enabled: true"
+    ) in text
+
+
+def test_a_run_on_packed_tiles_goes_on_with_them(folder):
+    begin_pretrain(folder, "JPEG 90 4:2:0 abc")
+    jobs, text = plan(folder, "pretrain")
+    assert jobs["pack_index"] == 1
+    assert "--packed results/packed/train/index.json" in text
+    assert "run pretrain was started on packed tiles and keeps to them" in text

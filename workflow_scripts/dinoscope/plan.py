@@ -311,9 +311,16 @@ class Plan:
         kept = [slide_id for slide_id in self.slides if slide_id in fitted]
         return kept or self.train_slides or self.feature_slides
 
+    def is_packed(self, run: Run) -> bool:
+        """Whether a run is trained on packed tiles: as it was begun, or else as the config says now."""
+        if run.own_data is not None:
+            return False
+        seal = next((seal for started, seal in self._started_runs() if started.name == run.name), None)
+        return self.config["packing"]["enabled"] if seal is None else seal["inputs"].get("pixels") is not None
+
     def notes(self) -> list[str]:
         """What the user should know before anything runs, a sentence each."""
-        return [*self.split_notes(), *self.manifest_notes(), *self.leak_notes()]
+        return [*self.split_notes(), *self.manifest_notes(), *self.packing_notes(), *self.leak_notes()]
 
     def split_notes(self) -> list[str]:
         """Which slides are held out although nobody said so."""
@@ -359,6 +366,16 @@ class Plan:
                     "give a new run name to use it"
                 )
         return notes
+
+    def packing_notes(self) -> list[str]:
+        """A sentence for each run that keeps the pixels it was started with although packing.enabled has changed."""
+        changed = self.config["packing"]["enabled"]
+        return [
+            f"run {run.name} was started on {'tiles of the slides' if changed else 'packed tiles'} and keeps to them: "
+            f"give a new run name to train with packing.enabled: {str(changed).lower()}"
+            for run, _ in self._started_runs()
+            if run.own_data is None and self.is_packed(run) != changed
+        ]
 
     def _started_runs(self) -> Iterator[tuple[Run, dict[str, Any]]]:
         """Runs that have a checkpoint, with their seals."""

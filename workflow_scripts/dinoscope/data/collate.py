@@ -1,9 +1,11 @@
 """Crops of several tiles to the tensors of one training step, and the masks for them."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor
 
 from dinoscope.data.crops import Crops
@@ -123,4 +125,15 @@ def mask_tensors(masks_BP: Tensor) -> dict[str, Tensor]:
 
 
 def _crop_major(crops: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(crops, axis=1)).flatten(0, 1)
+    num_crops, *shape = crops[0].shape
+    stacked = _empty((num_crops, len(crops), *shape))
+    np.stack(crops, axis=1, out=stacked.numpy())
+    return stacked.flatten(0, 1)
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Bytes to be filled; in a loader process in the memory that the trainer shares, which spares a copy."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)

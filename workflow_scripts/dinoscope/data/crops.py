@@ -6,14 +6,14 @@ Callers that run several worker processes should call `cv2.setNumThreads(0)` in 
 """
 
 import dataclasses
-import functools
-import math
 from types import MappingProxyType
 
 import cv2
 import numpy as np
 
 from dinoscope.data import color
+from dinoscope.data.resize import resize
+from dinoscope.data.views import View, draw_views
 
 __all__ = [
     "AUGMENTATIONS",
@@ -23,11 +23,10 @@ __all__ = [
     "contact_sheet",
     "for_stain",
     "make_crops",
-    "resize",
     "sample_rng",
 ]
 
-CROP_TRIES = 10
+_FLIP_CODES = {(True, False): 0, (False, True): 1, (True, True): -1}  # of OpenCV, by upside down and mirrored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,36 +177,23 @@ def make_crops(image: np.ndarray, sizes: CropSizes, augmentation: Augmentation, 
         rng: Source of all random draws, for instance `sample_rng(seed, index)`.
     """
     assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8, (image.shape, image.dtype)
-    views = [_global_view(image, position, sizes, augmentation, rng) for position in range(2)]
-    local_crops = np.empty((sizes.num_local, sizes.local_px, sizes.local_px, 3), np.uint8)
-    for crop in local_crops:
-        view = _cut(image, sizes.local_px, sizes.local_scale, augmentation, rng)
-        crop[:] = _distort(view, augmentation, rng, augmentation.blur_p[2], solarize_p=0)
+    first_blur_p, second_blur_p, local_blur_p = augmentation.blur_p
+    kinds = [
+        (sizes.global_scale, first_blur_p, 0.0),
+        (sizes.global_scale, second_blur_p, augmentation.solarize_p),
+        *[(sizes.local_scale, local_blur_p, 0.0)] * sizes.num_local,
+    ]
+    views = draw_views(image.shape[:2], kinds, augmentation, rng)
+    cut_px = max(sizes.global_px, sizes.gram_px or 0)
+    clean = [_cut(image, view, cut_px) for view in views[:2]]
+    distorted = _distort(clean, views[:2], augmentation)
+    local_crops = _distort([_cut(image, view, sizes.local_px) for view in views[2:]], views[2:], augmentation)
+    gram_crops = None
+    if sizes.gram_px is not None:
+        gram_crops = _stack(clean if sizes.gram_no_distortions else distorted, views[:2], sizes.gram_px)
     return Crops(
-        np.stack([global_crop for global_crop, _ in views]),
-        local_crops,
-        None if sizes.gram_px is None else np.stack([gram_crop for _, gram_crop in views]),
+        _stack(distorted, views[:2], sizes.global_px), _stack(local_crops, views[2:], sizes.local_px), gram_crops
     )
-
-
-def resize(image: np.ndarray, size_px: int) -> np.ndarray:
-    """Bicubic resampling to a square, low-pass filtered when it shrinks (antialiased).
-
-    Pillow's method, which torchvision uses, in two OpenCV steps: the scaled bicubic kernel (a = -0.5) at every input
-    pixel, then bicubic interpolation. On H&E windows the result is within about 1 grey level of Pillow's (mean absolute
-    difference; 0.5–0.9 when shrinking, 1–1.4 when enlarging) in about a quarter of its time. `INTER_CUBIC` alone
-    aliases and is off by 4–11 when it shrinks to a half or a third; `INTER_AREA` is off by 2 and slower.
-
-    Args:
-        image: uint8 (height, width, channels); may be returned itself when it has the size already.
-        size_px: Edge of the result.
-    """
-    height, width = image.shape[:2]
-    if height == width == size_px:
-        return image
-    if max(height, width) > size_px:
-        image = cv2.sepFilter2D(image, -1, _shrinking_kernel(width, size_px), _shrinking_kernel(height, size_px))
-    return cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_CUBIC)
 
 
 def contact_sheet(crops: Crops, gap_px: int = 4) -> np.ndarray:
@@ -229,91 +215,39 @@ def contact_sheet(crops: Crops, gap_px: int = 4) -> np.ndarray:
     return sheet
 
 
-def _global_view(
-    image: np.ndarray, position: int, sizes: CropSizes, augmentation: Augmentation, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The global crop and, with a gram teacher, its gram crop."""
-    view = _cut(image, max(sizes.global_px, sizes.gram_px or 0), sizes.global_scale, augmentation, rng)
-    solarize_p = augmentation.solarize_p if position == 1 else 0
-    distorted = _distort(view, augmentation, rng, augmentation.blur_p[position], solarize_p)
-    global_crop = resize(distorted, sizes.global_px)
-    if sizes.gram_px is None:
-        return global_crop, None
-    return global_crop, resize(view if sizes.gram_no_distortions else distorted, sizes.gram_px)
+def _cut(image: np.ndarray, view: View, size_px: int) -> np.ndarray:
+    return resize(image[view.top : view.top + view.height, view.left : view.left + view.width], size_px)
 
 
-def _cut(
-    image: np.ndarray, size_px: int, scale: tuple[float, float], augmentation: Augmentation, rng: np.random.Generator
-) -> np.ndarray:
-    top, left, height, width = _crop_box(image.shape[:2], scale, augmentation.aspect_ratio, rng)
-    view = resize(image[top : top + height, left : left + width], size_px)
-    if augmentation.horizontal_flips and rng.random() < 0.5:
-        view = cv2.flip(view, 1)
-    if augmentation.vertical_flips and rng.random() < 0.5:
-        view = cv2.flip(view, 0)
-    quarter_turns = int(rng.integers(4)) if augmentation.rotations_90 else 0
-    if quarter_turns:
-        view = cv2.rotate(view, quarter_turns - 1)  # cv2.ROTATE_90_CLOCKWISE, _180, _90_COUNTERCLOCKWISE are 0, 1, 2
-    return view
+def _distort(images: list[np.ndarray], views: list[View], augmentation: Augmentation) -> list[np.ndarray]:
+    """Changes colours and sharpness of cut-out views, all of one size."""
+    stained = [
+        color.shift_stains(image, *view.stains) if view.stains else image
+        for image, view in zip(images, views, strict=True)
+    ]
+    jittered = color.jitter(stained, [view.jitter for view in views])
+    return [_finish(image, view, augmentation) for image, view in zip(jittered, views, strict=True)]
 
 
-def _crop_box(
-    image_hw: tuple[int, int], scale: tuple[float, float], aspect_ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop: a share of the area, uniform in `scale`, and a log-uniform aspect.
-
-    Draws again up to 10 times when the crop leaves the image; then takes the largest central crop of an allowed aspect.
-    """
-    image_height, image_width = image_hw
-    for _ in range(CROP_TRIES):
-        area = image_height * image_width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(aspect_ratio[0]), math.log(aspect_ratio[1])))
-        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < width <= image_width and 0 < height <= image_height:
-            top, left = rng.integers(image_height - height + 1), rng.integers(image_width - width + 1)
-            return int(top), int(left), height, width
-    aspect = min(max(image_width / image_height, aspect_ratio[0]), aspect_ratio[1])
-    width, height = min(image_width, round(image_height * aspect)), min(image_height, round(image_width / aspect))
-    return (image_height - height) // 2, (image_width - width) // 2, height, width
+def _finish(image: np.ndarray, view: View, augmentation: Augmentation) -> np.ndarray:
+    if view.gray:
+        image = color.luma(image)
+    if view.blur_sigma is not None:
+        image = color.gaussian_blur(image, view.blur_sigma, augmentation.blur_kernel_px)
+    if view.solarized:
+        image = color.solarize(image, augmentation.solarize_threshold)
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if view.gray else image
 
 
-def _distort(
-    view: np.ndarray, augmentation: Augmentation, rng: np.random.Generator, blur_p: float, solarize_p: float
-) -> np.ndarray:
-    if rng.random() < augmentation.hed_p:
-        sigma = augmentation.hed_sigma
-        view = color.shift_stains(view, rng.uniform(1 - sigma, 1 + sigma, 3), rng.uniform(-sigma, sigma, 3))
-    if rng.random() < augmentation.color_jitter_p:
-        view = _jitter(view, augmentation, rng)
-    if rng.random() < augmentation.grayscale_p:
-        view = color.grayscale(view)
-    if rng.random() < blur_p:
-        view = color.gaussian_blur(view, rng.uniform(*augmentation.blur_sigma), augmentation.blur_kernel_px)
-    if rng.random() < solarize_p:
-        view = color.solarize(view, augmentation.solarize_threshold)
-    return view
-
-
-def _jitter(view: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    changes = (
-        (color.adjust_brightness, 1, augmentation.brightness),
-        (color.adjust_contrast, 1, augmentation.contrast),
-        (color.adjust_saturation, 1, augmentation.saturation),
-        (color.adjust_hue, 0, augmentation.hue),
-    )
-    for index in rng.permutation(4):
-        change, neutral, spread = changes[index]
-        if spread:
-            lowest = max(neutral - spread, 0) if neutral else -spread  # a factor is never negative
-            view = change(view, rng.uniform(lowest, neutral + spread))
-    return view
-
-
-@functools.lru_cache(maxsize=4096)
-def _shrinking_kernel(length: int, size_px: int) -> np.ndarray:
-    """The bicubic kernel (a = -0.5), widened by the shrinking factor and sampled at whole input pixels."""
-    factor = max(length / size_px, 1)
-    reach = math.ceil(2 * factor) - 1
-    x = np.abs(np.arange(-reach, reach + 1) / factor)
-    kernel = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
-    return (kernel / kernel.sum()).astype(np.float32)
+def _stack(images: list[np.ndarray], views: list[View], size_px: int) -> np.ndarray:
+    """Resized and turned as they shall be; (images, size, size, 3)."""
+    stacked = np.empty((len(images), size_px, size_px, 3), np.uint8)
+    for image, view, place in zip(images, views, stacked, strict=True):
+        image = resize(image, size_px)
+        if view.transposed:
+            image = cv2.transpose(image)
+        if view.upside_down or view.mirrored:
+            cv2.flip(image, _FLIP_CODES[view.upside_down, view.mirrored], place)
+        else:
+            place[:] = image
+    return stacked

@@ -15,18 +15,21 @@ from torch.utils.data import DataLoader, Dataset
 from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.crops import AUGMENTATIONS, Augmentation, Crops, CropSizes, for_stain, make_crops, sample_rng
 from dinoscope.data.images import map_images
+from dinoscope.data.packed import PackedTiles, open_packed
 from dinoscope.data.sampler import StepSampler
 from dinoscope.data.sampling import SampleOrder, UniformOrder
 from dinoscope.data.sources import TrainingImages, UserImages, is_class_name
 from dinoscope.data.tiles import SlideAccess, SlideTiles, open_tiles
 from dinoscope.errors import ConfigError, DinoscopeError, SealError
-from dinoscope.processes import die_with_parent
+from dinoscope.processes import die_with_parent, keep_freed_memory
 from dinoscope.resolutions import choice_of_step, resolutions
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["ImageCrops", "StepSizes", "build_loader", "crop_settings", "open_images", "stains_digest"]
+__all__ = [
+    *("ImageCrops", "StepSizes", "build_loader", "crop_settings", "open_images", "pixels_digest", "stains_digest"),
+]
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def open_images(
     manifest: Path | None,
     slides: str | None,
     run_dir: Path,
+    packed: Path | None = None,
     sealed: Mapping[str, str | None] | None = None,
     access: SlideAccess | None = None,
 ) -> TrainingImages:
@@ -110,6 +114,7 @@ def open_images(
         dataset_path: `train.dataset_path` of the recipe: a folder of images, module:Class, or None for the manifest.
         manifest: The merged tile manifest; needed where `dataset_path` is None, and only there.
         slides: Where the manifest's slides are.
+        packed: Index of the manifest's tiles packed as JPEG, to read these in place of the slides.
         run_dir: The run's folder, which keeps the list of images that it begins with.
         sealed: Digests under "manifest" and "images" that the run was started with, when it goes on.
         access: How slides are opened, and what becomes of tiles that cannot be read.
@@ -122,6 +127,8 @@ def open_images(
     if dataset_path is None:
         if manifest is None or slides is None:
             raise ConfigError("nothing to train on: give --manifest and --slides, or set train.dataset_path")
+        if packed is not None:
+            return open_packed(manifest, slides, packed, sealed.get("manifest"))
         return open_tiles(manifest, slides, sealed.get("manifest"), access)
     if manifest is not None:
         raise ConfigError(
@@ -177,6 +184,11 @@ def stains_digest(images: TrainingImages, config: "RunConfig") -> str | None:
     return hashlib.sha256(json.dumps(sorted(kinds.items())).encode()).hexdigest()
 
 
+def pixels_digest(images: TrainingImages) -> str | None:
+    """Of the tiles' pixels where these were packed; None where they are those of slides or images themselves."""
+    return images.index.pixels if isinstance(images, PackedTiles) else None
+
+
 def build_loader(
     dataset: ImageCrops, collate: Collate, *, first: int, last: int, rank: int, world_size: int, num_workers: int
 ) -> DataLoader[Batch]:
@@ -197,3 +209,4 @@ def _start_worker(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
+    keep_freed_memory()

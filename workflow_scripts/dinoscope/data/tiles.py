@@ -26,7 +26,10 @@ from dinoscope.slides.reader import SlidePool
 from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import SlideRecord, read_slide_table
 
-__all__ = ["MappedTiles", "SlideAccess", "SlideRows", "SlideTiles", "Tile", "TileKind", "map_manifest", "open_tiles"]
+__all__ = [
+    *("MappedTiles", "SlideAccess", "SlideRows", "SlideTiles", "Tile", "TileKind", "find_tiles", "map_manifest"),
+    "open_tiles",
+]
 
 _log = logging.getLogger(__name__)
 _MAX_REPLACEMENTS, _MAX_SEARCH = 20, 200
@@ -248,12 +251,17 @@ def open_tiles(manifest: Path, slides: str, sealed: str | None = None, access: S
         ManifestError: See `map_manifest`.
         ConfigError: The manifest has tiles of a slide that is not among the slides.
     """
+    return SlideTiles(*find_tiles(manifest, slides, sealed), access)
+
+
+def find_tiles(manifest: Path, slides: str, sealed: str | None) -> tuple[MappedTiles, list[SlideRecord], str]:
+    """What `open_tiles` gives to `SlideTiles`: the tiles, the slides they may be on, and the manifest's digest."""
     tiles = map_manifest(manifest, manifest.parent / ".mapped", sealed)
     records = read_slide_table(slides)
     unknown = {kind.slide_id for kind in tiles.kinds} - {slide.slide_id for slide in records}
     if unknown:
         raise ConfigError(f"the manifest has tiles of slide {min(unknown)}, which {slides} does not list")
-    return SlideTiles(tiles, records, sealed or manifest_digest(manifest), access)
+    return tiles, records, sealed or manifest_digest(manifest)
 
 
 def map_manifest(manifest: Path, folder: Path, digest: str | None = None) -> MappedTiles:

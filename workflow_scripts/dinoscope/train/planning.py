@@ -62,6 +62,7 @@ def plan_run(inputs: "RunInputs", recipe: Path, overrides: list[str], processes:
             config.train.dataset_path,
             manifest=inputs.manifest,
             slides=inputs.slides,
+            packed=inputs.packed,
             run_dir=run_dir if begun else Path(elsewhere),
             sealed=seal["inputs"] if seal else None,
             access=inputs.access,

@@ -26,6 +26,7 @@ __all__ = [
     "SEAL_NAME",
     "check_seal",
     "compare_order",
+    "compare_pixels",
     "compare_with_seal",
     "read_seal",
     "seal_run",
@@ -99,8 +100,8 @@ def seal_run(
         run_dir: The run's folder.
         config: The resolved recipe.
         global_batch: Tiles of one step over all processes.
-        inputs: Digests under "manifest" or "images", "strata", "stains", "weights", "continues", "gram_teacher" and
-            "distillation"; None where there is none.
+        inputs: Digests under "manifest" or "images", "strata", "stains", "pixels", "weights", "continues",
+            "gram_teacher" and "distillation"; None where there is none.
         origin: Where the weights come from in the end, for the model card.
         slides: Ids of the slides that the run trains on, if it is slides.
         distilled: What the teacher that it learns from is built from, if it has one (`TeacherShape.as_dict`).
@@ -167,6 +168,22 @@ def compare_order(run_dir: Path, seal: dict[str, Any], strata: str | None, stain
             f"run {run_dir.name} samples its tiles by site, scanner and stain, and these columns of the slide table "
             f"have changed since it was started; change them back, {_WAY_OUT}"
         )
+
+
+def compare_pixels(run_dir: Path, seal: dict[str, Any], pixels: str | None) -> None:
+    """Refuses to go on with the same tiles in other pixels: from the slides, or packed, as JPEG, in one way or another.
+
+    Raises:
+        SealError: They are not those of the start.
+    """
+    before = seal["inputs"].get("pixels")
+    if before == pixels:
+        return
+    old, new = ("those of the slides" if each is None else f"packed tiles ({each[:20]}…)" for each in (before, pixels))
+    raise SealError(
+        f"run {run_dir.name} was started on other pixels: {old}, and would go on with {new}; set packing as it was and "
+        f"restore the packed files, {_WAY_OUT}"
+    )
 
 
 def _compare(run_dir: Path, config: RunConfig, last_iteration: int) -> dict[str, Any]:

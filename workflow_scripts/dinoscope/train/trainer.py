@@ -24,7 +24,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from dinoscope.data.collate import Batch, Collate
-from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images, stains_digest
+from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images, pixels_digest, stains_digest
 from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.tiles import SlideAccess
@@ -57,7 +57,7 @@ from dinoscope.train.run_folder import (
 )
 from dinoscope.train.saving import CheckpointSaver
 from dinoscope.train.schedule import ScheduleValues, build_schedules
-from dinoscope.train.seal import compare_order, compare_with_seal, seal_run, write_config
+from dinoscope.train.seal import compare_order, compare_pixels, compare_with_seal, seal_run, write_config
 from dinoscope.train.speed import speed_if_readable
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
@@ -89,6 +89,7 @@ class RunInputs:
     run_dir: Path
     keep_exports: tuple[int, ...] = ()
     access: SlideAccess | None = None
+    packed: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,14 @@ def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, locks: list[HeldLoc
 def _find(inputs: RunInputs, world: World) -> Prepared:
     config, run_dir = inputs.config, inputs.run_dir
     batch = global_batch(config, world.size)
-    where = {"manifest": inputs.manifest, "slides": inputs.slides, "run_dir": run_dir, "access": inputs.access}
+    where = {"manifest": inputs.manifest, "slides": inputs.slides, "packed": inputs.packed, "run_dir": run_dir}
+    where["access"] = inputs.access
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is not None:
         seal = compare_with_seal(run_dir, config, batch)
         images = open_images(config.train.dataset_path, **where, sealed=seal["inputs"])
         compare_order(run_dir, seal, _order_of(images, inputs, world).digest(), stains_digest(images, config))
+        compare_pixels(run_dir, seal, pixels_digest(images))
         write_config(run_dir, config)
         shape = TeacherShape.from_dict(seal["distilled"]) if seal.get("distilled") else None
         return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"], shape)
@@ -163,6 +166,7 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
     crop_ranges(images.windows, crop_settings(config)[0].choices)
     kind = "manifest" if config.train.dataset_path is None else "images"
     of_table = {"strata": _order_of(images, inputs, world).digest(), "stains": stains_digest(images, config)}
+    of_table["pixels"] = pixels_digest(images)
     digests = {"manifest": None, kind: images.digest(), **of_table, **start.digests()}
     shape, origin = start.shape(), start.origin()
     seal_run(run_dir, config, batch, digests, origin, images.slide_ids, shape and shape.as_dict())

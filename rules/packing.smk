@@ -1,0 +1,50 @@
+"""Tiles packed as JPEG (packing.enabled): one file a slide, and an index for each tile set that training reads."""
+
+
+rule pack_slide:
+    input:
+        slide=slide_path,
+        members=slide_members,
+        tiles="<results>/tiles/{set}/{slide}.parquet",
+    output:
+        packed="<results>/packed/{set}/{slide}.arrow",
+    log:
+        "<logs>/pack_slide/{set}/{slide}.log",
+    benchmark:
+        "<benchmarks>/pack_slide/{set}/{slide}.tsv"
+    conda:
+        "../envs/slides.yaml"
+    resources:
+        mem_mb=1000,
+        runtime=120,
+    params:
+        script=SCRIPTS / "pack_tiles.py",
+        slide=slide_argument,
+        mpp=slide_mpp,
+        reader=own_reader,
+        quality=PLAN.config["packing"]["quality"],
+        subsampling=PLAN.config["packing"]["subsampling"],
+    shell:
+        "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
+        " {params.reader:q} --tiles {input.tiles:q} --quality {params.quality} --subsampling {params.subsampling}"
+        " --output {output.packed:q} > {log:q} 2>&1"
+
+
+# The files are found in the index's folder: 10,000 arguments would burst the command line.
+rule pack_index:
+    input:
+        manifest="<results>/manifests/{set}.parquet",
+        packed=packed_tiles,
+    output:
+        index="<results>/packed/{set}/index.json",
+    log:
+        "<logs>/pack_index/{set}.log",
+    conda:
+        "../envs/slides.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        script=SCRIPTS / "pack_index.py",
+    shell:
+        "python {params.script:q} --manifest {input.manifest:q} --output {output.index:q} > {log:q} 2>&1"
