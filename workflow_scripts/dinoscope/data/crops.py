@@ -1,8 +1,10 @@
-"""Multi-crop augmentation: two global and several local views of one window, uint8 in and out, on numpy and OpenCV.
+"""Multi-crop augmentation: two global and several local views of one window, uint8 in and out, on one thread.
 
     crops = make_crops(window, CropSizes(), AUGMENTATIONS["pathology"], sample_rng(seed, sample_index))
 
-Callers that run several worker processes should call `cv2.setNumThreads(0)` in each of them.
+What is drawn at random is decided first (views.py), then done: cutting with Pillow's resampling (resize.py), colours
+(color.py), and flips and turns with the last copy. Callers that run several worker processes should call
+`cv2.setNumThreads(0)` and `processes.keep_freed_memory()` in each of them.
 """
 
 import dataclasses

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["View", "draw_views"]
 
 _TRIES = 10
-_DRAWS = 45  # a view
+# Of a view: 0–9 areas and 10–19 aspects of as many tries, 20–21 place, 22–24 flips and turn, 25–31 stains, 32 whether,
+# 33–36 in which order and 37–40 how much colours change, 41 gray, 42–43 blur and its sigma, 44 solarize.
+_DRAWS = 45
 _HUE = JITTERS.index("hue")
 
 
@@ -80,7 +82,7 @@ def _view(
     augmentation: "Augmentation",
     draws: list[float],
 ) -> View:
-    """Each decision takes the draws at its own places."""
+    """Takes each decision from the draws at its places, see `_DRAWS`."""
     sigma_low, sigma_high = augmentation.blur_sigma
     return View(
         *_box(image_hw, scale, augmentation.aspect_ratio, draws),
