@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
+from dinoscope.errors import ConfigError
 from dinoscope.slides.collection import write_report
 from dinoscope.slides.grid import TileSet
 from dinoscope.slides.table import COLLECTION, read_slide_table
@@ -36,7 +37,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     records = read_slide_table(arguments.slides) if arguments.slides else []
-    tile_sets = [TileSet(name, int(tile_px), float(mpp)) for name, tile_px, mpp in arguments.sets]
+    tile_sets = [_tile_set(*words) for words in arguments.sets]
     rows = write_report(arguments.output, arguments.inspected, records, tile_sets)
     odd = [row for row in rows if row["problems"] != "none"]
     for row in odd:
@@ -45,6 +46,13 @@ def main() -> None:
     logging.info(
         "%d of %d slides have problems; %s says which", len(slides), len(arguments.inspected), arguments.output
     )
+
+
+def _tile_set(name: str, tile_px: str, mpp: str) -> TileSet:
+    try:
+        return TileSet(name, int(tile_px), float(mpp))
+    except ValueError:
+        raise ConfigError(f"--set {name} {tile_px} {mpp}: wanted whole pixels and micrometres a pixel") from None
 
 
 if __name__ == "__main__":

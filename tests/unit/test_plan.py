@@ -1,6 +1,7 @@
 import copy
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from dinoscope.plan import DEMO_SLIDES, make_plan, one_sentence
 from dinoscope.plan_checks import TARGETS, check_config
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.schema import read_schema, with_defaults
+from dinoscope.slides.skipping import Attempt
 from dinoscope.train.seal import seal_run
 from tiny_slides import write_manifest
 
@@ -477,3 +479,62 @@ def test_exports_that_other_runs_need_are_known(config):
     plan = plan_of(config, runs=config["runs"] | runs)
     assert plan.kept_exports("pretrain") == [9, 249]
     assert plan.kept_exports("gram") == []
+
+
+def test_a_reader_of_ones_own_is_a_trigger_only_for_formats_that_openslide_lacks(config):
+    with open("slides.tsv", "a") as table:
+        table.write("phil\tphil.isyntax\n")
+    jobs = SlideJobs(plan_of(config, **{"slides.reader": "formats:Philips"}))
+    assert jobs.own_reader("phil") == ["--slide-reader", "formats:Philips"] and jobs.own_reader("s0") == []
+    assert jobs.options("phil") == [] and jobs.options("s0") == ["--slide-reader", "formats:Philips"]
+    assert jobs.training_options() == ["--slide-reader", "formats:Philips"]
+    assert SlideJobs(plan_of(config)).options("s0") == SlideJobs(plan_of(config)).training_options() == []
+    with pytest.raises(ConfigError, match=r"slides\.reader is 'formats', but must read module:Class"):
+        plan_of(config, **{"slides.reader": "formats"})
+
+
+def test_how_errors_are_taken_is_told_to_every_stage(config):
+    jobs = SlideJobs(plan_of(config, **{"slides.on_error": "skip"}))
+    assert jobs.options("s0", "tiles") == ["--on-error", "skip", "--skip-record", "results/skipped/tiles/s0.json"]
+    many = ["--on-error", "skip", "--skip-records", "results/skipped/features_base"]
+    assert jobs.options("s0", "features_base", many=True) == many
+    assert jobs.training_options() == ["--on-error", "skip", "--skip-records", "results/skipped"]
+
+
+def test_a_skipped_slide_is_tried_again_when_its_files_or_the_setting_change(config):
+    def attempts(on_error):
+        return SlideJobs(plan_of(config, **{"slides.on_error": on_error})).attempt("s0")
+
+    def end(problem, number):
+        Attempt(Path("s0.svs"), "s0", "tiles", "skip", number, Path("results/skipped/tiles/s0.json")).end(problem)
+
+    assert attempts("skip") == attempts("fail") == 0
+    end("it is broken", 0)
+    assert (attempts("skip"), attempts("fail")) == (0, 1)
+    Path("s0.svs").write_text("repaired")
+    os.utime("s0.svs", (1, 1))
+    assert (attempts("skip"), attempts("fail")) == (1, 1)
+    end("it is still broken", 1)
+    assert (attempts("skip"), attempts("fail")) == (1, 2)
+    end(None, 2)
+    Path("s0.svs").write_text("changed, which its date tells Snakemake")
+    assert attempts("skip") == attempts("fail") == 2
+
+
+def test_the_closing_words_name_skipped_slides_and_problems(config):
+    jobs = SlideJobs(plan_of(config))
+    assert list(jobs.closing_notes()) == [] and not Path("results").exists()
+    for name in ("s1", "s2", "gone_from_the_table"):
+        record = Path(f"results/skipped/tiles/{name}.json")
+        Attempt(Path(f"{name}.svs"), name, "tiles", "skip", 0, record).end(f"slide {name}\tis broken")
+    table = "slide_id\tproblems\n*\tconfounded\ns1\tbroken\ns0\tnone\n"
+    Path("results/slides_report.tsv").write_text(table)
+    skipped, inspected = jobs.closing_notes()
+    assert skipped.startswith("2 of 6 slides were skipped (tiles 2), the first because: slide s1 is broken")
+    assert inspected.startswith("1 of 2 inspected slides have problems; so has the collection as a whole")
+    rows = Path("results/failed_slides.tsv").read_text().splitlines()
+    assert rows == ["slide_id\tstage\treason", "s1\ttiles\tslide s1 is broken", "s2\ttiles\tslide s2 is broken"]
+    for name in ("s1", "s2"):
+        Attempt(Path(f"{name}.svs"), name, "tiles", "skip", 1, Path(f"results/skipped/tiles/{name}.json")).end(None)
+    assert len(list(jobs.closing_notes())) == 1
+    assert Path("results/failed_slides.tsv").read_text() == "slide_id\tstage\treason\n"

@@ -230,7 +230,8 @@ def test_training_takes_other_tiles_of_the_stain(tmp_path: Path, damaged: Path, 
     for index in range(len(failing)):
         try:
             image, name = failing.read(index)
-        except SlideError:
+        except SlideError as error:
+            assert "slide 'D' cannot be read" in str(error) and "Doe" not in str(error)
             bad.append(index)
         else:
             again, same = skipping.read(index)

@@ -15,6 +15,8 @@ from aperio_slides import write_aperio
 from snakemake_runs import snakemake
 from synthetic_slides import texture
 
+pytestmark = pytest.mark.slow
+
 # Fifteen letters that occur nowhere else; each is planted in a place of its own.
 SECRETS = {
     place: f"Zq{place.title().replace('_', '')}Xw{number:02d}Kj"

@@ -14,6 +14,8 @@ from snakemake_runs import plan, snakemake
 from synthetic_slides import write_lossless
 from tiny_slides import write_slide
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "slides": {"source": "slides.tsv", "on_error": "skip"},
     "tissue": {"method": "none"},

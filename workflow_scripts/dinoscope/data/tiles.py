@@ -22,6 +22,7 @@ from dinoscope.errors import ConfigError, ManifestError, SlideError
 from dinoscope.files import atomic_path
 from dinoscope.slides.manifest import manifest_digest
 from dinoscope.slides.padding import read_tile
+from dinoscope.slides.privacy import without_file_name
 from dinoscope.slides.reader import SlidePool
 from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import SlideRecord, read_slide_table
@@ -174,7 +175,9 @@ class SlideTiles:
                 return self._read(index)
             except SlideError as error:
                 if self._access.on_error == "fail" or draw == _MAX_REPLACEMENTS - 1:
-                    raise
+                    # what training says is kept in the run's folder, which may be passed on
+                    slide_id = self.tiles[index].kind.slide_id
+                    raise SlideError(without_file_name(error, self._slides.path(slide_id), slide_id)) from None
                 self._note(index, error)
                 index = self._replacement(index, draw)
         raise AssertionError
