@@ -14,6 +14,7 @@ from synthetic_slides import texture, write_lossless
 INKS = {"black": (38, 36, 42), "blue": (32, 52, 150), "green": (22, 112, 72), "red": (192, 32, 52)}
 STAINS = {"haematoxylin": (0.65, 0.70, 0.29), "DAB": (0.27, 0.57, 0.78), "eosin": (0.10, 0.62, 0.36)}
 STAINS |= {"other haematoxylin": (0.56, 0.72, 0.41), "light green": (0.83, 0.34, 0.28), "orange G": (0.07, 0.48, 0.70)}
+STAINS |= {"DAB on haematoxylin": (0.46, 0.635, 0.535)}
 PEN_MPP, FINE = 16.0, 4
 SIDE = 480
 
