@@ -27,7 +27,7 @@ __all__ = ["NO_LIMITS", "SHARES", "QualityLimits", "QualityMaps", "pen_ink", "qu
 
 SHARES = ("white", "black", "grey", "pen")
 _WHITE, _BLACK, _GREY_SPREAD = 220, 25, 14
-_FINEST_MPP, _PEN_MPP, _GAP_UM, _SPOT_UM = 8.0, 24.0, 50.0, 50.0
+_FINEST_MPP, _PEN_MPP, _GAP_UM, _SPOT_UM = 8.0, 24.0, 50.0, 30.0
 _GROUND, _LIGHTER_THAN_INK = 245.0, 100
 
 
