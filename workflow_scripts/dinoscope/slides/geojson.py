@@ -145,7 +145,9 @@ def outline_document(mask: np.ndarray, downsample: float, width: int, height: in
         downsample: Side of its pixels in level-0 pixels.
         width, height: Size of the slide; nothing reaches beyond.
     """
-    polygons = [[_ring(ring, downsample, width, height) for ring in polygon] for polygon in _outlines(mask)]
+    polygons = [
+        [_ring(ring, downsample, (width, height)) for ring in polygon] for polygon in _outlines(mask.view(np.uint8))
+    ]
     geometry = {"type": "MultiPolygon", "coordinates": polygons}
     properties = {"objectType": "annotation", "name": "tissue", "classification": _OUTLINE_CLASS, "isLocked": False}
     feature = {"type": "Feature", "geometry": geometry, "properties": properties}
@@ -292,17 +294,21 @@ def _polygon(rings: Any) -> Polygon:
 
 
 def _outlines(mask: np.ndarray) -> Iterator[list[np.ndarray]]:
-    """Rings of every piece of a mask, the outer one first, in pixels of the mask; float64 (points, 2)."""
+    """Rings of every piece of a mask (uint8), the outer one first, in pixels of the mask; float32 (points, 2)."""
     # in a mask of twice the size each pixel of the rim touches the outside on one side at most, both ways
-    double = _without_corner_bridges(mask.astype(np.uint8)).repeat(2, axis=0).repeat(2, axis=1)
+    double = np.zeros((2 * mask.shape[0] + 2, 2 * mask.shape[1] + 2), np.uint8)
+    mask = _without_corner_bridges(mask)
+    for row in (1, 2):
+        for column in (1, 2):
+            double[row:-1:2, column:-1:2] = mask
     contours, tree = cv2.findContours(double, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    around = cv2.copyMakeBorder(double, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    for number, contour in enumerate(contours):
+    rims = _on_the_rim(contours, double)
+    for number in range(len(contours)):
         if tree[0, number, 3] >= 0:
             continue
-        rings, hole = [_on_the_rim(contour, around)], tree[0, number, 2]
+        rings, hole = [rims[number]], tree[0, number, 2]
         while hole >= 0:
-            rings.append(_on_the_rim(contours[hole], around))
+            rings.append(rims[hole])
             hole = tree[0, hole, 0]
         yield rings
 
@@ -319,16 +325,19 @@ def _without_corner_bridges(mask: np.ndarray) -> np.ndarray:
         a[rising] = 1
 
 
-def _on_the_rim(contour: np.ndarray, around: np.ndarray) -> np.ndarray:
-    """Moves a contour, which runs through the centres of half pixels, out to their rim, and drops needless points."""
-    x, y = contour[:, 0, 0], contour[:, 0, 1]
-    shift_x = around[y + 1, x].astype(float) - around[y + 1, x + 2]
-    shift_y = around[y, x + 1].astype(float) - around[y + 2, x + 1]
-    rim = (np.stack([x + shift_x / 2, y + shift_y / 2], axis=1) + 0.5) / 2
-    simple = cv2.approxPolyDP(rim.astype(np.float32)[:, None], _SIMPLIFY_PX, True)[:, 0]
-    return simple if len(simple) > 3 else rim
+def _on_the_rim(contours: Sequence[np.ndarray], double: np.ndarray) -> list[np.ndarray]:
+    """Moves contours, which run through the centres of half pixels, out to their rim, and drops needless points."""
+    if not contours:
+        return []
+    x, y = np.concatenate(contours)[:, 0].T
+    shift_x = double[y, x - 1].astype(np.float32) - double[y, x + 1]
+    shift_y = double[y - 1, x].astype(np.float32) - double[y + 1, x]
+    rims = np.stack([x - 0.5 + shift_x / 2, y - 0.5 + shift_y / 2], axis=1, dtype=np.float32) / 2
+    rings = np.split(rims, np.cumsum([len(contour) for contour in contours[:-1]]))
+    simple = [cv2.approxPolyDP(ring[:, None], _SIMPLIFY_PX, True)[:, 0] for ring in rings]
+    return [short if len(short) > 3 else ring for short, ring in zip(simple, rings, strict=True)]
 
 
-def _ring(points: np.ndarray, downsample: float, width: int, height: int) -> list[list[int]]:
-    corners = np.clip(np.rint(points * downsample), 0, (width, height)).astype(int).tolist()
+def _ring(points: np.ndarray, downsample: float, size: tuple[int, int]) -> list[list[int]]:
+    corners = np.minimum(np.rint(points * downsample), size).astype(int).tolist()
     return [*corners, corners[0]]

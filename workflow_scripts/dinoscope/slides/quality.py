@@ -11,6 +11,7 @@ focus: variance of the Laplacian (Pech-Pacheco et al. 2000) of the grey tile at 
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ __all__ = ["NO_LIMITS", "SHARES", "QualityLimits", "QualityMaps", "pen_ink", "qu
 
 SHARES = ("white", "black", "grey", "pen")
 _WHITE, _BLACK, _GREY_SPREAD = 220, 25, 14
-_PEN_MPP, _GAP_UM, _SPOT_UM = 24.0, 50.0, 50.0
-_GROUND, _LIGHTER_THAN_INK = 245.0, 125
+_FINEST_MPP, _PEN_MPP, _GAP_UM, _SPOT_UM = 8.0, 24.0, 50.0, 30.0
+_GROUND, _LIGHTER_THAN_INK = 245.0, 100
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,17 @@ def quality_maps(slide: Slide, tissue: Tissue) -> QualityMaps:
         SlideError: The slide cannot be read.
     """
     tissue = with_picture(slide, tissue)
-    image, downsample = tissue.image, tissue.downsample
-    brightest, darkest = tissue.extremes or [functools.reduce(end, cv2.split(image)) for end in (cv2.max, cv2.min)]
-    factor = max(1, round(_PEN_MPP / (slide.mpp * downsample)))
-    masks = _plain_masks(brightest, darkest) | {
-        "pen": pen_ink(average_squares(image, factor), slide.mpp * downsample * factor)
-    }
+    fine = max(1, math.ceil(_FINEST_MPP / tissue.mpp - 1e-6))
+    coarse = max(1, round(_PEN_MPP / tissue.mpp))
+    if tissue.extremes is not None and fine == 1:
+        masks = _plain_masks(*tissue.extremes)
+    else:
+        planes = cv2.split(average_squares(tissue.image, fine))
+        masks = _plain_masks(functools.reduce(cv2.max, planes), functools.reduce(cv2.min, planes))
+    masks["pen"] = pen_ink(average_squares(tissue.image, coarse), tissue.mpp * coarse)
     sums = {name: cv2.integral(mask) if cv2.countNonZero(mask) else None for name, mask in masks.items()}
-    downsamples = dict.fromkeys(SHARES, downsample) | {"pen": downsample * factor}
-    return QualityMaps(sums, downsamples)
+    factors = dict.fromkeys(SHARES, fine) | {"pen": coarse}
+    return QualityMaps(sums, {name: tissue.downsample * factor for name, factor in factors.items()})
 
 
 def pen_ink(image: np.ndarray, mpp: float) -> np.ndarray:
@@ -143,10 +146,10 @@ def _ink_coloured(image: np.ndarray) -> np.ndarray:
     red, green, blue = density[image.reshape(-1, 3)[dark].T]
     mean = (red + green + blue) / 3
     spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    black = (mean > 0.5) & (spread < 0.22 * mean) | (mean > 0.85) & (spread < 0.4 * mean)
-    is_green = (red > 0.35) & (red > 1.25 * green) & (blue > 1.05 * green)
+    black = (mean > 0.5) & (spread < 0.22 * mean) | (mean > 0.85) & (spread < 0.28 * mean)
+    is_green = (red > 0.42) & (red > 1.25 * green) & (blue > 1.12 * green)
     unlike_light_green = (green > 0.55 * red) | (red > 1.1)
-    is_blue = (red > 0.3) & (red > 1.12 * green) & (blue < 0.75 * red) & (blue < green) & unlike_light_green
+    is_blue = (red > 0.42) & (red > 1.12 * green) & (blue < 0.75 * red) & (blue < green) & unlike_light_green
     blue_on_tissue = (red > 0.75) & (red > green) & (blue < 0.6 * red)
     is_red = (green > 0.55) & (blue > 0.65 * green) & (blue < 1.15 * green) & (red < 0.35 * green)
     ink.ravel()[dark] = black | is_green | is_blue | blue_on_tissue | is_red

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def tile_slide(
         write_tiles(path, tile_table(slide.slide_id, columns), _metadata(slide, tissue, tile_set, of_set, limits))
         for grid in of_set:
             _report(slide, tissue, grid)
-    return tissue, [*chain.from_iterable(grids)]
+    # what was computed for the grids is not kept: of a large smear that is several hundred MB
+    return replace(tissue, extremes=None), [*chain.from_iterable(grids)]
 
 
 def _focused(slide: Slide, grid: Grid, limits: QualityLimits) -> Grid:

@@ -161,7 +161,7 @@ def detect_tissue(
             "there is some, try another tissue method (otsu, cytology, fluorescence; none takes the whole slide) and "
             f"check the mpp, since pieces below {areas['min_area_um2']:g} square micrometres are left out"
         )
-    pictures = {"image": look.image, "extremes": (look.brightest, look.darkest)}
+    pictures = {"image": look.image, "extremes": (look.brightest, look.darkest) if method != "cytology" else None}
     return Tissue(mask, downsample, look.mpp, method, reason, threshold, **areas, **pictures)
 
 
