@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow_scripts")
 
 from dinoscope.data.collate import Batch, Collate
 from dinoscope.data.crops import AUGMENTATIONS, CropSizes
-from dinoscope.data.dataset import ImageCrops, build_loader
+from dinoscope.data.dataset import ImageCrops, StepSizes, build_loader
 from dinoscope.data.tiles import open_tiles
 
 SIZES = CropSizes(global_px=256, local_px=112, num_local=8)
@@ -54,7 +54,7 @@ def copied(batch: Batch, places: dict[str, torch.Tensor]) -> None:
 
 def turn(dataset: ImageCrops, batch_size: int, steps: int, workers: int) -> Turn:
     """Takes `steps` batches; the clock starts at the first batch of each worker, when all have begun."""
-    collate = Collate(batch_size, (16, 16), 0.5, (0.1, 0.5), False, 0)
+    collate = Collate(batch_size, 16, 0.5, (0.1, 0.5), False, 0)
     loader = build_loader(dataset, collate, first=0, last=steps + workers, rank=0, world_size=1, num_workers=workers)
     before, places, batches = cpu_seconds(resource.RUSAGE_CHILDREN), {}, iter(loader)
     for _ in range(workers):
@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dataset = ImageCrops(open_tiles(arguments.manifest, arguments.slides), SIZES, AUGMENTATIONS["dinov3"], 0)
+    dataset = ImageCrops(
+        open_tiles(arguments.manifest, arguments.slides), StepSizes((SIZES,)), AUGMENTATIONS["dinov3"], 0
+    )
     found: dict[int, list[Turn]] = {workers: [] for workers in (1, *arguments.workers)}
     for _ in range(arguments.turns):
         for workers, turns in found.items():

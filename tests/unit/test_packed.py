@@ -18,7 +18,7 @@ from PIL import Image, JpegImagePlugin
 
 from dinoscope.data.collate import Collate
 from dinoscope.data.crops import AUGMENTATIONS, CropSizes
-from dinoscope.data.dataset import ImageCrops, build_loader, open_images, pixels_digest
+from dinoscope.data.dataset import ImageCrops, StepSizes, build_loader, open_images, pixels_digest
 from dinoscope.data.packed import (
     PackedFile,
     PackedTiles,
@@ -117,7 +117,7 @@ def test_colours_are_not_exchanged():
 def test_samples_come_in_the_same_order(place):
     sizes = CropSizes(global_px=48, local_px=32, num_local=1)
     slides, packed = (
-        ImageCrops(tiles, sizes, AUGMENTATIONS["dinov3"], seed=3)
+        ImageCrops(tiles, StepSizes((sizes,)), AUGMENTATIONS["dinov3"], seed=3)
         for tiles in (open_tiles(place.manifest, place.table), place.tiles())
     )
     assert slides.sample_ids(list(range(500))) == packed.sample_ids(list(range(500)))
@@ -127,12 +127,12 @@ def test_samples_come_in_the_same_order(place):
 
 def test_loader_processes_and_copies_read_the_same(place):
     sizes = CropSizes(global_px=48, local_px=32, num_local=1)
-    dataset = ImageCrops(place.tiles(), sizes, AUGMENTATIONS["dinov3"], seed=3)
+    dataset = ImageCrops(place.tiles(), StepSizes((sizes,)), AUGMENTATIONS["dinov3"], seed=3)
     dataset.images.read(0)  # a file is open before the fork
     steps = {"first": 0, "last": 3, "rank": 0, "world_size": 1}
 
     def batches(data, workers):
-        return list(build_loader(data, Collate(4, (3, 3), 0.5, (0.1, 0.5), False, 0), num_workers=workers, **steps))
+        return list(build_loader(data, Collate(4, 16, 0.5, (0.1, 0.5), False, 0), num_workers=workers, **steps))
 
     plain = batches(dataset, 0)
     for other in (batches(dataset, 2), batches(pickle.loads(pickle.dumps(dataset)), 0)):

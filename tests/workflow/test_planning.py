@@ -292,7 +292,7 @@ def test_every_rule_logs_and_quotes():
             unquoted = set(re.findall(r"{[\w.]+}", shell))
             assert unquoted <= {
                 "{threads}", "{params.seed}", "{params.fraction}", "{params.pooling}", "{params.dtype}",
-                "{params.batch_size}", "{params.workers}",
+                "{params.batch_size}", "{params.workers}", "{params.quality}", "{params.subsampling}",
             }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def save_crop_sheet(
     with tempfile.TemporaryDirectory() as listing:
         images = open_images(config.train.dataset_path, manifest=manifest, slides=slides, run_dir=Path(listing))
         sizes, augmentation = crop_settings(config)
-        crop_ranges(images.windows, sizes)
+        crop_ranges(images.windows, sizes.choices)
         dataset = ImageCrops(images, sizes, augmentation, config.train.seed)
         sheets = [_sheet(dataset[sample]) for sample in samples]
     with atomic_path(output) as temporary:
@@ -57,6 +57,8 @@ def _sheet(sample: tuple | DinoscopeError) -> np.ndarray:
 
 
 def _stacked(sheets: list[np.ndarray]) -> np.ndarray:
-    gap = np.full((_GAP_PX, sheets[0].shape[1], 3), 255, np.uint8)
-    rows = [part for sheet in sheets for part in (sheet, gap)]
+    width = max(sheet.shape[1] for sheet in sheets)
+    gap = np.full((_GAP_PX, width, 3), 255, np.uint8)
+    wide = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in sheets]
+    rows = [part for sheet in wide for part in (sheet, gap)]
     return np.concatenate(rows[:-1])
