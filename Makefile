@@ -1,5 +1,5 @@
 # make demo    sets up and runs the whole workflow on small synthetic slides
-# make test    sets up and runs all checks and tests
+# make test    sets up and runs all checks and tests but the long ones (make long-test)
 # make help    the rest
 #
 # PYTHON=/path/to/python3.12 takes another Python for the environment (3.11 or newer).
@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: setup demo test kill-test unlock clean help
+.PHONY: setup demo test long-test kill-test unlock clean help
 
 PYTHON ?= python3
 WHEELHOUSE ?=
@@ -45,12 +45,15 @@ demo: setup  ## run the whole workflow on small synthetic slides
 	@echo
 	@echo "Done. Open results/report.html in a browser: slides, training curves, and PCA maps before and after training."
 
-test: $(VENV)/.test-tools-done  ## all checks and tests
+test: $(VENV)/.test-tools-done  ## all checks and tests but the long ones
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile rules
 	snakemake --lint
-	pytest
+	pytest -m "not long"
+
+long-test: $(VENV)/.test-tools-done  ## trainings that are killed, hang or distil, collections with bad slides
+	pytest -m long
 
 kill-test: $(VENV)/.test-tools-done  ## kill trainings 50 times, also while they save (long)
 	DINOSCOPE_KILLS=50 pytest tests/distributed/test_checkpoints.py -k killed

@@ -19,6 +19,7 @@ from dinoscope.models.weights import load_backbone
 from dinoscope.train.metrics import read_metrics
 from dinoscope.train.run_folder import complete_checkpoints
 
+pytestmark = pytest.mark.long
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow_scripts"
 RECIPE = """
 student: {arch: vit_nano, n_storage_tokens: 2, drop_path_rate: 0.2, layerscale: 0.1}

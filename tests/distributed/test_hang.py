@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow_scripts"
 RECIPE = """
 student: {arch: vit_nano}

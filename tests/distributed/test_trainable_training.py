@@ -29,6 +29,7 @@ from dinoscope.train.starting import Start, start_model
 from sharded import whole
 from tiny_slides import write_manifest, write_slide
 
+pytestmark = pytest.mark.long
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow_scripts"
 RECIPE = """
 student: {arch: vit_nano, n_storage_tokens: 2, mask_k_bias: true, norm_layer: layernormbf16, drop_path_rate: 0.3,

@@ -124,7 +124,7 @@ def test_a_mix_of_mpp_is_read_at_each_tiles_own(tmp_path: Path) -> None:
         wanted = cv2.resize(under.astype(np.float32), (96, 96), interpolation=cv2.INTER_AREA)
         assert np.abs(tiles.read(index)[0] - wanted).mean() <= 1
     # and the range of magnification that crops show covers the mix
-    kinds = crop_ranges(tiles.windows, CropSizes(64, 32))
+    kinds = crop_ranges(tiles.windows, [CropSizes(64, 32)])
     assert all(crop.finest_mpp <= 0.25 and crop.coarsest_mpp >= 1.0 for crop in kinds)
 
 

@@ -15,7 +15,7 @@ from aperio_slides import write_aperio
 from snakemake_runs import snakemake
 from synthetic_slides import texture
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # Fifteen letters that occur nowhere else; each is planted in a place of its own.
 SECRETS = {

@@ -14,7 +14,7 @@ from snakemake_runs import plan, snakemake
 from synthetic_slides import write_lossless
 from tiny_slides import write_slide
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 CONFIG = {
     "slides": {"source": "slides.tsv", "on_error": "skip"},
