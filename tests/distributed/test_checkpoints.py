@@ -318,7 +318,7 @@ def assert_same_end(run: Path, other: Path) -> None:
     assert_same(*(teacher.state_dict() for teacher in teachers))
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
+def wait_for(condition: Any, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
