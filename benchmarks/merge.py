@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="merge in another order as well, and compare")
     arguments = parser.parse_args()
     rng, numbers = random.Random(0), list(range(arguments.slides))
-    print("| rows | slides | order | processor, s | clock, s | peak memory, MB | file, MB | SHA-256 of the file | load |")
+    print(
+        "| rows | slides | order | processor, s | clock, s | peak memory, MB | file, MB | SHA-256 of the file | load |"
+    )
     print("|---:|---:|---|---:|---:|---:|---:|---|---:|")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         for order in ("by name", "shuffled")[: 1 + arguments.again]:

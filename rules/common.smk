@@ -13,6 +13,7 @@ os.environ.update(
     )
 )
 
+from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
@@ -51,6 +52,16 @@ def config_file():
 def not_a_trigger(value):
     """A param that reruns nothing when it changes: Snakemake records no param that depends on resources."""
     return lambda wildcards, resources: value
+
+
+def input_files(name):
+    """The job's input files of that name as arguments, or as a list where a command line could not hold them.
+
+    No trigger, since the files themselves are one.
+    """
+    return lambda wildcards, input, resources: file_arguments(
+        input[name], Path("logs/lists"), write=not workflow.dryrun
+    )
 
 
 @one_sentence

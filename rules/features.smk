@@ -56,8 +56,9 @@ rule pca_fit:
         script=SCRIPTS / "pca.py",
         folder=subpath(output.basis, parent=True),
         seed=PLAN.config["pca"]["seed"],
+        files=input_files("features"),
     shell:
-        "python {params.script:q} fit --features {input.features:q} --basis {params.folder:q} --seed {params.seed}"
+        "python {params.script:q} fit --features {params.files:q} --basis {params.folder:q} --seed {params.seed}"
         " > {log:q} 2>&1"
 
 

@@ -38,7 +38,7 @@ def finished_once(tmp_path_factory):
     """A folder in which Snakemake believes that everything was made: all outputs exist, with their provenance."""
     folder = new_folder(tmp_path_factory.mktemp("finished"))
     _, text = plan(folder)
-    outputs = [name for line in re.findall(r"^    output: (.*)$", text, re.MULTILINE) for name in line.split(", ")]
+    outputs = [name for line in re.findall(r"^ +output: (.*)$", text, re.MULTILINE) for name in line.split(", ")]
     assert len(outputs) > 60
     for name in outputs:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
