@@ -51,7 +51,7 @@ rule inspect_slide:
 
 rule slides_report:
     input:
-        infos=expand("<results>/slides/{slide}.json", slide=PLAN.slides),
+        infos=of_slides("<results>/slides/{slide}.json", PLAN.slides),
     output:
         table="<results>/slides_report.tsv",
     log:
@@ -154,10 +154,10 @@ rule merge_manifest:
 
 rule slide_table:
     input:
-        tiles=expand(
+        tiles=of_slides(
             "<results>/tiles/{set}/{slide}.parquet",
+            PLAN.slides,
             set=PLAN.config["features"]["set"],
-            slide=PLAN.slides,
         ),
         splits=rules.split_slides.output.splits,
     output:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import pytest
 import yaml
 
 from dinoscope.slides.manifest import tile_table, write_tiles
-from snakemake_runs import REPOSITORY, plan, snakemake
+from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
 
 JOINS = ["results/manifests/train.parquet", "results/slides.parquet", "results/slides_report.tsv"]
 LONGEST_ARGUMENT = 131_072  # of a command on Linux
@@ -103,3 +105,18 @@ def test_jobs_of_many_slides_share_a_cluster_job(tmp_path):
     }  # fmt: skip
     for output in ("slides/slide_{:05d}.jpg", "tiles/train/slide_{:05d}.parquet"):
         assert all(f"results/{output.format(number)}" in text for number in range(45))
+
+
+@pytest.mark.slow
+def test_a_cluster_gets_few_jobs_that_take_no_more_than_allowed(tmp_path):
+    """Six slides in jobs of three, two at a time; the cores of a job bound what it asks for."""
+    make_collection(tmp_path, 6, done=False)
+    options = ["--executor", "standin", "--jobs", "4", "--group-components", "inspect=3"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests" / "executor"), "OMP_NUM_THREADS": "1"}
+    command = [*COMMAND, "results/slides_report.tsv", *options, "--seconds-between-status-checks", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    submitted = [json.loads(line) for line in (tmp_path / "submitted.jsonl").read_text(encoding="utf-8").splitlines()]
+    wanted = {"name": "inspect_inspect_slide", "jobs": 3, "cores": 2, "mem_mb": 2000, "runtime": 20}
+    assert submitted == [wanted, wanted]
+    assert len((tmp_path / "results/slides_report.tsv").read_text(encoding="utf-8").splitlines()) == 7

@@ -5,6 +5,7 @@ Nothing here imports torch or Snakemake: `snakemake -n` must answer in seconds.
 
 import functools
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -404,6 +405,8 @@ def one_sentence(function: Callable[P, T]) -> Callable[P, T]:
         except DinoscopeError as error:
             sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
 
+    # Snakemake asks for it several times a job, and to work it out anew took a tenth of all planning.
+    wrapped.__signature__ = inspect.signature(function)
     return wrapped
 
 
