@@ -109,11 +109,17 @@ def test_jobs_of_many_slides_share_a_cluster_job(tmp_path):
 
 @pytest.mark.slow
 def test_a_cluster_gets_few_jobs_that_take_no_more_than_allowed(tmp_path):
-    """Six slides in jobs of three, two at a time; the cores of a job bound what it asks for."""
+    """Six slides in jobs of three; the memory that one job may have bounds how many it works on at once."""
     make_collection(tmp_path, 6, done=False)
-    options = ["--executor", "standin", "--jobs", "4", "--group-components", "inspect=3"]
+    options = ["--executor", "standin", "--jobs", "4", "--group-components", "inspect=3", "--resources", "mem_mb=2000"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests" / "executor"), "OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, "results/slides_report.tsv", *options, "--seconds-between-status-checks", "1"]
+    command = [
+        *COMMAND[: COMMAND.index("--cores")],
+        "results/slides_report.tsv",
+        *options,
+        "--seconds-between-status-checks",
+        "1",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     submitted = [json.loads(line) for line in (tmp_path / "submitted.jsonl").read_text(encoding="utf-8").splitlines()]
