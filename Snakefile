@@ -31,5 +31,5 @@ rule all:
     default_target: True
     input:
         rules.report.output,
-        rules.pca.input,
+        pca_maps,
         rules.slide_table.output,

@@ -13,6 +13,7 @@ os.environ.update(
     )
 )
 
+from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
@@ -50,7 +51,27 @@ def config_file():
 
 def not_a_trigger(value):
     """A param that reruns nothing when it changes: Snakemake records no param that depends on resources."""
-    return lambda wildcards, resources: value
+    return one_sentence(lambda wildcards, resources: value)
+
+
+def of_slides(pattern, slides, **values):
+    """Input function for a file of each slide (and each of other values).
+
+    A list in its place would be gone through whenever the workflow is read, by every job of a cluster too.
+    """
+    return one_sentence(lambda wildcards: expand(pattern, slide=slides, **values))
+
+
+def input_files(name):
+    """The job's input files of that name as arguments, or as a list where a command line could not hold them.
+
+    No trigger, since the files themselves are one.
+    """
+    return one_sentence(
+        lambda wildcards, input, resources: file_arguments(
+            input[name], Path("logs/lists"), write=not workflow.dryrun
+        )
+    )
 
 
 @one_sentence
@@ -80,15 +101,19 @@ def own_reader(wildcards):
 
 def slide_options(stage=None, many=False):
     """Arguments for reading a slide, and what happens where that fails; no triggers."""
-    return lambda wildcards, resources: SLIDES.options(
-        wildcards.slide, stage and stage.format(wildcards=wildcards), many=many
+    return one_sentence(
+        lambda wildcards, resources: SLIDES.options(
+            wildcards.slide, stage and stage.format(wildcards=wildcards), many=many
+        )
     )
 
 
 def slide_attempt(stage):
     """Number of the attempt at a slide; a new one where a skipped slide is to be tried again."""
-    return lambda wildcards: str(
-        SLIDES.attempt(wildcards.slide, stage.format(wildcards=wildcards))
+    return one_sentence(
+        lambda wildcards: str(
+            SLIDES.attempt(wildcards.slide, stage.format(wildcards=wildcards))
+        )
     )
 
 
@@ -105,11 +130,13 @@ def slide_mpp(wildcards):
     return [] if mpp is None else ["--slide-mpp", str(mpp)]
 
 
+@one_sentence
 def slide_annotations(wildcards):
     """Outlines of the slide's tissue that somebody has drawn, if any."""
     return PLAN.annotation_files.get(wildcards.slide, [])
 
 
+@one_sentence
 def tiling_arguments(wildcards):
     """One group of arguments for each tile set of a slide.
 
@@ -238,6 +265,17 @@ def kept_exports(wildcards, resources):
     return ["--keep-exports", *map(str, kept)] if kept else []
 
 
+@one_sentence
+def pca_maps(wildcards):
+    """Maps of all slides by all models."""
+    return expand(
+        "<results>/pca/{model}/{slide}.png",
+        model=PLAN.models,
+        slide=PLAN.feature_slides,
+    )
+
+
+@one_sentence
 def basis_features(wildcards):
     """Features that the model's colours are fitted on."""
     slides = PLAN.basis_slides(wildcards.model)

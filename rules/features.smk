@@ -38,10 +38,26 @@ rule extract_features:
         " --batch-size {params.batch_size} --workers {params.workers} > {log:q} 2>&1"
 
 
+# In between, because Snakemake goes through all inputs of a job for each job that needs its output: through the
+# features of all slides for each of their maps, if these needed a job that has them as inputs.
+rule list_features:
+    input:
+        features=basis_features,
+    output:
+        list="<logs>/list_features/{model}.txt",
+    log:
+        "<logs>/list_features/{model}.log",
+    localrule: True
+    params:
+        files=input_files("features"),
+    shell:
+        "printf '%s\\n' {params.files:q} > {output.list:q} 2> {log:q}"
+
+
 # One colour space a model: fitted once and kept, so that a slide that comes later has comparable colours.
 rule pca_fit:
     input:
-        features=basis_features,
+        list=rules.list_features.output.list,
     output:
         basis="<results>/pca/{model}/basis.json",
         arrays="<results>/pca/{model}/basis.npz",
@@ -57,7 +73,7 @@ rule pca_fit:
         folder=subpath(output.basis, parent=True),
         seed=PLAN.config["pca"]["seed"],
     shell:
-        "python {params.script:q} fit --features {input.features:q} --basis {params.folder:q} --seed {params.seed}"
+        "python {params.script:q} fit --features @{input.list:q} --basis {params.folder:q} --seed {params.seed}"
         " > {log:q} 2>&1"
 
 

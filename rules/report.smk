@@ -27,17 +27,13 @@ rule plot_metrics:
 rule report:
     input:
         table=rules.slides_report.output.table,
-        infos=rules.slides_report.input.infos,
+        infos=of_slides("<results>/slides/{slide}.json", PLAN.slides),
         splits=rules.split_slides.output.splits,
-        overviews=expand("<results>/tiles/{slide}.jpg", slide=PLAN.slides),
+        overviews=of_slides("<results>/tiles/{slide}.jpg", PLAN.slides),
         finals=expand("<results>/runs/{run}/final.json", run=PLAN.trained_runs),
         cards=expand("<results>/models/{model}/model.json", model=PLAN.models),
         curves=expand("<results>/plots/{run}.png", run=PLAN.trained_runs),
-        maps=expand(
-            "<results>/pca/{model}/{slide}.png",
-            model=PLAN.models,
-            slide=PLAN.feature_slides,
-        ),
+        maps=pca_maps,
     output:
         page="<results>/report.html",
     log:

@@ -18,6 +18,7 @@ if PLAN.demo_slides():
             "python {params.script:q} --output-dir {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
+# On a cluster --group-components inspect=50 tiles=50 puts the jobs of so many slides into one that is submitted.
 # A slide that cannot be read is written down, so that one pass finds the problems of all; tiling it fails.
 rule inspect_slide:
     input:
@@ -28,6 +29,8 @@ rule inspect_slide:
         thumbnail="<results>/slides/{slide}.jpg",
     log:
         "<logs>/inspect_slide/{slide}.log",
+    group:
+        "inspect"
     conda:
         "../envs/slides.yaml"
     resources:
@@ -48,7 +51,7 @@ rule inspect_slide:
 
 rule slides_report:
     input:
-        infos=expand("<results>/slides/{slide}.json", slide=PLAN.slides),
+        infos=of_slides("<results>/slides/{slide}.json", PLAN.slides),
     output:
         table="<results>/slides_report.tsv",
     log:
@@ -61,9 +64,10 @@ rule slides_report:
         slides=Path(PLAN.config["slides"]["source"]),
         digest=PLAN.table_digest,
         sets=PLAN.tile_set_arguments(),
+        files=input_files("infos"),
     shell:
         "python {params.script:q} --slides {params.slides:q} {params.sets:q} --output {output.table:q}"
-        " {input.infos:q} > {log:q} 2>&1"
+        " {params.files:q} > {log:q} 2>&1"
 
 
 # All tile sets of a slide in one job, which opens it once.
@@ -88,6 +92,8 @@ rule tile_slide:
         "<logs>/tile_slide/{slide}.log",
     benchmark:
         "<benchmarks>/tile_slide/{slide}.tsv"
+    group:
+        "tiles"
     conda:
         "../envs/slides.yaml"
     resources:
@@ -141,16 +147,17 @@ rule merge_manifest:
         runtime=60,
     params:
         script=SCRIPTS / "merge_manifest.py",
+        files=input_files("tiles"),
     shell:
-        "python {params.script:q} --output {output.manifest:q} {input.tiles:q} > {log:q} 2>&1"
+        "python {params.script:q} --output {output.manifest:q} {params.files:q} > {log:q} 2>&1"
 
 
 rule slide_table:
     input:
-        tiles=expand(
+        tiles=of_slides(
             "<results>/tiles/{set}/{slide}.parquet",
+            PLAN.slides,
             set=PLAN.config["features"]["set"],
-            slide=PLAN.slides,
         ),
         splits=rules.split_slides.output.splits,
     output:
@@ -164,6 +171,7 @@ rule slide_table:
         script=SCRIPTS / "tabulate_slides.py",
         slides=Path(PLAN.config["slides"]["source"]),
         digest=PLAN.table_digest,
+        files=input_files("tiles"),
     shell:
         "python {params.script:q} --slides {params.slides:q} --splits {input.splits:q} --output {output.table:q}"
-        " {input.tiles:q} > {log:q} 2>&1"
+        " {params.files:q} > {log:q} 2>&1"

@@ -12,15 +12,15 @@ localrules:
 rule inspect:
     input:
         rules.slides_report.output,
-        expand("<results>/slides/{slide}.jpg", slide=PLAN.slides),
+        of_slides("<results>/slides/{slide}.jpg", PLAN.slides),
 
 
 rule tiles:
     input:
-        expand(
+        of_slides(
             "<results>/tiles/{set}/{slide}.parquet",
+            PLAN.slides,
             set=PLAN.config["tiling"]["sets"],
-            slide=PLAN.slides,
         ),
 
 
@@ -32,20 +32,16 @@ rule manifest:
 
 rule features:
     input:
-        expand(
+        of_slides(
             "<results>/features/{model}/{slide}.h5",
+            PLAN.feature_slides,
             model=PLAN.models,
-            slide=PLAN.feature_slides,
         ),
 
 
 rule pca:
     input:
-        expand(
-            "<results>/pca/{model}/{slide}.png",
-            model=PLAN.models,
-            slide=PLAN.feature_slides,
-        ),
+        pca_maps,
 
 
 # Each run under its own name: training and the model that comes out of it.

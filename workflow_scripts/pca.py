@@ -1,7 +1,7 @@
 """PCA maps of tile features.
 
 Fits one colour space over all slides of a model, then colours each slide's tiles by it:
-    python workflow_scripts/pca.py fit --features results/features/gram/*.h5 --basis results/pca/gram
+    python workflow_scripts/pca.py fit --features results/features/gram --basis results/pca/gram
     python workflow_scripts/pca.py map --features results/features/gram/A.h5 --basis results/pca/gram \\
         --thumbnail results/slides/A.jpg --slide-name A --output results/pca/gram/A.png
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.features.writers import read_features
+from dinoscope.file_lists import files_among
 from dinoscope.visualize.pca import MAX_TILES, fit_basis, load_basis, rounding_note, save_basis
 from dinoscope.visualize.pca_map import draw_map, read_thumbnail
 
@@ -19,9 +20,12 @@ from dinoscope.visualize.pca_map import draw_map, read_thumbnail
 def main() -> None:
     """Fits a colour space, or draws a map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, fromfile_prefix_chars="@")
+    parser.epilog = "@FILE reads arguments from a file, one a line."
     commands = parser.add_subparsers(required=True)
     fit = commands.add_parser("fit", help="fit the colour space of a model", formatter_class=HelpFormatter)
-    fit.add_argument("--features", nargs="+", type=Path, required=True, help="feature files (.h5) of one model")
+    fit.add_argument(
+        "--features", nargs="+", type=Path, required=True, help="feature files (.h5) of one model, or a folder of them"
+    )
     fit.add_argument("--basis", type=Path, required=True, help="folder for basis.json and basis.npz")
     fit.add_argument("--seed", type=int, default=0, help="of the sample of tiles, when there are many")
     fit.add_argument("--max-tiles", type=int, default=MAX_TILES, help="fit on at most so many tiles")
@@ -39,7 +43,7 @@ def main() -> None:
 
 def run_fit(arguments: argparse.Namespace) -> None:
     """Writes basis.npz and basis.json."""
-    basis = fit_basis(arguments.features, seed=arguments.seed, max_tiles=arguments.max_tiles)
+    basis = fit_basis(files_among(arguments.features, ".h5"), seed=arguments.seed, max_tiles=arguments.max_tiles)
     save_basis(basis, arguments.basis)
     info = basis.info
     logging.info(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
+from dinoscope.file_lists import files_among
 from dinoscope.slides.collection import write_report
 from dinoscope.slides.grid import TileSet
 from dinoscope.slides.table import COLLECTION, read_slide_table
@@ -23,7 +24,9 @@ def main() -> None:
         fromfile_prefix_chars="@",
         epilog="@FILE reads arguments from a file, one a line.",
     )
-    parser.add_argument("inspected", type=Path, nargs="+", metavar="SLIDE.json", help="files of inspect_slide.py")
+    parser.add_argument(
+        "inspected", type=Path, nargs="+", metavar="SLIDE.json", help="files of inspect_slide.py, or a folder of them"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.tsv", help="table to write")
     parser.add_argument("--slides", metavar="SPEC", help="slide table (.tsv), folder or glob")
     parser.add_argument(
@@ -38,14 +41,13 @@ def main() -> None:
     arguments = parser.parse_args()
     records = read_slide_table(arguments.slides) if arguments.slides else []
     tile_sets = [_tile_set(*words) for words in arguments.sets]
-    rows = write_report(arguments.output, arguments.inspected, records, tile_sets)
+    inspected = files_among(arguments.inspected, ".json")
+    rows = write_report(arguments.output, inspected, records, tile_sets)
     odd = [row for row in rows if row["problems"] != "none"]
     for row in odd:
         logging.warning("%s: %s", row["slide_id"], row["problems"])
     slides = [row for row in odd if row["slide_id"] != COLLECTION]
-    logging.info(
-        "%d of %d slides have problems; %s says which", len(slides), len(arguments.inspected), arguments.output
-    )
+    logging.info("%d of %d slides have problems; %s says which", len(slides), len(inspected), arguments.output)
 
 
 def _tile_set(name: str, tile_px: str, mpp: str) -> TileSet:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
+from dinoscope.file_lists import files_among
 from dinoscope.slides.summary import write_slide_summary
 from dinoscope.slides.table import read_slide_table
 
@@ -17,13 +18,20 @@ def main() -> None:
         fromfile_prefix_chars="@",
         epilog="@FILE reads arguments from a file, one a line.",
     )
-    parser.add_argument("tiles", type=Path, nargs="+", metavar="TILES.parquet", help="tile manifests, one a slide")
+    parser.add_argument(
+        "tiles",
+        type=Path,
+        nargs="+",
+        metavar="TILES.parquet",
+        help="tile manifests, one a slide, or a folder with nothing but such",
+    )
     parser.add_argument("--slides", required=True, metavar="SPEC", help="slide table (.tsv), folder or glob")
     parser.add_argument("--splits", type=Path, metavar="splits.tsv", help="which slides train and which are held out")
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.parquet", help="table to write")
     arguments = parser.parse_args()
-    write_slide_summary(arguments.output, arguments.tiles, read_slide_table(arguments.slides), arguments.splits)
-    logging.info("%d slides", len(arguments.tiles))
+    tiles = files_among(arguments.tiles, ".parquet")
+    write_slide_summary(arguments.output, tiles, read_slide_table(arguments.slides), arguments.splits)
+    logging.info("%d slides", len(tiles))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,39 @@ def test_neither_order_nor_encoding_changes_the_result(tmp_path: Path, monkeypat
     assert manifest_digest(recoded) == digest
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_random_slides_made_and_given_in_random_orders_merge_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(manifest, "_ROW_GROUP", 100)
+    rng = np.random.default_rng(seed)
+    counts = {f"{number}é {seed}"[-4:]: int(rng.integers(0, 350)) for number in rng.permutation(12)} | {"last": 1}
+    results = []
+    for attempt in "abc":
+        (tmp_path / attempt).mkdir()
+        names = list(rng.permutation(sorted(counts)))
+        paths = [write(tmp_path / attempt, name, counts[name]) for name in names]
+        order = rng.permutation(len(paths))
+        digest = merge_manifests([paths[index] for index in order], tmp_path / f"{attempt}.parquet")
+        results.append((digest, (tmp_path / f"{attempt}.parquet").read_bytes()))
+    assert results[0] == results[1] == results[2]
+    wanted = pa.concat_tables([tiles_of(name, counts[name]) for name in sorted(counts)]).unify_dictionaries()
+    assert read_tiles(tmp_path / "a.parquet").to_pylist() == wanted.to_pylist()
+    sizes = pq.read_metadata(tmp_path / "a.parquet")
+    groups = [sizes.row_group(number).num_rows for number in range(sizes.num_row_groups)]
+    assert groups[:-1] == [100] * (len(wanted) // 100) and sum(groups) == len(wanted)
+
+
+def test_a_row_group_names_its_own_slides_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the names of all slides before it would stand in each: of ten thousand in every one of 1,500."""
+    monkeypatch.setattr(manifest, "_ROW_GROUP", 100)
+    tables = [tiles_of(f"s{number:02}", 30) for number in range(50)]
+    for group in manifest._full_row_groups(iter(tables)):
+        (chunk, *_), named = group["slide_id"].chunks, set(group["slide_id"].to_pylist())
+        assert set(chunk.dictionary.to_pylist()) == named
+        assert len(named) <= 5
+
+
 def test_digest_against_a_plain_reimplementation(tmp_path: Path) -> None:
     paths = [write(tmp_path, name, count) for name, count in (("ß", 70_000), ("a", 10))]
     digest = merge_manifests(paths, tmp_path / "m.parquet")

@@ -17,8 +17,8 @@ from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
 
 WHOLE_DEMO = {
     "demo_slides": 1, "inspect_slide": 5, "slides_report": 1, "tile_slide": 5, "split_slides": 1, "slide_table": 1,
-    "merge_manifest": 1, "initial_weights": 1, "train": 2, "convert": 2, "extract_features": 15, "pca_fit": 3,
-    "pca_map": 15, "plot_metrics": 2, "report": 1, "all": 1,
+    "merge_manifest": 1, "initial_weights": 1, "train": 2, "convert": 2, "extract_features": 15,
+    "list_features": 3, "pca_fit": 3, "pca_map": 15, "plot_metrics": 2, "report": 1, "all": 1,
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def finished_once(tmp_path_factory):
     """A folder in which Snakemake believes that everything was made: all outputs exist, with their provenance."""
     folder = new_folder(tmp_path_factory.mktemp("finished"))
     _, text = plan(folder)
-    outputs = [name for line in re.findall(r"^    output: (.*)$", text, re.MULTILINE) for name in line.split(", ")]
+    outputs = [name for line in re.findall(r"^ +output: (.*)$", text, re.MULTILINE) for name in line.split(", ")]
     assert len(outputs) > 60
     for name in outputs:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,14 @@ def test_a_new_run_is_planned_together_with_the_manifest_that_it_is_for(finished
 
 def test_changed_pooling_redoes_features_and_maps(finished):
     change_config(finished, **{"features.pooling": "mean"})
-    assert plan(finished)[0] == {"extract_features": 15, "pca_fit": 3, "pca_map": 15, "report": 1, "all": 1}
+    assert plan(finished)[0] == {
+        "extract_features": 15,
+        "list_features": 3,
+        "pca_fit": 3,
+        "pca_map": 15,
+        "report": 1,
+        "all": 1,
+    }
 
 
 def test_a_longer_run_goes_on_and_the_start_stays(finished):
@@ -164,8 +171,8 @@ def test_a_longer_run_goes_on_and_the_start_stays(finished):
     change(recipe, **{"optim.epochs": load_recipe(recipe).optim.epochs + 1})
     jobs, _ = plan(finished)
     assert jobs == {
-        "train": 1, "convert": 1, "extract_features": 5, "pca_fit": 1, "pca_map": 5, "plot_metrics": 1, "report": 1,
-        "all": 1,
+        "train": 1, "convert": 1, "extract_features": 5, "list_features": 1, "pca_fit": 1, "pca_map": 5,
+        "plot_metrics": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch or Snakemake: `snakemake -n` must answer in seconds.
 
 import functools
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +214,14 @@ class Plan:
 
     def slide_members(self, slide_id: str) -> list[str]:
         """The files of a slide besides the one that is opened."""
-        return [str(path) for path in slide_files(self.slide(slide_id).path)]
+        if slide_id not in self._members:
+            self._members[slide_id] = [str(path) for path in slide_files(self.slide(slide_id).path)]
+        return self._members[slide_id]
+
+    @functools.cached_property
+    def _members(self) -> dict[str, list[str]]:
+        """What `slide_members` has found: each job of a slide asks, and the disk may be far away."""
+        return {}
 
     def tissue_method(self, slide_id: str) -> str:
         """How tissue is found on a slide; "auto" leaves it to the slide's looks."""
@@ -421,6 +429,8 @@ def one_sentence(function: Callable[P, T]) -> Callable[P, T]:
         except DinoscopeError as error:
             sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
 
+    # Snakemake asks for it several times a job, and to work it out anew took a tenth of all planning.
+    wrapped.__signature__ = inspect.signature(function)
     return wrapped
 
 

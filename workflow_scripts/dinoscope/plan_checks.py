@@ -29,8 +29,8 @@ __all__ = [
 BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
-    "all", "convert", "demo_slides", "extract_features", "features", "initial_weights", "inspect",
-    "inspect_slide", "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_fit", "pca_map",
+    "all", "convert", "demo_slides", "extract_features", "features", "initial_weights", "inspect", "inspect_slide",
+    "list_features", "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_fit", "pca_map",
     "plot_metrics", "report", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train",
 )  # fmt: skip
 

@@ -150,6 +150,8 @@ def manifest_digest(path: str | Path) -> str:
 def merge_manifests(inputs: Sequence[str | Path], output: str | Path) -> str:
     """Joins the manifests of many slides into one, sorted by slide id; holds no more than a row group in memory.
 
+    Neither the order of the inputs nor when they were made counts: the same tiles give the same bytes.
+
     Args:
         inputs: Manifests of one slide and one tile set each, in any order.
         output: File to write.
@@ -161,7 +163,7 @@ def merge_manifests(inputs: Sequence[str | Path], output: str | Path) -> str:
         ManifestError: An input is damaged, two are of the same slide or of different tile sets or schema versions, or
             there is no row in all of them.
     """
-    documents = [(read_metadata(path), path) for path in inputs]
+    documents = [(_merging_part(read_metadata(path)), path) for path in inputs]
     _check_mergeable(documents)
     documents.sort(key=lambda document: document[0]["slide_id"])
     shared = {key: documents[0][0][key] for key in _SET_KEYS}
@@ -187,16 +189,17 @@ class _RowDigest:
         self._all, self._slide, self._slide_id = hashlib.sha256(), hashlib.sha256(), None
 
     def update(self, tiles: pa.Table) -> None:
-        ids = tiles.column("slide_id").combine_chunks()
-        ids = ids.cast(pa.string()).to_numpy(zero_copy_only=False)
-        rows = np.empty(len(ids), _ROW)
+        ids = tiles.column("slide_id").unify_dictionaries().combine_chunks()
+        rows = np.empty(len(tiles), _ROW)
         for name in _ROW.names:
             rows[name] = tiles.column(name).to_numpy()
-        starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])) if len(ids) else []
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            if ids[start] != self._slide_id:
+        codes = ids.indices.to_numpy()
+        starts = np.flatnonzero(np.append(True, codes[1:] != codes[:-1])) if len(codes) else []
+        for start, end in zip(starts, [*starts[1:], len(codes)], strict=True):
+            slide_id = ids.dictionary[codes[start]].as_py()
+            if slide_id != self._slide_id:
                 self._finish_slide()
-                self._slide_id = ids[start]
+                self._slide_id = slide_id
             self._slide.update(rows[start:end])
 
     def hexdigest(self) -> str:
@@ -222,6 +225,11 @@ def _digest(batches: Iterable[pa.Table]) -> str:
     for batch in batches:
         digest.update(batch)
     return digest.hexdigest()
+
+
+def _merging_part(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What merging needs of a document; the rest of ten thousand of them would take more memory than the rows."""
+    return {key: metadata.get(key) for key in ("slide_id", "num_tiles", *_SET_KEYS)}
 
 
 def _check_mergeable(documents: list[tuple[dict[str, Any], str | Path]]) -> None:
@@ -266,14 +274,20 @@ def _full_row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Joins tables into ones of exactly a row group, the last one excepted."""
     waiting, count = [], 0
     for table in tables:
-        waiting.append(table)
-        count += table.num_rows
-        while count >= _ROW_GROUP:
-            joined = pa.concat_tables(waiting).unify_dictionaries()
-            yield joined.slice(0, _ROW_GROUP)
-            waiting, count = [joined.slice(_ROW_GROUP)], count - _ROW_GROUP
+        while count + table.num_rows >= _ROW_GROUP:
+            missing = _ROW_GROUP - count
+            yield _joined([*waiting, table.slice(0, missing)])
+            waiting, count, table = [], 0, table.slice(missing)
+        if table.num_rows:
+            waiting.append(table)
+            count += table.num_rows
     if count:
-        yield pa.concat_tables(waiting).unify_dictionaries()
+        yield _joined(waiting)
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    """One table whose dictionary names its own slides alone: a slice of a larger one would keep all before it."""
+    return pa.concat_tables(tables).unify_dictionaries()
 
 
 def _opened(path: str | Path) -> pq.ParquetFile:
