@@ -131,12 +131,15 @@ def tissue_report(tissue: Tissue, networks: Networks) -> Iterable[str]:
     for name, measure in zip(names, (mean_iou, _auroc), strict=True):
         of_rows = lambda said, chosen, measure=measure: measure(said[chosen], nuclei[chosen])  # noqa: E731
         yield _gain_line(f"{name}, images as they are", of_rows, plain, networks, groups)
-    yield "\nThe last block alone, images as they are\n"
+    yield "\nOther ways to look, images as they are\n"
 
-    def last_alone(path: Path) -> list[float]:
-        return measures(probed(patches_of(path, last_blocks=1)(images)))
+    def otherwise(path: Path) -> list[float]:
+        ways = [patches_of(path, last_blocks=1), patches_of(path, None)]
+        return [value for extract in ways for value in measures(probed(extract(images)))]
 
-    yield from _table(["features", *names], _network_rows("last block", networks, last_alone), "{:.4f}")
+    cases = ("last block, quarters", f"last {LAST_BLOCKS} blocks, whole image at once")
+    rows = _network_rows("patch", networks, otherwise)
+    yield from _table(["features", *(f"{case}: {name}" for case in cases for name in names)], rows, "{:.4f}")
 
 
 def losses_report(runs: dict[str, Path]) -> Iterable[str]:

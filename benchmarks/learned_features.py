@@ -33,6 +33,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
@@ -69,7 +70,7 @@ def main() -> None:
     if not 1 <= arguments.trained <= arguments.seeds:
         sys.exit(f"error: --trained is {arguments.trained}; give 1 to --seeds ({arguments.seeds})")
     torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as temporary:
+    with threadpool_limits(arguments.threads), tempfile.TemporaryDirectory() as temporary:
         _compare(arguments, (arguments.out or Path(temporary)).resolve() / f"split_{arguments.split}")
 
 
