@@ -11,11 +11,12 @@ from dinoscope.data.color import adjust_brightness, shift_stains
 
 __all__ = [
     *("PATCH_PX", "Cells", "Tissue", "grey", "histograms", "mean_colors", "pixels", "read_cells", "read_tissue"),
-    *("rebrightened", "restained", "standardised_pixels", "thumbnails", "write_training_images"),
+    *("rebrightened", "restained", "standardised_pixels", "thumbnails", "tiles_of", "write_training_images"),
 ]
 
 PATCH_PX = 16
 ENLARGED = 2  # nuclei are about 20 px wide
+TRAINING_PX = 144  # of the images that training cuts its crops from
 STAIN_SPREAD, STAIN_OFFSET = 0.25, 0.05  # of the shifted copies: gains of 1 ± this, optical densities of ± this
 DARKER, BRIGHTER = 0.75, 1.2
 
@@ -67,11 +68,20 @@ def _half(names: np.ndarray, split: int) -> np.ndarray:
     return np.random.default_rng(split).permutation(names)[: len(names) // 2]
 
 
-def write_training_images(images: np.ndarray, folder: Path, side_px: int | None = None) -> None:
-    """One PNG an image, enlarged to a square where a side is given."""
+def tiles_of(images: np.ndarray) -> np.ndarray:
+    """Squares that cover each image evenly, with small overlaps."""
+    tops, lefts = (
+        np.linspace(0, size - TRAINING_PX, -(-size // TRAINING_PX)).astype(int) for size in images.shape[1:3]
+    )
+    squares = [images[:, top : top + TRAINING_PX, left : left + TRAINING_PX] for top in tops for left in lefts]
+    return np.concatenate(squares)
+
+
+def write_training_images(images: np.ndarray, folder: Path) -> None:
+    """One PNG an image, enlarged where it is smaller than the training's."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
-        shown = image if side_px is None else cv2.resize(image, (side_px, side_px), interpolation=cv2.INTER_CUBIC)
+        shown = cv2.resize(image, (TRAINING_PX, TRAINING_PX), interpolation=cv2.INTER_CUBIC)
         cv2.imwrite(str(folder / f"{index:04d}.png"), shown[..., ::-1])
 
 

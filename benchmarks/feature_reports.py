@@ -36,7 +36,7 @@ from dinoscope.train.metrics import read_metrics
 __all__ = ["WINDOW_HW", "Networks", "cells_report", "losses_report", "patches_of", "tissue_report"]
 
 NEIGHBOURS = (5, 20)
-WINDOW_HW = (256, 320)  # a quarter of a tissue image: about as many tokens as the crops of the training
+WINDOW_HW = (256, 320)  # a quarter of a tissue image: enough of it to judge a patch by the stain around it
 LAST_BLOCKS = 4  # side by side, as is usual for dense tasks
 PENALTY = 0.1  # C of the logistic regression, on standardised features; fixed, not tuned
 FOLDS = 5

@@ -7,9 +7,9 @@ half of the parent images, and two measures on the other half:
 
 - stained tissue (seg/dsb2018_histology, enlarged twice): nucleus or not, for each patch of 16 px, by a logistic
   regression on the patches of the last four blocks; folds by image, all of them images that the training has not seen.
-  The network sees quarters of an image, about as many tokens as the crops that it was trained on. Beside colour
-  images: grey copies; the same regressions asked about copies in other stains and of other brightness; and regressions
-  from one, two and five images, where what was learnt without labels must show.
+  The network sees quarters of an image, so that a patch can be judged by the stain around it. Beside colour images:
+  grey copies; the same regressions asked about copies in other stains and of other brightness; and regressions from
+  one, two and five images, where what was learnt without labels must show.
 - blood cells (tiles/bccd_cells: platelets, red and white cells, 96 px): k nearest neighbours by cosine, on grey copies,
   since in colour a histogram knows them already; never a neighbour from the query's own parent image.
 
@@ -37,7 +37,7 @@ from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
-from feature_images import PATCH_PX, Tissue, read_cells, read_tissue, write_training_images  # noqa: E402
+from feature_images import PATCH_PX, Tissue, read_cells, read_tissue, tiles_of, write_training_images  # noqa: E402
 from feature_probes import pca_colors  # noqa: E402
 from feature_reports import Networks, cells_report, losses_report, patches_of, tissue_report  # noqa: E402
 
@@ -49,7 +49,6 @@ RECIPES = {
     "tissue": Path(__file__).with_suffix(".yaml"),
     "cells": Path(__file__).with_name("learned_features_cells.yaml"),
 }
-CELL_PX = 144  # of the images of cells that training cuts its crops from
 
 
 def main() -> None:
@@ -78,8 +77,8 @@ def _compare(arguments: argparse.Namespace, out: Path) -> None:
     started = time.perf_counter()
     cells = read_cells(arguments.data / "tiles/bccd_cells", arguments.split)
     tissue = read_tissue(arguments.data / "seg/dsb2018_histology", arguments.split)
-    write_training_images(tissue.images[tissue.training], out / "images/tissue")
-    write_training_images(cells.images[cells.training], out / "images/cells", CELL_PX)
+    write_training_images(tiles_of(tissue.images[tissue.training]), out / "images/tissue")
+    write_training_images(cells.images[cells.training], out / "images/cells")
     reports = {
         "tissue": lambda networks: tissue_report(tissue, networks),
         "cells": lambda networks: cells_report(cells, networks),
