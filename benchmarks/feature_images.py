@@ -7,14 +7,18 @@ import cv2
 import numpy as np
 from feature_probes import cut_windows
 
+from dinoscope.data.color import adjust_brightness, shift_stains
+
 __all__ = [
     *("PATCH_PX", "Cells", "Tissue", "grey", "histograms", "mean_colors", "pixels", "read_cells", "read_tissue"),
-    *("thumbnails", "tiles_of", "write_training_images"),
+    *("rebrightened", "restained", "standardised_pixels", "thumbnails", "tiles_of", "write_training_images"),
 ]
 
 PATCH_PX = 16
 ENLARGED = 2  # nuclei are about 20 px wide
 TRAINING_PX = 144  # of the images that training cuts its crops from
+STAIN_SPREAD, STAIN_OFFSET = 0.25, 0.05  # of the shifted copies: gains of 1 ± this, optical densities of ± this
+DARKER, BRIGHTER = 0.75, 1.2
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,21 @@ def grey(images: np.ndarray) -> np.ndarray:
     return np.stack([cv2.cvtColor(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB) for i in images])
 
 
+def restained(images: np.ndarray) -> np.ndarray:
+    """Copies as another laboratory might have stained them: each with stain amounts of its own, drawn by its number."""
+    copies = []
+    for index, image in enumerate(images):
+        rng = np.random.default_rng([0, index])
+        gains, offsets = rng.uniform(1 - STAIN_SPREAD, 1 + STAIN_SPREAD, 3), rng.uniform(-1, 1, 3) * STAIN_OFFSET
+        copies.append(shift_stains(image, gains, offsets))
+    return np.stack(copies)
+
+
+def rebrightened(images: np.ndarray) -> np.ndarray:
+    """Copies that are darker and, every other one, brighter."""
+    return np.stack([adjust_brightness(image, (DARKER, BRIGHTER)[index % 2]) for index, image in enumerate(images)])
+
+
 def histograms(images: np.ndarray) -> np.ndarray:
     """16 bins each of hue, saturation and value."""
     hsv = [cv2.cvtColor(image, cv2.COLOR_RGB2HSV).reshape(-1, 3) for image in images]
@@ -101,9 +120,17 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
 def pixels(images: np.ndarray) -> np.ndarray:
     """Values of each patch's pixels, as many as the image had before it was enlarged."""
     small = np.stack([cv2.resize(i, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for i in images])
-    return cut_windows(small, PATCH_PX // ENLARGED).reshape(len(images), -1, 3 * (PATCH_PX // ENLARGED) ** 2)
+    side = PATCH_PX // ENLARGED
+    return cut_windows(small, (side, side)).reshape(len(images), -1, 3 * side**2)
 
 
 def mean_colors(images: np.ndarray) -> np.ndarray:
     """Mean RGB of each patch."""
     return pixels(images).reshape(len(images), -1, (PATCH_PX // ENLARGED) ** 2, 3).mean(axis=2)
+
+
+def standardised_pixels(images: np.ndarray) -> np.ndarray:
+    """The pixels, and beside them the patch's mean colour by mean and deviation of its image's patches."""
+    colors = mean_colors(images)
+    relative = (colors - colors.mean(axis=1, keepdims=True)) / colors.std(axis=1, keepdims=True)
+    return np.concatenate([pixels(images), relative], axis=2)

@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import KFold
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dinoscope import load_backbone
+from dinoscope.models.vit import DinoVisionTransformer
 
 __all__ = [
     "cut_windows",
+    "dense_features_of",
     "features_of",
+    "few_labels",
     "interval",
     "join_windows",
     "linear_probe",
@@ -34,17 +37,31 @@ Features = Callable[[np.ndarray], dict[str, np.ndarray]]
 def features_of(path: Path) -> Features:
     """An exported backbone as a function: RGB images (N, H, W, 3) -> "cls" (N, D) and "patches" (N, P, D)."""
     model = load_backbone(path)
+    return lambda images: _in_batches(images, model, lambda batch: model.forward_features(batch))
+
+
+def dense_features_of(path: Path, last_blocks: int) -> Callable[[np.ndarray], np.ndarray]:
+    """An exported backbone as a function: images -> patches of its last blocks side by side (N, P, blocks · D)."""
+    model = load_backbone(path)
+
+    def of_batch(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"patches": torch.cat(model.get_intermediate_layers(batch, last_blocks), dim=-1)}
+
+    return lambda images: _in_batches(images, model, of_batch)["patches"]
+
+
+def _in_batches(
+    images: np.ndarray,
+    model: DinoVisionTransformer,
+    of_batch: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+) -> dict[str, np.ndarray]:
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
-
-    def extract(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = []
-        for batch in np.array_split(images, -(-images.size // _VALUES_AT_ONCE)):
-            pixels = torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float() / 255
-            with torch.inference_mode():
-                found.append(model.forward_features((pixels - mean) / std))
-        return {key: torch.cat([output[key] for output in found]).numpy() for key in ("cls", "patches")}
-
-    return extract
+    found = []
+    for batch in np.array_split(images, -(-images.size // _VALUES_AT_ONCE)):
+        pixels = torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float() / 255
+        with torch.inference_mode():
+            found.append(of_batch((pixels - mean) / std))
+    return {key: torch.cat([output[key] for output in found]).numpy() for key in found[0]}
 
 
 def neighbour_votes(
@@ -74,24 +91,55 @@ def neighbour_votes(
     return classes[np.argmax(votes + first, axis=1)]
 
 
-def linear_probe(features: np.ndarray, targets: np.ndarray, c: float, folds: int) -> np.ndarray:
+def linear_probe(
+    features: np.ndarray, targets: np.ndarray, c: float, folds: int, tested: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Probability (N, P) of each patch by a logistic regression that has not seen its image.
 
     Args:
-        features: (N, P, D); standardised with the numbers of the training folds.
+        features: (N, P, D) that the regressions are trained on.
         targets: (N, P) bool.
         c: Inverse strength of the regression's penalty.
         folds: Number of folds over images.
+        tested: (N, P, D) of the same images, or of changed copies of them, that the same regressions are asked about.
+
+    Returns:
+        Probabilities for each of `tested`.
     """
-    num_images, num_patches, width = features.shape
-    rows, flags = features.reshape(-1, width).astype(np.float64), targets.reshape(-1)
-    images = np.repeat(np.arange(num_images), num_patches)
-    probabilities = np.empty(len(rows))
-    for train, test in GroupKFold(folds).split(rows, flags, images):
-        assert not set(images[train]) & set(images[test])
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, solver="newton-cholesky", max_iter=100))
-        probabilities[test] = probe.fit(rows[train], flags[train]).predict_proba(rows[test])[:, 1]
-    return probabilities.reshape(num_images, num_patches)
+    num_images = len(features)
+    said = {name: np.empty(targets.shape) for name in tested}
+    for known, asked in KFold(folds).split(np.arange(num_images)):
+        probe = _fitted(features[known], targets[known], c)
+        for name, of_copies in tested.items():
+            said[name][asked] = _probabilities(probe, of_copies[asked])
+    return said
+
+
+def few_labels(
+    features: np.ndarray, targets: np.ndarray, c: float, num_images: int, draws: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Probes of a few images each, asked about all others: (probabilities (M, P), numbers of those images (M,)).
+
+    Which images are labelled is drawn by number alone, so that all features are asked the same.
+    """
+    rng = np.random.default_rng([0, num_images])
+    found = []
+    for _ in range(draws):
+        order = rng.permutation(len(features))
+        known, asked = order[:num_images], np.sort(order[num_images:])
+        found.append((_probabilities(_fitted(features[known], targets[known], c), features[asked]), asked))
+    return found
+
+
+def _fitted(features: np.ndarray, targets: np.ndarray, c: float) -> Pipeline:
+    """Standardised with the numbers of these patches, in float32 as the features are."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, solver="newton-cholesky", max_iter=100))
+    return probe.fit(features.reshape(-1, features.shape[-1]).astype(np.float32), targets.reshape(-1))
+
+
+def _probabilities(probe: Pipeline, features: np.ndarray) -> np.ndarray:
+    rows = features.reshape(-1, features.shape[-1]).astype(np.float32)
+    return probe.predict_proba(rows)[:, 1].reshape(features.shape[:2])
 
 
 def mean_iou(probabilities: np.ndarray, targets: np.ndarray) -> float:
@@ -101,11 +149,13 @@ def mean_iou(probabilities: np.ndarray, targets: np.ndarray) -> float:
     return float(np.mean(ious))
 
 
-def interval(measure: Callable[[np.ndarray], float], groups: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of a measure of rows, drawn group by group with replacement.
+def interval(
+    measure: Callable[[np.ndarray], np.ndarray], groups: np.ndarray, draws: int = 500
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap intervals of measures of rows, drawn group by group with replacement: lower and upper ends.
 
     Args:
-        measure: From row numbers to a number.
+        measure: From row numbers to numbers.
         groups: (N,) group of each row.
         draws: Number of resamples, seeded.
     """
@@ -115,26 +165,26 @@ def interval(measure: Callable[[np.ndarray], float], groups: np.ndarray, draws: 
         measure(np.concatenate([rows[index] for index in rng.integers(len(rows), size=len(rows))]))
         for _ in range(draws)
     ]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    low, high = np.percentile(values, [2.5, 97.5], axis=0)
+    return low, high
 
 
-def cut_windows(images: np.ndarray, window_px: int) -> np.ndarray:
-    """(N, H, W, 3) -> (N · windows, window, window, 3), image by image, row by row."""
-    num, height, width, channels = images.shape
-    cut = images.reshape(num, height // window_px, window_px, width // window_px, window_px, channels)
-    return cut.swapaxes(2, 3).reshape(-1, window_px, window_px, channels)
+def cut_windows(images: np.ndarray, window_hw: tuple[int, int]) -> np.ndarray:
+    """(N, H, W, 3) -> (N · windows, h, w, 3), image by image, row by row."""
+    (num, height, width, channels), (window_height, window_width) = images.shape, window_hw
+    cut = images.reshape(num, height // window_height, window_height, width // window_width, window_width, channels)
+    return cut.swapaxes(2, 3).reshape(-1, window_height, window_width, channels)
 
 
-def join_windows(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def join_windows(patches: np.ndarray, windows_hw: tuple[int, int], grid_hw: tuple[int, int]) -> np.ndarray:
     """Features of the windows of `cut_windows` (N · windows, P, D) -> (N, all patches row by row, D).
 
     Args:
         patches: Features of each window, row by row.
-        grid: Windows of an image, down and across.
+        windows_hw: Windows of an image, down and across.
+        grid_hw: Patches of a window, down and across.
     """
-    side = round(patches.shape[1] ** 0.5)
-    joined = patches.reshape(-1, *grid, side, side, patches.shape[-1]).swapaxes(2, 3)
+    joined = patches.reshape(-1, *windows_hw, *grid_hw, patches.shape[-1]).swapaxes(2, 3)
     return joined.reshape(len(joined), -1, patches.shape[-1])
 
 
