@@ -7,11 +7,13 @@ import re
 import subprocess
 from collections import Counter
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from dinoscope.slides.manifest import tile_table, write_tiles
+from feature_samples import write_sample
 from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
 
 JOINS = ["results/manifests/train.parquet", "results/slides.parquet", "results/slides_report.tsv"]
@@ -126,3 +128,21 @@ def test_a_cluster_gets_few_jobs_that_take_no_more_than_allowed(tmp_path):
     wanted = {"name": "inspect_inspect_slide", "jobs": 3, "cores": 2, "mem_mb": 2000, "runtime": 20}
     assert submitted == [wanted, wanted]
     assert len((tmp_path / "results/slides_report.tsv").read_text(encoding="utf-8").splitlines()) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slides", [10, 1000])
+def test_the_colours_of_few_and_of_many_slides_are_fitted(tmp_path, slides):
+    make_collection(tmp_path, slides, long_names=True, done=False)
+    rng = np.random.default_rng(0)
+    (tmp_path / "results/features/base").mkdir(parents=True)
+    listed = [line.split("\t")[0] for line in (tmp_path / "config/slides.tsv").read_text().splitlines()[1:]]
+    for slide_id in listed:
+        features = rng.normal(size=(3, 5)).astype("float32")
+        write_sample(tmp_path / "results/features/base" / f"{slide_id}.h5", features, model="base")
+    snakemake(tmp_path, "results/pca/base/basis.json", timeout=900)
+    basis = json.loads((tmp_path / "results/pca/base/basis.json").read_text())
+    training = [slide_id for number, slide_id in enumerate(listed) if number % 10 != 9]
+    assert basis["slides"] == training
+    text = (tmp_path / "logs/list_features/base.txt").read_text()
+    assert text.startswith("@logs/lists/") == (slides == 1000)
