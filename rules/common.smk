@@ -24,9 +24,7 @@ PLAN = one_sentence(make_plan)(
 SLIDES = SlideJobs(PLAN)
 
 if workflow.is_main_process:
-    gpus = one_sentence(PLAN.visible_gpus)(os.environ)
-    if gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
     for note in PLAN.notes():
         print(f"note: {note}", file=sys.stderr)
 

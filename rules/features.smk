@@ -48,6 +48,8 @@ rule list_features:
     log:
         "<logs>/list_features/{model}.log",
     localrule: True
+    conda:
+        "../envs/plots.yaml"
     params:
         files=input_files("features"),
     shell:

@@ -462,10 +462,10 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 
 
 def test_gpus_are_those_that_the_environment_allows(config):
-    assert plan_of(config).visible_gpus({"CUDA_VISIBLE_DEVICES": "0"}) is None
+    assert plan_of(config).visible_gpus({"CUDA_VISIBLE_DEVICES": "0"}) == {}
     chosen = plan_of(config, **{"launch.gpus": [1, 2, 3]})
-    assert chosen.visible_gpus({}) == "1,2,3"
-    assert chosen.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,2,3,5"}) == "1,2,3"
+    wanted = {"CUDA_VISIBLE_DEVICES": "1,2,3"}
+    assert chosen.visible_gpus({}) == chosen.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,2,3,5"}) == wanted
     with pytest.raises(ConfigError, match=r"launch\.gpus asks for GPU 2, but CUDA_VISIBLE_DEVICES is '1,3'"):
         chosen.visible_gpus({"CUDA_VISIBLE_DEVICES": "1,3"})
     for wrong in ([], [1, 1], [-1], "1,2"):

@@ -285,22 +285,22 @@ class Plan:
         demo = {self.results / "demo" / f"{name}.tiff" for name in DEMO_SLIDES}
         return [str(record.path) for record in self.slides.values() if record.path in demo]
 
-    def visible_gpus(self, environment: Mapping[str, str]) -> str | None:
-        """CUDA_VISIBLE_DEVICES of all jobs, where launch.gpus names GPUs.
+    def visible_gpus(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """What the environment of all jobs must say besides, where launch.gpus names GPUs.
 
         Raises:
             ConfigError: It names one that the environment's CUDA_VISIBLE_DEVICES does not.
         """
         wanted, allowed = self.config["launch"]["gpus"], environment.get("CUDA_VISIBLE_DEVICES")
         if wanted is None:
-            return None
+            return {}
         refused = [gpu for gpu in wanted if allowed is not None and str(gpu) not in allowed.split(",")]
         if refused:
             raise ConfigError(
                 f"launch.gpus asks for GPU {refused[0]}, but CUDA_VISIBLE_DEVICES is {allowed!r}: name GPUs that it "
                 "has, or unset one of both"
             )
-        return ",".join(map(str, wanted))
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, wanted))}
 
     def kept_exports(self, run: str) -> list[int]:
         """Iterations of a run whose exported teacher another run takes as its gram teacher."""
