@@ -9,10 +9,9 @@ import logging
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
-from dinoscope.errors import ConfigError
 from dinoscope.file_lists import files_among
 from dinoscope.slides.collection import write_report
-from dinoscope.slides.grid import TileSet
+from dinoscope.slides.set_options import add_reading_options, tile_sets
 from dinoscope.slides.table import COLLECTION, read_slide_table
 
 
@@ -38,23 +37,16 @@ def main() -> None:
         metavar=("NAME", "PX", "MPP"),
         help="a tile set that is wanted: its name, side of a tile in pixels, micrometres a pixel; may be repeated",
     )
+    add_reading_options(parser)
     arguments = parser.parse_args()
     records = read_slide_table(arguments.slides) if arguments.slides else []
-    tile_sets = [_tile_set(*words) for words in arguments.sets]
     inspected = files_among(arguments.inspected, ".json")
-    rows = write_report(arguments.output, inspected, records, tile_sets)
+    rows = write_report(arguments.output, inspected, records, list(tile_sets(arguments)))
     odd = [row for row in rows if row["problems"] != "none"]
     for row in odd:
         logging.warning("%s: %s", row["slide_id"], row["problems"])
     slides = [row for row in odd if row["slide_id"] != COLLECTION]
     logging.info("%d of %d slides have problems; %s says which", len(slides), len(inspected), arguments.output)
-
-
-def _tile_set(name: str, tile_px: str, mpp: str) -> TileSet:
-    try:
-        return TileSet(name, int(tile_px), float(mpp))
-    except ValueError:
-        raise ConfigError(f"--set {name} {tile_px} {mpp}: wanted whole pixels and micrometres a pixel") from None
 
 
 if __name__ == "__main__":

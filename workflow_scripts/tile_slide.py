@@ -8,9 +8,7 @@ outlines as GeoJSON, which QuPath opens and which may come back, edited, as --an
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,9 +16,10 @@ import numpy as np
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
 from dinoscope.slides.geojson import read_annotations, write_outline
-from dinoscope.slides.grid import EDGES, MAX_UPSAMPLE, TileSet
+from dinoscope.slides.grid import TileSet
 from dinoscope.slides.quality import QualityLimits
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.set_options import add_set_options, tile_sets
 from dinoscope.slides.skipped_tiles import write_skipped
 from dinoscope.slides.skipping import Attempt, add_skip_arguments, try_slide
 from dinoscope.slides.tiling import tile_slide
@@ -32,20 +31,20 @@ def main() -> None:
     """Parses the command line, tiles, draws."""
     arguments = _parser().parse_args()
     cv2.setNumThreads(1)  # a job has one core, and pictures this small gain nothing from more
-    tile_sets = _tile_sets(arguments)
+    wanted = list(zip(tile_sets(arguments), (Path(path) for *_, path in arguments.sets), strict=True))
 
     def give_up(reason: str) -> None:
-        write_skipped(arguments.slide_id, tile_sets, reason)
+        write_skipped(arguments.slide_id, wanted, reason)
         save_jpeg(placeholder("this slide was skipped"), arguments.overview)
         if arguments.outline is not None:
             write_outline(arguments.outline, np.zeros((1, 1), bool), 1.0, 1, 1)
 
     how = (arguments.on_error, arguments.attempt, arguments.skip_record)
     attempt = Attempt(arguments.slide, arguments.slide_id, "tiles", *how)
-    try_slide(lambda: _tile(arguments, tile_sets), give_up, attempt)
+    try_slide(lambda: _tile(arguments, wanted), give_up, attempt)
 
 
-def _tile(arguments: argparse.Namespace, tile_sets: list[tuple[TileSet, Path]]) -> None:
+def _tile(arguments: argparse.Namespace, wanted: list[tuple[TileSet, Path]]) -> None:
     annotations = None
     if (arguments.tissue_method == "annotations") != (arguments.annotations is not None):
         raise ConfigError("--tissue-method annotations and --annotations FILE need each other")
@@ -54,7 +53,7 @@ def _tile(arguments: argparse.Namespace, tile_sets: list[tuple[TileSet, Path]]) 
     with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
         tissue, grids = tile_slide(
             slide,
-            tile_sets,
+            wanted,
             arguments.tissue_method,
             limits=QualityLimits(**{name: getattr(arguments, name) for name in (*_LIMITS, "measure_focus")}),
             min_area_um2=arguments.min_area_um2,
@@ -97,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
     add_skip_arguments(parser)
     _add_tissue_options(parser.add_argument_group("tissue"))
-    _add_set_options(parser.add_argument_group("tile sets"))
+    add_set_options(parser.add_argument_group("tile sets"))
     quality = parser.add_argument_group("quality", "Limits that a tile must keep to; without them, none is left out.")
     for name, meaning in _LIMITS.items():
         bound, unit = ("largest", "F") if name.startswith("max") else ("least", "V")
@@ -118,78 +117,6 @@ def _add_tissue_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
             f"--{name}", nargs="*", default=default, metavar="CLASS", help=f"annotations that are {what}"
         )
-
-
-def _add_set_options(group: argparse._ArgumentGroup) -> None:
-    share = _named(float, "a share from 0 to 1", lambda share: 0 <= share <= 1)
-    pixels = _named(int, "a whole number above 0", lambda pixels: pixels > 0)
-    edge = _named(str, " or ".join(EDGES), lambda edge: edge in EDGES)
-    factor = _named(float, "a factor of at least 1", lambda factor: factor >= 1)
-    for option, kind, unit, meaning in (
-        (
-            "--min-tissue",
-            share,
-            "F",
-            "least share of tissue of a set's tiles, 0 to 1; when not given 0.5, with method fluorescence 0.25, none "
-            "0, cytology as much as 30 um2 of cells",
-        ),
-        ("--stride", pixels, "PX", "distance of a set's tiles in pixels at its mpp; the tile's side when not given"),
-        (
-            "--edge",
-            edge,
-            "E",
-            "what becomes of the rest at the right and lower edge: drop (left out, the default), shift (a last tile is "
-            "moved inwards), pad (a last tile reaches over the edge and is white there)",
-        ),
-        (
-            "--max-upsample",
-            factor,
-            "F",
-            f"how many times the finest level may be enlarged, {MAX_UPSAMPLE:g} when not given",
-        ),
-    ):
-        group.add_argument(
-            option, nargs="+", action="extend", type=kind, default=[], metavar=f"NAME={unit}", help=meaning
-        )
-
-
-def _named(kind: type, wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], tuple[str, Any]]:
-    def parse(text: str) -> tuple[str, Any]:
-        name, _, value = text.rpartition("=")
-        try:
-            number = kind(value)
-        except ValueError:
-            number = None
-        if not name or number is None or not fits(number):
-            raise argparse.ArgumentTypeError(f"{text!r}: wanted NAME={wanted}")
-        return name, number
-
-    return parse
-
-
-def _tile_sets(arguments: argparse.Namespace) -> list[tuple[TileSet, Path]]:
-    given = {
-        "min_tissue": dict(arguments.min_tissue),
-        "stride_px": dict(arguments.stride),
-        "edge": dict(arguments.edge),
-        "max_upsample": dict(arguments.max_upsample),
-    }
-    tile_sets = []
-    for name, tile_px, mpp, path in arguments.sets:
-        options = {key: values.pop(name) for key, values in given.items() if name in values}
-        try:
-            mpps = tuple(float(part) for part in mpp.split(","))
-            tile_set = TileSet(name, int(tile_px), mpps[0] if len(mpps) == 1 else mpps, **options)
-        except ConfigError:
-            raise
-        except ValueError:
-            raise ConfigError(f"--set {name} {tile_px} {mpp}: wanted whole pixels and micrometres a pixel") from None
-        tile_sets.append((tile_set, Path(path)))
-    for key, left in given.items():
-        if left:
-            option = f"--{key.removesuffix('_px').replace('_', '-')}"
-            raise ConfigError(f"{option} {next(iter(left))}=...: there is no --set of this name")
-    return tile_sets
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def test_an_odd_mpp_is_told_by_three_others_that_agree() -> None:
         (TileSet("fine", 256, 0.1), "tile set fine: tiles at mpp 0.1 would have to be enlarged 2.5 times"),
         (TileSet("large", 20_000, 0.5), "tile set large: a tile of 20000 px at mpp 0.5 covers 40000 x 40000"),
         (TileSet("good", 256, 0.5), None),
+        (TileSet("fine", 256, 0.1, max_upsample=3), None),
     ],
 )
 def test_too_coarse_and_too_small(tile_set: TileSet, words: str | None) -> None:

@@ -350,6 +350,14 @@ def test_tiling_arguments_of_all_settings(config):
     ]
 
 
+def test_the_preflight_is_told_how_tiles_are_read(config):
+    tiles = {"tile_px": 256, "mpp": [0.25, 1], "min_tissue": 0.2, "max_upsample": 2}
+    assert plan_of(config, **{"tiling.sets.train": tiles}).tile_set_arguments() == [
+        *["--set", "train", "256", "0.25", "--set", "train", "256", "1", "--max-upsample", "train=2"],
+        *["--set", "features", "224", "0.5"],
+    ]
+
+
 def test_slides_with_annotations_take_their_tissue_from_them(config, folder):
     (folder / "outlines").mkdir()
     for name in ("s1.geojson", "s2.txt", "other.geojson"):

@@ -50,12 +50,8 @@ DEMO_SLIDES = ("demo_he_1", "demo_he_2", "demo_he_3", "demo_ihc_1", "demo_cyto_1
 # What `stain` says about a slide's looks, where the tissue method is auto.
 _METHOD_OF_STAIN = {"HE": "otsu", "IHC": "otsu", "Pap": "cytology", "MGG": "cytology", "IF": "fluorescence"}
 # Option of tile_slide.py, key of a tile set, and its default, which needs no option.
-_SET_OPTIONS = (
-    ("--min-tissue", "min_tissue", None),
-    ("--stride", "stride_px", None),
-    ("--edge", "edge", "drop"),
-    ("--max-upsample", "max_upsample", 1.05),
-)
+_READING_OPTIONS = (("--edge", "edge", "drop"), ("--max-upsample", "max_upsample", 1.05))
+_SET_OPTIONS = (("--min-tissue", "min_tissue", None), ("--stride", "stride_px", None), *_READING_OPTIONS)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -241,9 +237,7 @@ class Plan:
         for (name, tiles), output in zip(self.config["tiling"]["sets"].items(), outputs, strict=True):
             mpps = tiles["mpp"] if isinstance(tiles["mpp"], list) else [tiles["mpp"]]
             arguments += ["--set", name, str(tiles["tile_px"]), ",".join(map(str, mpps)), output]
-            for option, key, default in _SET_OPTIONS:
-                if tiles[key] != default:
-                    arguments += [option, f"{name}={tiles[key]}"]
+            arguments += _set_options(name, tiles, _SET_OPTIONS)
         return arguments
 
     def tile_set_arguments(self) -> list[str]:
@@ -252,6 +246,7 @@ class Plan:
         for name, tiles in self.config["tiling"]["sets"].items():
             mpps = tiles["mpp"] if isinstance(tiles["mpp"], list) else [tiles["mpp"]]
             arguments += [part for mpp in mpps for part in ("--set", name, str(tiles["tile_px"]), str(mpp))]
+            arguments += _set_options(name, tiles, _READING_OPTIONS)
         return arguments
 
     def _tissue_arguments(self, slide_id: str) -> list[str]:
@@ -452,6 +447,12 @@ def _run(name: str, settings: Mapping[str, Any], workflow_dir: Path) -> Run:
         continues=settings["continues"],
         gram_teacher=None if teacher is None else str(teacher),
     )
+
+
+def _set_options(name: str, tiles: Mapping[str, Any], options: Sequence[tuple[str, str, Any]]) -> list[str]:
+    """Arguments for what a tile set says of itself, its defaults left out."""
+    said = [(option, tiles[key]) for option, key, default in options if tiles[key] != default]
+    return [part for option, value in said for part in (option, f"{name}={value}")]
 
 
 def _digest(value: Any) -> str:
