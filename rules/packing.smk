@@ -22,12 +22,13 @@ rule pack_slide:
         slide=slide_argument,
         mpp=slide_mpp,
         reader=own_reader,
+        on_error=not_a_trigger(PLAN.config["slides"]["on_error"]),
         quality=PLAN.config["packing"]["quality"],
         subsampling=PLAN.config["packing"]["subsampling"],
     shell:
         "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
-        " {params.reader:q} --tiles {input.tiles:q} --quality {params.quality} --subsampling {params.subsampling}"
-        " --output {output.packed:q} > {log:q} 2>&1"
+        " {params.reader:q} --on-error {params.on_error:q} --tiles {input.tiles:q} --quality {params.quality}"
+        " --subsampling {params.subsampling} --output {output.packed:q} > {log:q} 2>&1"
 
 
 # The files are found in the index's folder: 10,000 arguments would burst the command line.

@@ -26,10 +26,12 @@ def main() -> None:
     add("--output", type=Path, required=True, metavar="OUT.arrow", help="file to write")
     add("--quality", type=int, choices=range(1, 101), metavar="1-100", default=90, help="of the JPEGs")
     add("--subsampling", choices=SUBSAMPLINGS, default="4:2:0", help="of their colour")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="skip: leave places of unreadable tiles empty")
     arguments = parser.parse_args()
     how = {"mpp": arguments.slide_mpp, "reader": arguments.slide_reader}
     opened = functools.partial(Slide, arguments.slide, arguments.slide_id, **how)
     options = {"quality": arguments.quality, "subsampling": arguments.subsampling}
+    options["skip_unreadable"] = arguments.on_error == "skip"
     num_bytes = pack_slide(arguments.slide_id, opened, arguments.tiles, arguments.output, **options)
     logging.info("slide %s: %.1f MB of JPEG", arguments.slide_id, num_bytes / 1e6)
 

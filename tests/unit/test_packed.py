@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, JpegImagePlugin
 
+from dinoscope.data import packed as packed_module
 from dinoscope.data.collate import Collate
 from dinoscope.data.crops import AUGMENTATIONS, CropSizes
 from dinoscope.data.dataset import ImageCrops, StepSizes, build_loader, open_images, pixels_digest
@@ -28,8 +29,8 @@ from dinoscope.data.packed import (
     pack_slide,
     write_index,
 )
-from dinoscope.data.tiles import open_tiles
-from dinoscope.errors import ConfigError, ManifestError, SealError
+from dinoscope.data.tiles import SlideAccess, open_tiles
+from dinoscope.errors import ConfigError, ManifestError, SealError, SlideError
 from dinoscope.slides.manifest import manifest_digest, merge_manifests, tile_table, write_tiles
 from dinoscope.slides.reader import Slide
 from dinoscope.train.seal import compare_pixels
@@ -304,6 +305,31 @@ def test_other_settings_are_other_pixels(place):
         place.pack(name)
     write_index(place.manifest, place.packed, place.index)
     assert pixels_digest(place.tiles()) == before
+
+
+def test_another_tile_stands_in_for_one_that_could_not_be_packed(place, monkeypatch):
+    whole = place.tiles()
+    broken = next(index for index in range(len(whole)) if whole.sample_id(index).startswith("two@"))
+    x, y = whole.tiles[broken].x, whole.tiles[broken].y
+    read = packed_module.read_tile
+
+    def damaged(slide, *where):
+        if slide.slide_id == "two" and where[:2] == (x, y):
+            raise SlideError(f"slide 'two' cannot be read at x {x}, y {y}")
+        return read(slide, *where)
+
+    monkeypatch.setattr(packed_module, "read_tile", damaged)
+    with pytest.raises(SlideError, match="cannot be read at"):
+        place.pack("two")
+    place.pack("two", skip_unreadable=True)
+    write_index(place.manifest, place.packed, place.index)
+    with pytest.raises(SlideError, match=r"tile two@\d+,\d+ could not be read from its slide when it was packed: set"):
+        place.tiles().read(broken)
+    tiles = place.tiles(access=SlideAccess(on_error="skip"))
+    image, name = tiles.read(broken)
+    assert name.startswith("one@")  # of the same stain, on another slide, and always the same one
+    assert np.array_equal(image, place.tiles(access=SlideAccess(on_error="skip")).read(broken)[0])
+    assert tiles.read(broken + 1)[1] == whole.sample_id(broken + 1)
 
 
 def test_a_slide_without_tiles_is_not_even_opened(place):

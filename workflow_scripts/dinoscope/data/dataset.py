@@ -128,7 +128,7 @@ def open_images(
         if manifest is None or slides is None:
             raise ConfigError("nothing to train on: give --manifest and --slides, or set train.dataset_path")
         if packed is not None:
-            return open_packed(manifest, slides, packed, sealed.get("manifest"))
+            return open_packed(manifest, slides, packed, sealed.get("manifest"), access)
         return open_tiles(manifest, slides, sealed.get("manifest"), access)
     if manifest is not None:
         raise ConfigError(

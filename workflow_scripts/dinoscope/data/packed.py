@@ -7,6 +7,7 @@ only the pixels differ, by what JPEG changes.
 
 import hashlib
 import json
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from dinoscope.data.tiles import MappedTiles, SlideTiles, find_tiles, map_manifest
-from dinoscope.errors import ConfigError, ManifestError
+from dinoscope.data.tiles import MappedTiles, SlideAccess, SlideTiles, find_tiles, map_manifest
+from dinoscope.errors import ConfigError, ManifestError, SlideError
 from dinoscope.files import atomic_path, read_json, write_json
 from dinoscope.progress import progress
 from dinoscope.slides.manifest import manifest_digest, read_tiles
@@ -39,6 +40,7 @@ __all__ = [
     "write_index",
 ]
 
+log = logging.getLogger(__name__)
 SUBSAMPLINGS = {
     "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
@@ -79,6 +81,7 @@ def pack_slide(
     *,
     quality: int,
     subsampling: str,
+    skip_unreadable: bool = False,
 ) -> int:
     """Writes the tiles of one slide.
 
@@ -89,13 +92,14 @@ def pack_slide(
         output: Arrow file to write.
         quality: Of the JPEGs, 1 to 100.
         subsampling: Of their colour, a key of `SUBSAMPLINGS`.
+        skip_unreadable: Leaves the place of a tile that cannot be read empty; training has another stand in for it.
 
     Returns:
         Bytes of all JPEGs together.
 
     Raises:
         ManifestError: The manifest cannot be read, or is of another slide.
-        SlideError: A tile cannot be read.
+        SlideError: A tile, or with `skip_unreadable` the slide, cannot be read.
     """
     table = read_tiles(tiles)
     _require_slide(table, slide_id, tiles)
@@ -112,7 +116,7 @@ def pack_slide(
     ):
         for start in starts:
             rows = table.slice(start, _ROWS_PER_BATCH)
-            streams = [encode_jpeg(_read(slide, row), quality, subsampling) for row in _rows(rows)]
+            streams = [_packed(slide, row, quality, subsampling, skip_unreadable) for row in _rows(rows)]
             for stream in streams:
                 digest.update(stream)
                 num_bytes += len(stream)
@@ -135,6 +139,16 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     columns = {name: table[name].to_numpy() for name in ("x", "y", "level", "read_px", "tile_px", "footprint_px")}
     for row in range(table.num_rows):
         yield {name: int(values[row]) for name, values in columns.items()}
+
+
+def _packed(slide: Slide, row: dict[str, int], quality: int, subsampling: str, skip_unreadable: bool) -> bytes:
+    try:
+        return encode_jpeg(_read(slide, row), quality, subsampling)
+    except SlideError as error:
+        if not skip_unreadable:
+            raise
+        log.warning("%s: its place stays empty", error)
+        return b""
 
 
 def _read(slide: Slide, row: dict[str, int]) -> np.ndarray:
@@ -320,10 +334,16 @@ class PackedTiles(SlideTiles):
     """The tiles of a manifest, read from packed files; all else is as with `SlideTiles`."""
 
     def __init__(
-        self, tiles: MappedTiles, slides: list[SlideRecord], digest: str, index: PackedIndex, max_open: int = 64
+        self,
+        tiles: MappedTiles,
+        slides: list[SlideRecord],
+        digest: str,
+        index: PackedIndex,
+        access: SlideAccess | None = None,
+        max_open: int = 64,
     ) -> None:
         """Takes what `SlideTiles` does, and the index; at most `max_open` files are open at a time."""
-        super().__init__(tiles, slides, digest)
+        super().__init__(tiles, slides, digest, access)
         self.index, self._max_open = index, max_open
         self._first_row = {slide_id: start for slide_id, start, _ in tiles.slide_runs()}
         self._files: OrderedDict[str, PackedFile] = OrderedDict()
@@ -332,11 +352,12 @@ class PackedTiles(SlideTiles):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_files": OrderedDict()}
 
-    def read(self, index: int) -> tuple[np.ndarray, str]:
+    def _read(self, index: int) -> tuple[np.ndarray, str]:
         """The tile as it was packed, and its id: slide_id@x,y in level-0 pixels.
 
         Raises:
             ManifestError: Its file is missing or damaged, or no longer what the index says.
+            SlideError: Its place is empty.
         """
         tile = self.tiles[index]
         slide_id, sample_id = tile.kind.slide_id, self.sample_id(index)
@@ -348,6 +369,11 @@ class PackedTiles(SlideTiles):
             raise _damaged_tile(sample_id, file, _first_line(error)) from None
         if corner != (tile.x, tile.y):
             raise _damaged_tile(sample_id, file, f"in its place is the tile at {corner[0]},{corner[1]}")
+        if not len(stream):
+            raise SlideError(
+                f"tile {sample_id} could not be read from its slide when it was packed: set slides.on_error to skip, "
+                f"or repair the slide and delete {file.path.name}, so that it is packed again"
+            )
         image = decode_jpeg(stream)
         if image is None or image.shape != (tile.kind.tile_px, tile.kind.tile_px, 3):
             raise _damaged_tile(sample_id, file, "its JPEG cannot be decoded")
@@ -377,7 +403,9 @@ def _damaged_tile(sample_id: str, file: PackedFile, problem: str) -> ManifestErr
     )
 
 
-def open_packed(manifest: Path, slides: str, packed: Path, sealed: str | None = None) -> PackedTiles:
+def open_packed(
+    manifest: Path, slides: str, packed: Path, sealed: str | None = None, access: SlideAccess | None = None
+) -> PackedTiles:
     """The tiles of a merged manifest, from packed files.
 
     Args:
@@ -385,6 +413,7 @@ def open_packed(manifest: Path, slides: str, packed: Path, sealed: str | None = 
         slides: Where the slides are; they are not opened.
         packed: The index of the packed files.
         sealed: Digest of the manifest that a run was started with, when it goes on.
+        access: What becomes of tiles that could not be read when they were packed.
 
     Raises:
         ManifestError: See `map_manifest` and `read_index`.
@@ -395,4 +424,4 @@ def open_packed(manifest: Path, slides: str, packed: Path, sealed: str | None = 
     missing = {kind.slide_id for kind in tiles.kinds} - index.slides.keys()
     if missing:
         raise ConfigError(f"slide {min(missing)} is not among the packed tiles of {packed}: pack it (pack_tiles.py)")
-    return PackedTiles(tiles, records, digest, index)
+    return PackedTiles(tiles, records, digest, index, access)
