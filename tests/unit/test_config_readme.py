@@ -5,11 +5,13 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dinoscope import config as recipe_schema
+from dinoscope.recipe import load_recipe
 from dinoscope.recipe_keys import IGNORED_KEYS, ONLY_VALUES
 from dinoscope.schema import read_schema
 
@@ -101,6 +103,18 @@ def ignored_table():
 def test_the_readme_has_every_recipe_key(table):
     readme = (CONFIG / "README.md").read_text(encoding="utf-8")
     assert table() in readme, f"paste this into config/README.md:\n\n{table()}"
+
+
+def test_the_recipes_shown_can_be_used(tmp_path):
+    readme = (CONFIG / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```yaml\n# (\w+\.yaml)\n(.*?)```", readme, re.DOTALL)
+    assert [name for name, _ in shown] == ["heads.yaml", "small.yaml"]
+    shutil.copytree(CONFIG / "runs", tmp_path, dirs_exist_ok=True)
+    for name, text in shown:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    heads, small = (load_recipe(tmp_path / name) for name, _ in shown)
+    for key in ("dino", "ibot"):  # what is distilled has as many prototypes
+        assert heads[key].head_n_prototypes == small[key].head_n_prototypes
 
 
 def test_each_recipe_is_in_the_readme():
