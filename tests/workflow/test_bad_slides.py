@@ -48,7 +48,7 @@ def test_a_bad_slide_fails_and_the_others_are_done(folder):
     assert "error: slide 'empty' (file empty.svs) is empty (0 bytes): copy it again from the scanner" in text
     assert "error: slide 'unscaled' (file unscaled.tiff) does not say how many micrometres a pixel has" in text
     made = {path.name for path in (folder / "results" / "tiles").rglob("*") if path.is_file()}
-    assert made == {"good (1).parquet", "good (1).jpg"}
+    assert made == {"good (1).parquet", "good (1).jpg", "good (1).geojson"}
 
 
 def test_what_the_sentence_asks_for_helps(folder):
