@@ -16,6 +16,7 @@ from dinoscope.plan import make_plan
 from dinoscope.recipe import load_recipe, recipe_chain
 from dinoscope.train.metrics import read_metrics
 
+pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUNS = REPOSITORY / "config" / "runs"
 ALONE = sorted(path.stem for path in RUNS.glob("*.yaml") if not load_recipe(path).gram.use_loss)

@@ -16,6 +16,7 @@ from dinoscope.slides.manifest import tile_table, write_tiles
 from feature_samples import write_sample
 from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
 
+pytestmark = pytest.mark.long
 JOINS = ["results/manifests/train.parquet", "results/slides.parquet", "results/slides_report.tsv"]
 LONGEST_ARGUMENT = 131_072  # of a command on Linux
 ROWS = 3
