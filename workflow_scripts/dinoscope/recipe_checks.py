@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from dinoscope.config import LinearCosineConfig, RunConfig
 from dinoscope.errors import ConfigError
 from dinoscope.models.registry import ARCHS
-from dinoscope.resolutions import as_list
+from dinoscope.resolutions import aligned, as_list
 
 __all__ = ["check_processes", "check_recipe"]
 
@@ -214,7 +214,8 @@ def _crop_problems(config: RunConfig) -> Iterable[str]:
         yield f"ibot.mask_ratio_min_max is {ratios}; give two shares, 0 < smallest <= largest < 1"
     if problems or config.crops.gram_teacher_crops_size is None:
         return
-    for sizes in zip(*_paired(config, "gram_teacher_crops_size", "global_crops_size"), strict=True):
+    columns = (as_list(config.crops[key]) for key in ("gram_teacher_crops_size", "global_crops_size"))
+    for sizes in zip(*aligned(*columns), strict=True):
         if sizes[0] < sizes[1]:
             yield f"crops.gram_teacher_crops_size ({sizes[0]}) is smaller than crops.global_crops_size ({sizes[1]})"
 
@@ -249,13 +250,6 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _paired(config: RunConfig, *keys: str) -> list[list[int]]:
-    """The values of several sizes, one number repeated as often as the longest list has values."""
-    columns = [as_list(config.crops[key]) for key in keys]
-    count = max(map(len, columns))
-    return [column * count if len(column) == 1 else column for column in columns]
 
 
 def _gram_problems(config: RunConfig) -> Iterable[str]:

@@ -12,7 +12,7 @@ from dinoscope.data.sampler import mix64
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["Resolution", "as_list", "choice_of_step", "resolutions"]
+__all__ = ["Resolution", "aligned", "as_list", "choice_of_step", "resolutions"]
 
 _STREAM = 0x7265736F6C757469  # keeps these draws apart from those of the order of samples
 
@@ -37,13 +37,9 @@ def resolutions(config: "RunConfig") -> list[Resolution]:
     """All that the steps of a run have, in the order of the recipe; one number stands for as many as there are."""
     crops = config.crops
     columns = [as_list(crops[f"{name}_crops_size"]) for name in ("global", "local", "gram_teacher")]
-    columns.append(as_list(crops.global_local_crop_pairs_ratios))
-    count = max(map(len, columns))
-    of_global, of_local, of_gram, weights = (
-        column if len(column) == count else list(itertools.repeat(column[0], count)) for column in columns
-    )
+    of_global, of_local, of_gram, weights = aligned(*columns, as_list(crops.global_local_crop_pairs_ratios))
     if not config.gram.use_loss:
-        of_gram = [None] * count
+        of_gram = [None] * len(of_gram)
     shares = [weight / sum(weights) for weight in weights]
     return [Resolution(*sizes) for sizes in zip(of_global, of_local, of_gram, shares, strict=True)]
 
@@ -52,6 +48,12 @@ def as_list(value: Any) -> list[Any]:
     """A setting that is one value or a list of them."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     return list(value) if is_list else [value]
+
+
+def aligned(*columns: list[Any]) -> list[list[Any]]:
+    """Lists of one value or of as many as the longest has, all made as long as that."""
+    count = max(map(len, columns))
+    return [column * count if len(column) == 1 else column for column in columns]
 
 
 def choice_of_step(shares: Sequence[float], seed: int, step: int) -> int:

@@ -5,6 +5,7 @@ have as many. The EMA of the student goes on beside it and is what is exported (
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,12 @@ __all__ = [
     "build_teacher",
     "check_teacher",
     "read_teacher",
+    "sealed_teacher",
     "teacher_parts",
     "teacher_shape",
 ]
 
-HEADS = ("dino_head", "ibot_head")
+_HEADS = ("dino_head", "ibot_head")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class TeacherShape:
         return cls(ViTSettings.from_dict(values["backbone"]), heads)
 
 
+@functools.lru_cache(maxsize=1)  # a start asks for it several times; `read_teacher.cache_clear` gives its memory back
 def read_teacher(path: str | Path) -> ModelFile:
     """Reads a teacher with its heads.
 
@@ -69,7 +72,7 @@ def read_teacher(path: str | Path) -> ModelFile:
         WeightsError: It cannot be read, or has no heads.
     """
     file = read_model_file(path)
-    missing = [name for name in HEADS if name not in file.heads]
+    missing = [name for name in _HEADS if name not in file.heads]
     if missing:
         raise WeightsError(
             f"{file.path} has no {missing[0]}, and a teacher's heads are what is distilled: name an exported teacher "
@@ -82,7 +85,12 @@ def read_teacher(path: str | Path) -> ModelFile:
 
 def teacher_shape(file: ModelFile) -> TeacherShape:
     """What a file's tensors are the weights of."""
-    return TeacherShape(file.settings, {name: _head_shape(file.heads[name]) for name in HEADS})
+    return TeacherShape(file.settings, {name: _head_shape(file.heads[name]) for name in _HEADS})
+
+
+def sealed_teacher(seal: dict[str, Any]) -> TeacherShape | None:
+    """What the teacher that a run distils is built from, as its seal says; None where it distils none."""
+    return TeacherShape.from_dict(seal["distilled"]) if seal.get("distilled") else None
 
 
 def build_teacher(shape: TeacherShape) -> nn.ModuleDict:
@@ -102,7 +110,7 @@ def build_teacher(shape: TeacherShape) -> nn.ModuleDict:
 
 def teacher_parts(file: ModelFile) -> dict[str, dict[str, Tensor]]:
     """Whole tensors of `build_teacher`'s parts."""
-    parts = {"backbone": file.backbone, **{name: file.heads[name] for name in HEADS}}
+    parts = {"backbone": file.backbone, **{name: file.heads[name] for name in _HEADS}}
     return {part: {name: tensor.float() for name, tensor in state.items()} for part, state in parts.items()}
 
 

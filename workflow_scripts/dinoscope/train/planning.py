@@ -14,7 +14,7 @@ from dinoscope.models.registry import settings_from_config
 from dinoscope.models.weights import read_model_file
 from dinoscope.recipe_checks import check_processes
 from dinoscope.slides.table import read_slide_table
-from dinoscope.train.distillation import TeacherShape
+from dinoscope.train.distillation import sealed_teacher
 from dinoscope.train.forecast import Forecast, forecast
 from dinoscope.train.launching import num_processes
 from dinoscope.train.outlook import outlook, warnings
@@ -55,7 +55,7 @@ def plan_run(inputs: "RunInputs", recipe: Path, overrides: list[str], processes:
         if start.weights is not None:
             check_fit(read_model_file(start.weights), settings)
     else:
-        distilled = TeacherShape.from_dict(seal["distilled"]) if seal.get("distilled") else None
+        distilled = sealed_teacher(seal)
     with tempfile.TemporaryDirectory() as elsewhere:
         begun = (run_dir / ".mapped").is_dir()
         images = open_images(

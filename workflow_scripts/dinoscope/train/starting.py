@@ -268,6 +268,7 @@ def _fill_distilled_teacher(teacher: nn.ModuleDict, path: Path, world: "World") 
         parts, story = teacher_parts(file), f"; distils {path.name}, a {file.settings.arch}"
     for name, part in teacher.items():
         fill_from_full_state(part, parts.get(name))
+    read_teacher.cache_clear()
     return story
 
 

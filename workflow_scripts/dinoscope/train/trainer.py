@@ -37,7 +37,7 @@ from dinoscope.train.checkpoint import export_teacher, load_checkpoint
 from dinoscope.train.checkpoint_files import clean_end_marked
 from dinoscope.train.clock import RunClock
 from dinoscope.train.disk_errors import in_words, not_written
-from dinoscope.train.distillation import TeacherShape
+from dinoscope.train.distillation import TeacherShape, sealed_teacher
 from dinoscope.train.distributed import World
 from dinoscope.train.forecast import forecast
 from dinoscope.train.health import HealthWindow
@@ -160,8 +160,7 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
         compare_order(run_dir, seal, _order_of(images, inputs, world).digest(), stains_digest(images, config))
         compare_pixels(run_dir, seal, pixels_digest(images))
         write_config(run_dir, config)
-        shape = TeacherShape.from_dict(seal["distilled"]) if seal.get("distilled") else None
-        return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"], shape)
+        return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"], sealed_teacher(seal))
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
     crop_ranges(images.windows, crop_settings(config)[0].choices)
     kind = "manifest" if config.train.dataset_path is None else "images"
