@@ -306,7 +306,8 @@ def _num_checkpoints(config: "RunConfig", iterations: int) -> int:
 
 
 def _num_exports(config: "RunConfig", iterations: int) -> int:
-    """The first, the newest ones and one before it is pruned, or all."""
+    """The first, the best, the newest ones and one before it is pruned, or all."""
     period, most = config.evaluation.eval_period_iterations, config.evaluation.max_to_keep
     written = math.ceil(iterations / period) if period else 1
-    return written if most is None else min(written, max(1, most) + 2)
+    best = config.evaluation.best_by is not None
+    return written if most is None else min(written, max(1, most) + 2 + best)
