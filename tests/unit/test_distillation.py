@@ -1,7 +1,13 @@
 """A frozen teacher that is distilled: what it is read from, what its targets are, what it is not."""
 
+import math
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoscope.data.collate import Collate
 from dinoscope.data.crops import Crops
-from dinoscope.errors import ConfigError, WeightsError
+from dinoscope.errors import ConfigError
 from dinoscope.files import write_json
+from dinoscope.models.heads import DINOHead
 from dinoscope.models.registry import settings_from_config
 from dinoscope.models.weights import load_backbone
 from dinoscope.recipe import resolve_recipe
 from dinoscope.train.distillation import (
+    HeadShape,
     TeacherShape,
     build_teacher,
     check_teacher,
@@ -22,10 +30,12 @@ from dinoscope.train.distillation import (
     teacher_parts,
     teacher_shape,
 )
+from dinoscope.train.distributed import World, joined_world
 from dinoscope.train.flops import step_flops
 from dinoscope.train.forecast import forecast
 from dinoscope.train.ssl_step import SSLModel, build_heads
 from dinoscope.train.starting import fresh_backbone
+from dinoscope.train.teacher_heads import Moments, made_head, make_heads
 
 TEACHER = {
     "student": {"arch": "vit_micro", "n_storage_tokens": 2, "layerscale": None},
@@ -66,7 +76,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def filled(teacher: Path) -> SSLModel:
     config = recipe(STUDENT)
-    shape = teacher_shape(read_teacher(teacher))
+    shape = teacher_shape(read_teacher(teacher), recipe(STUDENT))
     model = SSLModel(config, settings_from_config(config.student), shape)
     torch.manual_seed(0)
     for network in (model.student, model.teacher):
@@ -86,6 +96,18 @@ def batch(tiles: int = 3):
     return Collate(tiles, 16, 0.5, (0.1, 0.5), False, 0)(list(enumerate(crops)))
 
 
+def smooth_batch(seed: int, tiles: int):
+    """Blurred noise of random colours: images that differ in more than their pixels' noise."""
+    rng = np.random.default_rng(seed)
+
+    def crop(side: int) -> np.ndarray:
+        small = rng.integers(0, 256, (3, 3, 3), np.uint8)
+        return cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC)
+
+    crops = [Crops(np.stack([crop(64)] * 2), np.stack([crop(32) for _ in range(2)]), None) for _ in range(tiles)]
+    return Collate(tiles, 16, 0.5, (0.1, 0.5), False, seed)(list(enumerate(crops)))
+
+
 def sinkhorn(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Three turns in float64, from the formula."""
     q = torch.exp((logits.double() - logits.double().max()) / temperature).T
@@ -98,7 +120,7 @@ def sinkhorn(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def test_sizes_are_read_off_the_tensors(teacher: Path) -> None:
-    shape = teacher_shape(read_teacher(teacher))
+    shape = teacher_shape(read_teacher(teacher), recipe(STUDENT))
     assert (shape.settings.arch, shape.settings.num_storage_tokens, shape.settings.layerscale) == ("vit_micro", 2, None)
     assert vars(shape.heads["dino_head"]) == {
         "num_prototypes": 24,
@@ -165,7 +187,7 @@ def test_only_the_student_learns_and_it_comes_nearer(teacher: Path) -> None:
     assert losses[-1] < losses[0] - 0.3 * (torch.log(torch.tensor(24.0)) - lowest)
 
 
-def test_what_does_not_fit_is_refused_with_both_values(teacher: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_with_both_values(teacher: Path) -> None:
     file = read_teacher(teacher)
     check_teacher(file, recipe(STUDENT))
     other = {"dino": {"head_n_prototypes": 32}, "crops": {"rgb_mean": [0.5, 0.5, 0.5]}}
@@ -173,10 +195,115 @@ def test_what_does_not_fit_is_refused_with_both_values(teacher: Path, tmp_path: 
         ConfigError, match=r"dino\.head_n_prototypes is 32, the teacher's is 24; crops\.rgb_mean is \[0\.5"
     ):
         check_teacher(file, recipe(STUDENT, other))
-    tensors = {k: v for k, v in torch.load(teacher, weights_only=True)["teacher"].items() if k.startswith("backbone.")}
-    torch.save({"teacher": tensors}, tmp_path / "teacher.pth")
-    with pytest.raises(WeightsError, match=r"has no dino_head, .* first train heads on your data"):
-        read_teacher(tmp_path / "teacher.pth")
+
+
+@pytest.fixture(scope="module")
+def headless(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same backbone, as a published file: no heads."""
+    path = tmp_path_factory.mktemp("headless") / "backbone.pth"
+    tensors = torch.load(teacher, weights_only=True)["teacher"]
+    torch.save({k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}, path)
+    shutil.copy(teacher.with_name("model.json"), path.with_name("model.json"))
+    return path
+
+
+def test_heads_that_a_file_lacks_have_the_recipes_prototypes(headless: Path) -> None:
+    shape = teacher_shape(read_teacher(headless), recipe(STUDENT))
+    assert shape.made == ("dino_head", "ibot_head")
+    assert shape.heads["dino_head"] == HeadShape(24, 16, 16, 1)
+    assert shape.heads["ibot_head"] == HeadShape(28, 16, 16, 1)
+    assert TeacherShape.from_dict(shape.as_dict()) == shape
+    assert sorted(teacher_parts(read_teacher(headless))) == ["backbone"]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[World]:
+    before = dict(os.environ)
+    try:
+        with joined_world() as world:
+            yield world
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_moments_are_those_of_all_tokens(one_rank: World) -> None:
+    tokens = 100 + torch.randn(900, 5, generator=torch.Generator().manual_seed(0)) @ torch.randn(5, 5)
+    moments = Moments(5)
+    for part in tokens.split(250):
+        moments.add(part)
+    mean, covariance = moments.mean_and_covariance(one_rank)
+    assert np.allclose(mean, tokens.double().mean(0))
+    # sums of products in float32 lose what the mean squared is larger than the variance
+    assert np.allclose(covariance, np.cov(tokens.double().numpy().T, bias=True), atol=0.02)
+
+
+def entropy_share(logits: torch.Tensor) -> float:
+    """Mean entropy of the softmax, of that of an even one."""
+    return float(torch.special.entr(logits.double().softmax(1)).sum(1).mean() / math.log(logits.shape[1]))
+
+
+def sharpness(directions: int, prototypes: int) -> float:
+    """What round tokens and random prototypes give, drawn here."""
+    rng = np.random.default_rng(0)
+    tokens, others = (rng.normal(size=(number, directions)) for number in (2000, prototypes))
+    cosines = (tokens @ others.T) / np.linalg.norm(tokens, axis=1)[:, None] / np.linalg.norm(others, axis=1)
+    return entropy_share(torch.from_numpy(cosines * np.sqrt(directions * np.log(prototypes))))
+
+
+@pytest.mark.parametrize("bottleneck", [8, 64])
+def test_a_made_head_whitens_and_is_as_sharp_as_it_says(bottleneck: int) -> None:
+    """On tokens of a normal distribution that is far from round, whatever the temperature."""
+    rng, width, prototypes = torch.Generator().manual_seed(1), 32, 512
+    mixing = torch.randn(width, width, generator=rng) * torch.logspace(0, -1, width)
+    tokens = 3 + torch.randn(20_000, width, generator=rng) @ mixing.T
+    covariance = torch.from_numpy(np.cov(tokens.double().numpy().T, bias=True))
+    shape = HeadShape(prototypes, bottleneck, bottleneck, 1)
+    for temperature in (0.04, 0.1):
+        head = DINOHead(width, prototypes, hidden_dim=bottleneck, bottleneck_dim=bottleneck, num_layers=1)
+        head.load_state_dict(made_head(tokens.double().mean(0), covariance, shape, temperature, seed=0))
+        with torch.no_grad():
+            inner, logits = head.mlp(tokens), head(tokens)
+        kept = min(bottleneck, width)
+        assert inner[:, kept:].abs().max() == 0 if bottleneck > width else True
+        assert inner.mean(0).abs().max() < 0.05
+        spread = torch.linalg.eigvalsh(torch.cov(inner[:, :kept].T))
+        assert spread.max() < 1.01 and spread.max() - spread.min() < (0.05 if bottleneck == 8 else 1)
+        assert (logits / temperature).var() == pytest.approx(math.log(prototypes), rel=0.1)
+        assert entropy_share(logits / temperature) == pytest.approx(sharpness(kept, prototypes), abs=0.03)
+
+
+def test_what_made_heads_say_is_worth_learning_and_learnt(headless: Path, one_rank: World) -> None:
+    """Heads that are merely random say the same of every token; made ones do not, and the student comes to agree."""
+    config = recipe(STUDENT, {"student": {"layerscale": None}})
+    file = read_teacher(headless)
+    shape = teacher_shape(file, config)
+    model = SSLModel(config, settings_from_config(config.student), shape)
+    torch.manual_seed(0)
+    for network in (model.student, model.teacher, model.distilled_teacher):
+        for part in network.values():
+            part.init_weights()
+    model.distilled_teacher["backbone"].load_state_dict(teacher_parts(file)["backbone"])
+    batches = [smooth_batch(seed, 16) for seed in range(4)]
+
+    def left_open() -> float:
+        """Entropy of the targets of CLS tokens, of that of even ones."""
+        (targets,) = model.targets(batches[:1], 0.07)
+        return entropy_share(targets.cls_2BK.flatten(0, 1).clamp(min=1e-30).log())
+
+    assert left_open() > 0.99
+    assert make_heads(model, shape.made, batches, one_rank, seed=0) == 4 * 32
+    assert left_open() < 0.8
+    optimizer = torch.optim.AdamW(model.student.parameters(), lr=3e-3, weight_decay=0)
+    losses = []
+    for _ in range(80):
+        loss, terms = model(batches[0], model.targets(batches[:1], 0.07)[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(terms["dino_global_crops_loss"]))
+    gap = (1 - left_open()) * math.log(24)
+    assert losses[0] - losses[-1] > 0.5 * gap
 
 
 @pytest.mark.parametrize(
@@ -202,7 +329,7 @@ def test_a_published_recipe_that_distils_loads() -> None:
 
 def test_operations_and_memory_count_the_teacher(teacher: Path) -> None:
     model, drawn = filled(teacher), batch()
-    shape, config = teacher_shape(read_teacher(teacher)), recipe(STUDENT)
+    shape, config = teacher_shape(read_teacher(teacher), recipe(STUDENT)), recipe(STUDENT)
     # as plain products: those of fused attention are not counted on CPUs
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.targets([drawn], 0.07)

@@ -149,7 +149,7 @@ def step(*overrides):
     batch = Batch(list(range(6)), *crops, None, **mask_tensors(masks))
     total, terms = model(batch, model.targets([batch], 0.07)[0])
     total.backward()
-    (output,) = model.student["backbone"].forward_crops([model._normalised(batch.global_crops)], [masks])
+    (output,) = model.student["backbone"].forward_crops([model.normalised(batch.global_crops)], [masks])
     return total.item(), terms, model.student["backbone"].cls_token.grad, output.cls_BD.detach()
 
 

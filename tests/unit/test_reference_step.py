@@ -18,7 +18,7 @@ from dinoscope.train.ssl_step import SSLModel, parameters_by_part
 class FloatImages(SSLModel):
     """Takes images that are normalised already, as the reference has them."""
 
-    def _normalised(self, crops: torch.Tensor) -> torch.Tensor:
+    def normalised(self, crops: torch.Tensor) -> torch.Tensor:
         return crops.permute(0, 3, 1, 2)
 
 

@@ -1,7 +1,8 @@
 """A larger, frozen teacher that a smaller student learns from in place of its own EMA (`distillation.*`).
 
-The teacher comes whole, backbone and both heads: its heads say which prototypes a token belongs to, and the student's
-have as many. The EMA of the student goes on beside it and is what is exported (DINOv3, arXiv:2508.10104, section 5.2).
+The teacher's heads say which prototypes a token belongs to, and the student's have as many. An exported teacher has
+heads of its own; for a file that has none, as published ones, they are made (teacher_heads.py). The EMA of the student
+goes on beside it and is what is exported (DINOv3, arXiv:2508.10104, section 5.2).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dinoscope.errors import ConfigError, WeightsError
+from dinoscope.errors import ConfigError
 from dinoscope.models.heads import DINOHead
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
@@ -47,45 +48,49 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """All that a teacher is built from before its weights are there."""
+    """All that a teacher is built from before its weights are there.
+
+    Attributes:
+        settings: Of its backbone.
+        heads: Of its heads, by name.
+        made: Names of the heads that no file has, and that are made from features.
+    """
 
     settings: ViTSettings
     heads: dict[str, HeadShape]
+    made: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the seal of a run."""
         heads = {name: dataclasses.asdict(shape) for name, shape in self.heads.items()}
-        return {"backbone": self.settings.as_dict(), "heads": heads}
+        return {"backbone": self.settings.as_dict(), "heads": heads, "made": list(self.made)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TeacherShape":
         """The inverse of as_dict."""
         heads = {name: HeadShape(**shape) for name, shape in values["heads"].items()}
-        return cls(ViTSettings.from_dict(values["backbone"]), heads)
+        return cls(ViTSettings.from_dict(values["backbone"]), heads, tuple(values["made"]))
 
 
 @functools.lru_cache(maxsize=1)  # a start asks for it several times; `read_teacher.cache_clear` gives its memory back
 def read_teacher(path: str | Path) -> ModelFile:
-    """Reads a teacher with its heads.
+    """Reads a teacher, with its heads if it has any.
 
     Raises:
-        WeightsError: It cannot be read, or has no heads.
+        WeightsError: It cannot be read.
     """
-    file = read_model_file(path)
-    missing = [name for name in _HEADS if name not in file.heads]
-    if missing:
-        raise WeightsError(
-            f"{file.path} has no {missing[0]}, and a teacher's heads are what is distilled: name an exported teacher "
-            "(eval/training_<it>/teacher_checkpoint.pth) or the folder of a run; for weights that have none, first "
-            "train heads on your data: a run of its arch with MODEL.WEIGHTS and optim.freeze_backbone_epochs: all "
-            "epochs, which leaves the backbone as it is"
-        )
-    return file
+    return read_model_file(path)
 
 
-def teacher_shape(file: ModelFile) -> TeacherShape:
-    """What a file's tensors are the weights of."""
-    return TeacherShape(file.settings, {name: _head_shape(file.heads[name]) for name in _HEADS})
+def teacher_shape(file: ModelFile, config: "RunConfig") -> TeacherShape:
+    """What a file's tensors are the weights of; heads that it lacks have the recipe's bottleneck and prototypes."""
+    heads = {}
+    for name in _HEADS:
+        section = config[name.removesuffix("_head")]
+        bottleneck = section.head_bottleneck_dim
+        made = HeadShape(section.head_n_prototypes, bottleneck, bottleneck, 1)
+        heads[name] = _head_shape(file.heads[name]) if name in file.heads else made
+    return TeacherShape(file.settings, heads, tuple(name for name in _HEADS if name not in file.heads))
 
 
 def sealed_teacher(seal: dict[str, Any]) -> TeacherShape | None:
@@ -109,8 +114,8 @@ def build_teacher(shape: TeacherShape) -> nn.ModuleDict:
 
 
 def teacher_parts(file: ModelFile) -> dict[str, dict[str, Tensor]]:
-    """Whole tensors of `build_teacher`'s parts."""
-    parts = {"backbone": file.backbone, **{name: file.heads[name] for name in _HEADS}}
+    """Whole tensors of `build_teacher`'s parts, as far as the file has them."""
+    parts = {"backbone": file.backbone, **{name: file.heads[name] for name in _HEADS if name in file.heads}}
     return {part: {name: tensor.float() for name, tensor in state.items()} for part, state in parts.items()}
 
 
@@ -120,7 +125,7 @@ def check_teacher(file: ModelFile, config: "RunConfig") -> None:
     Raises:
         ConfigError: They have other patches, numbers of prototypes or colours; names the key and both values.
     """
-    shape = teacher_shape(file)
+    shape = teacher_shape(file, config)
     pairs = [("student.patch_size", config.student.patch_size, shape.settings.patch_size)]
     pairs += [
         (f"{key}.head_n_prototypes", config[key].head_n_prototypes, shape.heads[f"{key}_head"].num_prototypes)

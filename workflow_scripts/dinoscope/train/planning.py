@@ -51,7 +51,7 @@ def plan_run(inputs: "RunInputs", recipe: Path, overrides: list[str], processes:
     settings = settings_from_config(config.student)
     if seal is None:
         start = inputs.resolve_start()
-        distilled = start.shape()
+        distilled = start.shape(config)
         if start.weights is not None:
             check_fit(read_model_file(start.weights), settings)
     else:

@@ -78,6 +78,7 @@ class SSLModel(nn.Module):
         if config.gram.use_loss and not config.gram.ema_teacher:
             self.gram_teacher = nn.ModuleDict({"backbone": adapted_backbone(settings, config.student)})
         assert (distilled is not None) == config.distillation.enabled
+        self.distilled = distilled
         self.distilled_teacher = None if distilled is None else build_teacher(distilled)
         freeze_untrained(self.student["backbone"], config.student)
         for network in self.frozen_networks():
@@ -104,7 +105,7 @@ class SSLModel(nn.Module):
             batches: What this rank forwards one after the other, on the device.
             temperature: Of the teacher.
         """
-        images = [self._normalised(batch.global_crops) for batch in batches]
+        images = [self.normalised(batch.global_crops) for batch in batches]
         teacher = self.distilled_teacher or self.teacher
         outputs, cls_logits, patch_logits = [], [], []
         for batch, crops in zip(batches, images, strict=True):
@@ -148,7 +149,7 @@ class SSLModel(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
             student_global, student_local = self.student["backbone"].forward_crops(
-                [targets.images, self._normalised(batch.local_crops)], [batch.masks, None], draws, [False, True]
+                [targets.images, self.normalised(batch.local_crops)], [batch.masks, None], draws, [False, True]
             )
         losses = self._cls_losses(student_global, student_local, targets.cls_2BK)
         losses["ibot_loss"] = self._patch_loss(student_global, batch, targets.patches_MK)
@@ -158,7 +159,7 @@ class SSLModel(nn.Module):
             total = total + gram_weight * losses["gram_loss"]
         return total, {"total_loss": total.detach()} | {name: loss.detach() for name, loss in losses.items()}
 
-    def _normalised(self, crops: Tensor) -> Tensor:
+    def normalised(self, crops: Tensor) -> Tensor:
         """(N, S, S, 3) uint8 -> (N, 3, S, S) in the type of the computation."""
         mean, deviation = self._normalisation(crops.device)
         images = (crops.float() / 255 - mean) / deviation
@@ -248,7 +249,7 @@ class SSLModel(nn.Module):
             return teacher.patches_BPD
         network = self.gram_teacher or self.teacher
         crops = batch.gram_crops if batch.gram_crops is not None else batch.global_crops
-        (output,) = network["backbone"].forward_crops([self._normalised(crops)])
+        (output,) = network["backbone"].forward_crops([self.normalised(crops)])
         patch = self.settings.patch_size
         from_side, to_side = crops.shape[1] // patch, batch.global_crops.shape[1] // patch
         if from_side == to_side:

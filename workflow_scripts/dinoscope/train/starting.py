@@ -52,9 +52,9 @@ class Start:
         taught = read_model_file(self.distilled).card.get("origin") or PUBLISHED_ORIGIN
         return f"{self._origin()}, distilled from {taught}"
 
-    def shape(self) -> TeacherShape | None:
+    def shape(self, config: "RunConfig") -> TeacherShape | None:
         """What the distilled teacher is built from."""
-        return None if self.distilled is None else teacher_shape(read_teacher(self.distilled))
+        return None if self.distilled is None else teacher_shape(read_teacher(self.distilled), config)
 
     def _origin(self) -> str:
         if self.parent_checkpoint is not None:
@@ -266,6 +266,10 @@ def _fill_distilled_teacher(teacher: nn.ModuleDict, path: Path, world: "World") 
     if world.is_main:
         file = read_teacher(path)
         parts, story = teacher_parts(file), f"; distils {path.name}, a {file.settings.arch}"
+        missing = [name for name in teacher if name not in parts]
+        story += f", with {' and '.join(missing)} made from its features" if missing else ""
+        # until teacher_heads.make_heads has seen some images
+        parts |= {name: {k: torch.zeros(v.shape) for k, v in teacher[name].state_dict().items()} for name in missing}
     for name, part in teacher.items():
         fill_from_full_state(part, parts.get(name))
     read_teacher.cache_clear()

@@ -89,8 +89,8 @@ class _TracedModel(SSLModel):
 
     dtype = torch.float32
 
-    def _normalised(self, crops: Tensor) -> Tensor:
-        return super()._normalised(crops).to(self.dtype)
+    def normalised(self, crops: Tensor) -> Tensor:
+        return super().normalised(crops).to(self.dtype)
 
 
 def step_memory(

@@ -62,10 +62,13 @@ from dinoscope.train.speed import speed_if_readable
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.step import StepOutcome, TrainingStep, global_batch
+from dinoscope.train.teacher_heads import make_heads
 from dinoscope.train.watchdog import Watchdog, watched
 from dinoscope.train.window import MetricWindow
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from dinoscope.config import RunConfig
 
 __all__ = ["RunInputs", "train_run"]
@@ -167,7 +170,7 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
     of_table = {"strata": _order_of(images, inputs, world).digest(), "stains": stains_digest(images, config)}
     of_table["pixels"] = pixels_digest(images)
     digests = {"manifest": None, kind: images.digest(), **of_table, **start.digests()}
-    shape, origin = start.shape(), start.origin()
+    shape, origin = start.shape(config), start.origin()
     seal_run(run_dir, config, batch, digests, origin, images.slide_ids, shape and shape.as_dict())
     return Prepared(images, origin, start, -1, None, distilled=shape)
 
@@ -235,6 +238,8 @@ class Trainer:
         self.next_iteration = self._restore(prepared)
         self.first_iteration = self.next_iteration
         self.dataset = self._dataset()
+        if prepared.start is not None and self.distilled is not None and self.distilled.made:
+            self._make_heads()
 
     @property
     def num_iterations(self) -> int:
@@ -325,7 +330,15 @@ class Trainer:
             f"training {self.run_dir.name}", self.num_iterations, start=self.next_iteration, unit="iterations"
         )
 
-    def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
+    def _make_heads(self) -> None:
+        """Heads of the distilled teacher that its file lacks, from the images of the first steps."""
+        parts = self.config.train.accumulation_steps
+        batches = (part.to(self.world.device) for batch in self._loader() for part in self._checked(batch).split(parts))
+        count = make_heads(self.model, self.distilled.made, batches, self.world, self.config.train.seed + 3)
+        self._event("heads", 0, f"made heads of the distilled teacher from {count:,} crops")
+
+    def _loader(self) -> "DataLoader[Batch]":
+        """What this rank forwards in each step from `next_iteration` on."""
         config = self.config
         collate = Collate(
             config.train.batch_size_per_gpu * config.train.accumulation_steps,
@@ -335,7 +348,7 @@ class Trainer:
             config.ibot.mask_random_circular_shift,
             self.stream_seed,
         )
-        loader = build_loader(
+        return build_loader(
             self.dataset,
             collate,
             first=self.next_iteration,
@@ -344,13 +357,20 @@ class Trainer:
             world_size=self.world.size,
             num_workers=config.train.num_workers,
         )
+
+    @staticmethod
+    def _checked(batch: Batch | DinoscopeError) -> Batch:
+        """The batch; raises the error that a loader sent in its place."""
+        if isinstance(batch, DinoscopeError):
+            raise batch
+        return batch
+
+    def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
         iteration, waiting_since = self.next_iteration, time.perf_counter()
-        for batch in loader:
+        for batch in self._loader():
             data_time = time.perf_counter() - waiting_since
             self.window.waited(data_time)
-            if isinstance(batch, DinoscopeError):
-                raise batch
-            parts = batch.split(self.config.train.accumulation_steps)
+            parts = self._checked(batch).split(self.config.train.accumulation_steps)
             yield iteration, [part.to(self.world.device) for part in parts]
             now = time.perf_counter()
             if self.warmup is not None and (story := self.warmup.note(iteration, now - waiting_since, data_time)):
