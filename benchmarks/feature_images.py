@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from feature_probes import cut_windows
 
-from dinoscope.data.color import adjust_brightness, shift_stains
+from dinoscope.data.color import jitter, shift_stains
 
 __all__ = [
     *("PATCH_PX", "Cells", "Tissue", "grey", "histograms", "mean_colors", "pixels", "read_cells", "read_tissue"),
@@ -102,7 +102,7 @@ def restained(images: np.ndarray) -> np.ndarray:
 
 def rebrightened(images: np.ndarray) -> np.ndarray:
     """Copies that are darker and, every other one, brighter."""
-    return np.stack([adjust_brightness(image, (DARKER, BRIGHTER)[index % 2]) for index, image in enumerate(images)])
+    return np.stack(jitter(images, [[("brightness", (DARKER, BRIGHTER)[index % 2])] for index in range(len(images))]))
 
 
 def histograms(images: np.ndarray) -> np.ndarray:

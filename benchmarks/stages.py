@@ -6,6 +6,7 @@ Prints one row a stage: jobs, their seconds together, the longest, and the large
 children.
 """
 
+import argparse
 import csv
 import sys
 from collections import defaultdict
@@ -23,7 +24,9 @@ def rows(folder: Path) -> dict[str, list[dict[str, str]]]:
 
 def main() -> None:
     """Prints the table."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "logs/benchmarks")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("logs/benchmarks"), help="what Snakemake measured")
+    folder = parser.parse_args().folder
     if not folder.is_dir():
         sys.exit(f"error: {folder} does not exist; run the workflow first, or give its logs/benchmarks")
     print("| stage | jobs | seconds together | longest, s | largest memory, MB |\n|---|---:|---:|---:|---:|")

@@ -80,12 +80,12 @@ def train(folder: Path, run: str, recipe: str, *extra: str) -> subprocess.Comple
     return subprocess.run(command(run, recipe, *extra), cwd=folder, capture_output=True, text=True, check=False)
 
 
-def killed_twice(folder: Path, run: str, recipe: str) -> None:
+def killed_twice(folder: Path, run: str, recipe: str, *extra: str) -> None:
     """Trains to the end; the launcher is killed after its first and after its third checkpoint, at a random moment."""
     rng = random.Random(run)
     for iteration in (2, 8):
         process = subprocess.Popen(
-            command(run, recipe), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(run, recipe, *extra), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         for _ in range(6000):
             if any(i >= iteration for i in complete_checkpoints(folder / "runs" / run / "main")):
@@ -95,7 +95,7 @@ def killed_twice(folder: Path, run: str, recipe: str) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     time.sleep(2)
-    done = train(folder, run, recipe)
+    done = train(folder, run, recipe, *extra)
     assert done.returncode == 0, done.stderr
 
 
@@ -112,7 +112,10 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(run: Path, other: Path) -> None:
-    first, second = (stored(folder / "ckpt/19") for folder in (run, other))
+    assert_same_tensors(*(stored(folder / "ckpt/19") for folder in (run, other)))
+
+
+def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
@@ -152,10 +155,28 @@ def test_a_small_student_distils_a_larger_teacher_whatever_happens(place: Path) 
     assert read_json(place / "runs/longer/main/final.json")["iteration"] == 24
 
 
-def test_a_teacher_without_heads_is_refused_in_one_sentence(place: Path) -> None:
-    done = train(place, "refused", "distil.yaml", "distillation.checkpoint_path=large/teacher.pth")
+def test_a_teacher_without_heads_gets_some_and_a_run_keeps_them(place: Path) -> None:
+    bare = "distillation.checkpoint_path=large/teacher.pth"
+    done = train(place, "bare", "distil.yaml", bare)
+    assert done.returncode == 0, done.stderr
+    run = place / "runs/bare/main"
+    assert "with dino_head and ibot_head made from its features" in done.stderr + done.stdout
+    taught, base = stored(run / "ckpt/frozen"), load_backbone(place / "large/teacher.pth").state_dict()
+    assert all(torch.equal(taught[f"distilled_teacher.backbone.{name}"], tensor) for name, tensor in base.items())
+    prototypes = taught["distilled_teacher.dino_head.last_layer.weight"]
+    assert prototypes.shape == (64, 16)
+    assert taught["distilled_teacher.ibot_head.mlp.0.weight"].shape == (16, 128)
+    killed_twice(place, "bare_broken", "distil.yaml", bare)
+    assert_same_end(run, place / "runs/bare_broken/main")
+    assert_same_tensors(taught, stored(place / "runs/bare_broken/main/ckpt/frozen"))
+
+
+def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(place: Path) -> None:
+    done = train(place, "refused", "distil.yaml", "dino.head_n_prototypes=32")
     assert done.returncode == 1
-    assert "error: large/teacher.pth has no dino_head" in done.stderr
+    assert (
+        "error: distillation.checkpoint_path teacher_checkpoint.pth: dino.head_n_prototypes is 32, the" in done.stderr
+    )
     assert not (place / "runs/refused/main/run_config.json").exists()
 
 

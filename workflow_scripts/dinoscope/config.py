@@ -191,8 +191,8 @@ class DistillationConfig:
     """A frozen teacher in place of the EMA: a smaller student learns from a larger, finished model."""
 
     enabled: bool = False  # the targets are those of the teacher below; the student's EMA is exported all the same
-    # the teacher with its heads: an exported teacher or a finished run's folder; numbers of prototypes, patch size and
-    # rgb_mean/rgb_std must be its own
+    # the teacher, as MODEL.WEIGHTS; numbers of prototypes (where it has heads), patch size and rgb_mean/rgb_std must be
+    # its own; heads that it lacks are made from its features
     checkpoint_path: str = ""
 
 

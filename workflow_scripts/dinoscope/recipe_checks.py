@@ -269,7 +269,7 @@ def _gram_problems(config: RunConfig) -> Iterable[str]:
 def _distillation_problems(config: RunConfig) -> Iterable[str]:
     distillation = config.distillation
     if distillation.enabled and not distillation.checkpoint_path:
-        yield "distillation.enabled needs distillation.checkpoint_path: name the teacher, with its heads"
+        yield "distillation.enabled needs distillation.checkpoint_path: name the teacher"
     if distillation.checkpoint_path and not distillation.enabled:
         yield "distillation.checkpoint_path is set, but distillation.enabled is false: set it to true, or drop the path"
     if distillation.enabled and config.gram.use_loss and config.gram.ema_teacher:
