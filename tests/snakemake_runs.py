@@ -8,6 +8,16 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2"]
+# base alone, on slides of which some cannot be read
+SKIPPING_CONFIG = {
+    "slides": {"source": "slides.tsv", "on_error": "skip"},
+    "tissue": {"method": "none"},
+    "tiling": {"sets": {"train": {"tile_px": 128, "mpp": 1.0}, "features": {"tile_px": 112, "mpp": 1.0}}},
+    "runs": {"pretrain": {"recipe": "root.yaml"}},
+    "features": {"models": ["base"], "pooling": "mean", "dtype": "float32"},
+    "split": {"fraction": 0},
+}
+NANO_RECIPE = "student: {arch: vit_nano}\ncrops: {global_crops_size: 96, local_crops_size: 48}"
 
 
 def snakemake(folder, *arguments, check=True, timeout=300):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from aperio_slides import write_aperio
-from snakemake_runs import snakemake
+from snakemake_runs import NANO_RECIPE, SKIPPING_CONFIG, snakemake
 from synthetic_slides import texture
 
 pytestmark = pytest.mark.long
@@ -32,15 +32,6 @@ TAGS = {
     269: "document", 271: "make", 272: "model", 285: "page", 306: "date", 305: "software", 315: "artist", 316: "host",
     33432: "copyright",
 }  # fmt: skip
-CONFIG = {
-    "slides": {"source": "slides.tsv", "on_error": "skip"},
-    "tissue": {"method": "none"},
-    "tiling": {"sets": {"train": {"tile_px": 128, "mpp": 1.0}, "features": {"tile_px": 112, "mpp": 1.0}}},
-    "runs": {"pretrain": {"recipe": "root.yaml"}},
-    "features": {"models": ["base"], "pooling": "mean", "dtype": "float32"},
-    "split": {"fraction": 0},
-}
-RECIPE = "student: {arch: vit_nano}\ncrops: {global_crops_size: 96, local_crops_size: 48}"
 
 
 def write_slides(folder: Path) -> dict[str, Path]:
@@ -74,9 +65,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run on such slides leaves, features and report included."""
     folder = tmp_path_factory.mktemp("privacy")
     (folder / "config").mkdir()
-    config = CONFIG | {"slides": CONFIG["slides"] | {"reader": "formats:Locked"}}
+    config = SKIPPING_CONFIG | {"slides": SKIPPING_CONFIG["slides"] | {"reader": "formats:Locked"}}
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "root.yaml").write_text(RECIPE)
+    (folder / "root.yaml").write_text(NANO_RECIPE)
     (folder / "formats.py").write_text(
         "class Locked:\n    suffixes = ('.isyntax',)\n\n"
         "    def __init__(self, path):\n        raise OSError(path + ' is locked')\n"

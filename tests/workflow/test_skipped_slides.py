@@ -10,26 +10,17 @@ import yaml
 
 from dinoscope.features.writers import read_features
 from dinoscope.slides.manifest import read_metadata
-from snakemake_runs import plan, snakemake
+from snakemake_runs import NANO_RECIPE, SKIPPING_CONFIG, plan, snakemake
 from synthetic_slides import write_lossless
 from tiny_slides import write_slide
 
 pytestmark = pytest.mark.long
 
-CONFIG = {
-    "slides": {"source": "slides.tsv", "on_error": "skip"},
-    "tissue": {"method": "none"},
-    "tiling": {"sets": {"train": {"tile_px": 128, "mpp": 1.0}, "features": {"tile_px": 112, "mpp": 1.0}}},
-    "runs": {"pretrain": {"recipe": "root.yaml"}},
-    "features": {"models": ["base"], "pooling": "mean", "dtype": "float32"},
-    "split": {"fraction": 0},
-}
-RECIPE = "student: {arch: vit_nano}\ncrops: {global_crops_size: 96, local_crops_size: 48}"
 BAD = {"cut", "unscaled", "gone", "link"}
 
 
 def configure(folder, on_error, **changes):
-    changed = CONFIG | {"slides": CONFIG["slides"] | {"on_error": on_error}} | changes
+    changed = SKIPPING_CONFIG | {"slides": SKIPPING_CONFIG["slides"] | {"on_error": on_error}} | changes
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(changed))
 
 
@@ -43,7 +34,7 @@ def folder(tmp_path_factory):
     """A good slide, and four that cannot be used; everything but training was asked for."""
     folder = tmp_path_factory.mktemp("skipped [ß] slides")
     (folder / "config").mkdir()
-    (folder / "root.yaml").write_text(RECIPE)
+    (folder / "root.yaml").write_text(NANO_RECIPE)
     names = {name: f"{name} [ß].tiff" for name in ("good", *sorted(BAD))}
     write_slide(folder / names["good"], seed=0)
     whole = write_slide(folder / "whole.tiff", seed=2).read_bytes()
@@ -87,7 +78,7 @@ def test_nothing_is_left_to_do(folder):
 
 
 def test_other_tiles_are_tiled(folder):
-    sets = CONFIG["tiling"]["sets"]
+    sets = SKIPPING_CONFIG["tiling"]["sets"]
     configure(folder, "skip", tiling={"sets": sets | {"features": {"tile_px": 112, "mpp": 2.0}}})
     assert plan(folder, "tiles")[0] == {"tile_slide": 5, "tiles": 1}
     configure(folder, "skip")
