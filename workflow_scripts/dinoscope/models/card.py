@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dinoscope import __version__
 from dinoscope.models.registry import ViTSettings
+from dinoscope.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from dinoscope.models.weights import state_digest
 
 if TYPE_CHECKING:
@@ -20,16 +21,17 @@ _LICENSE_NOTE = (
 
 
 def backbone_card(
-    settings: ViTSettings, config: "RunConfig", backbone: dict[str, Tensor], origin: str | None
+    settings: ViTSettings, config: "RunConfig | None", backbone: dict[str, Tensor], origin: str | None
 ) -> dict[str, Any]:
     """What loading needs beyond the tensors, and what they are.
 
     Args:
         settings: Of the backbone.
-        config: The recipe, for the normalisation of images.
+        config: The recipe, for the normalisation of images; without one ImageNet's is assumed.
         backbone: Tensors with the names of DinoVisionTransformer.
         origin: Where the weights come from in the end.
     """
+    mean, std = (config.crops.rgb_mean, config.crops.rgb_std) if config else (IMAGENET_MEAN, IMAGENET_STD)
     return {
         "format": "dinoscope model card",
         "version": 1,
@@ -39,7 +41,7 @@ def backbone_card(
         "backbone": settings.as_dict(),
         "embed_dim": settings.embed_dim,
         "patch_size": settings.patch_size,
-        "mean": list(config.crops.rgb_mean),
-        "std": list(config.crops.rgb_std),
+        "mean": list(mean),
+        "std": list(std),
         "weights_sha256": state_digest(backbone),
     }

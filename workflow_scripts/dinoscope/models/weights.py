@@ -94,7 +94,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> DinoV
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_strictly(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path) -> None:
+def load_strictly(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path | str) -> None:
     """Makes `state` the weights of a model on the meta device; every tensor must fit, none may be left over."""
     _check_whole(model, state, path)
     rope_dtype = model.rope_embed.dtype
@@ -201,7 +201,7 @@ def _empty_model(settings: ViTSettings, path: Path) -> DinoVisionTransformer:
         raise WeightsError(f"{path}: no backbone has the settings {settings}: {error}") from None
 
 
-def _check_whole(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path) -> None:
+def _check_whole(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path | str) -> None:
     """Every tensor must fit, none may be missing or left over."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing = sorted(wanted.keys() - state.keys())
