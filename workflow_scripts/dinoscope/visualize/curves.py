@@ -102,14 +102,12 @@ def draw_curves(runs: Mapping[str, pd.DataFrame]) -> Figure:
     """
     panels = _panels(runs)
     num_rows = max(1, -(-len(panels) // NUM_COLUMNS))
-    last = max(frame.index.max() for frame in runs.values())
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(14, 0.6 + 2.5 * num_rows), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, panel, runs)
-            axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         figure.legend(handles=_run_legend(runs), loc="outside upper left", ncols=8, frameon=False, fontsize=10)
@@ -195,6 +193,9 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, pd.DataFrame]) -> 
             _draw_marks(axes, name, frame, color)
     axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("iteration", color="#555555")
+    shown = [frame for frame in runs.values() if panel.columns.keys() & set(frame.columns)]
+    last = max(1, *(frame.index.max() for frame in shown))
+    axes.set_xlim(-0.02 * last, 1.02 * last)  # a quantity that is logged later, or less often, is not drawn wider
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.tick_params(colors="#555555", labelsize=8)
