@@ -16,7 +16,8 @@ __all__ = ["PUBLISHED_ORIGIN", "backbone_card"]
 
 PUBLISHED_ORIGIN = "published weights"
 _LICENSE_NOTE = (
-    "Derived from weights published by Meta; they and what is derived from them stay under the DINOv3 License."
+    "Derived from weights published by Meta; they and what is derived from them stay under the DINOv3 License, "
+    "a copy of which goes with them. Built with DINOv3."
 )
 
 
