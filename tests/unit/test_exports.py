@@ -15,7 +15,9 @@ from dinoscope.export import formats, onnx_model, verify
 from dinoscope.export.formats import export_model
 from dinoscope.export.timm_model import timm_name
 from dinoscope.files import read_json, write_json
+from dinoscope.models.foreign import TIMM, to_foreign
 from dinoscope.models.registry import ARCHS, ViTSettings, ffn_hidden
+from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import load_backbone, read_model_file, state_digest
 from other_libraries import random_backbone, relative_error, require, tokens_of
 
@@ -103,7 +105,10 @@ def test_what_training_alone_uses_is_left_out_with_a_note(tmp_path: Path, caplog
         assert [note.split()[0] for note in report["notes"]] == notes
         assert all(note in caplog.text for note in report["notes"])
         images = random_images(2, 48, 32)
-        assert relative_error(tokens_of(load_backbone(tmp_path / format), images), tokens_of(load_backbone(path), images)) < 1e-6
+        assert (
+            relative_error(tokens_of(load_backbone(tmp_path / format), images), tokens_of(load_backbone(path), images))
+            < 1e-6
+        )
     assert not read_model_file(tmp_path / "timm").backbone["mask_token"].any()
 
 
@@ -123,7 +128,10 @@ def test_a_masked_key_bias_and_half_precision(tmp_path: Path) -> None:
     assert not [name for name in tensors if "k_proj.bias" in name]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     images = random_images(1, 64, 48)
-    assert relative_error(tokens_of(in_transformers(tmp_path / "hf"), images), tokens_of(load_backbone(path), images)) < 1e-5
+    assert (
+        relative_error(tokens_of(in_transformers(tmp_path / "hf"), images), tokens_of(load_backbone(path), images))
+        < 1e-5
+    )
 
 
 def test_key_biases_that_are_not_masked(tmp_path: Path) -> None:
@@ -241,14 +249,12 @@ def test_timm_makes_every_size_by_its_name(arch: str, ffn: str, qkv_bias: bool) 
     if named:
         assert name.startswith(f"{arch}_patch16_dinov3") and name.endswith("_qkvb") == qkv_bias
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **arguments)
-        from dinoscope.models.foreign import TIMM, to_foreign
-        from dinoscope.models.vit import DinoVisionTransformer
-
-        state = {
-            key: torch.zeros(1).expand(tensor.shape)
-            for key, tensor in DinoVisionTransformer(settings).state_dict().items()
-        }
+        model, ours = timm.create_model(name, pretrained=False, **arguments), DinoVisionTransformer(settings)
+    state = ours.state_dict()
+    masks = {key: torch.ones(tensor.shape) for key, tensor in state.items() if key.endswith("bias_mask")}
+    for mask in masks.values():
+        mask.chunk(3)[1].zero_()
+    state |= masks
     exported = {key: tensor.shape for key, tensor in to_foreign(state, TIMM).items()}
     assert {key: tensor.shape for key, tensor in model.state_dict().items()} == exported
     assert model.norm.eps == 1e-5 and model.blocks[0].attn.num_heads == numbers.num_heads
@@ -392,7 +398,11 @@ def test_other_features_are_an_error_and_leave_nothing(tmp_path: Path, monkeypat
         return said
 
     monkeypatch.setattr(formats, "write_hugging_face", wrong)
-    monkeypatch.setattr(formats, "read_model_file", lambda path, real=read_model_file: real(tmp_path / "hf" if path != weights else path))
+    monkeypatch.setattr(
+        formats,
+        "read_model_file",
+        lambda path, real=read_model_file: real(tmp_path / "hf" if path != weights else path),
+    )
     weights = path
     for output in (tmp_path / "new", tmp_path / "hf"):
         with pytest.raises(WeightsError, match=r"does not give our features: transformers [\d.]+ differs in cls by"):
@@ -417,7 +427,9 @@ def test_a_missing_library_is_named_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr(verify, "_LIBRARIES", {format: (library,)})
     monkeypatch.setitem(__import__("sys").modules, library, None)
-    with pytest.raises(ConfigError, match=rf'{library}, which cannot be imported .*pip install "dinoscope\[export\]".*export\.yaml'):
+    with pytest.raises(
+        ConfigError, match=rf'{library}, which cannot be imported .*pip install "dinoscope\[export\]".*export\.yaml'
+    ):
         export_model(tmp_path / "nothing.pth", format, tmp_path / "out")
 
 

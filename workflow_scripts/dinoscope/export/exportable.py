@@ -79,8 +79,8 @@ def as_exportable(file: ModelFile, format: str) -> Exportable:
         if not torch.allclose(found, state["rope_embed.periods"], rtol=1e-6):
             rounded = found
             notes.append(
-                f"the RoPE periods are rounded to bf16, as in published files, but {FORMAT_NAMES[format]} computes them "
-                "exactly; verification.json says how far features differ by that"
+                f"the RoPE periods are rounded to bf16, as in published files, but {FORMAT_NAMES[format]} computes "
+                "them exactly; verification.json says how far features differ by that"
             )
     return Exportable(settings, state, _card(file, settings, state), tuple(notes), rounded)
 
@@ -104,15 +104,15 @@ def _refuse_inexpressible(file: ModelFile, format: str) -> None:
         if (value := getattr(settings, key)) not in held:
             found.append(f"{_key(key)} = {value} ({has})")
     if format == "timm" and settings.qkv_bias and not settings.mask_k_bias and _has_key_biases(file.backbone):
-        found.append("mask_k_bias = False (it has no bias of keys)")
+        found.append(f"{_key('mask_k_bias')} = False (it has no bias of keys)")
     if settings.rope_dtype != "fp32":
         found.append(
-            f"{_key('rope_dtype')} = {settings.rope_dtype} (it computes RoPE in float32; to accept features that differ by "
-            'that, write "rope_dtype": "fp32" into "backbone" of the model.json beside the weights)'
+            f"{_key('rope_dtype')} = {settings.rope_dtype} (it computes RoPE in float32; to accept features that "
+            'differ by that, write "rope_dtype": "fp32" into "backbone" of the model.json beside the weights)'
         )
     if found:
-        other = "" if format == "onnx" else "; --format onnx has no such limits" if len(found) == 1 else "; try onnx"
-        raise WeightsError(f"{file.path} cannot be exported: {name} cannot express {', '.join(found)}{other}")
+        way_out = "; --format onnx can" if format != "onnx" and settings.rope_dtype == "fp32" else ""
+        raise WeightsError(f"{file.path} cannot be exported: {name} cannot express {', '.join(found)}{way_out}")
 
 
 def _key(setting: str) -> str:

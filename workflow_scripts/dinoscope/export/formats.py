@@ -54,7 +54,9 @@ def export_model(weights: str | Path, format: str, output: str | Path) -> dict[s
         write_json(folder / "model.json", model.card | {"export": exported})
         write_readme(format, model, said, folder)
         if format != "onnx":
-            assert state_digest(read_model_file(folder).backbone) == model.card["weights_sha256"], "not what was written"
+            assert state_digest(read_model_file(folder).backbone) == model.card["weights_sha256"], (
+                "not what was written"
+            )
         report = verify(format, folder, model, ours)
         write_json(folder / "verification.json", report)
     apart = max(entry["max_relative_difference"] for entry in report["outputs"].values())

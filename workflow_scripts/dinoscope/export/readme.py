@@ -51,8 +51,8 @@ def write_readme(format: str, model: Exportable, said: dict[str, Any], folder: P
         f"# {card.get('run') or settings.arch}: a DINOv3 backbone, for {FORMAT_NAMES[format]}{name}",
         f"```python\n{use}\n```",
         f"Images are RGB in 0..1, minus {card['mean']}, divided by {card['std']}; height and width are multiples of "
-        f"{settings.patch_size} px. `model.json` tells how the model was made, `verification.json` how far its features "
-        "are from those of dinoscope.",
+        f"{settings.patch_size} px. `model.json` tells how the model was made, `verification.json` how far its "
+        "features are from those of dinoscope.",
         card["license_note"] or "",
         *(f"Note: {note}." for note in model.notes),
     ]

@@ -67,8 +67,8 @@ def verify(format: str, folder: Path, model: Exportable, ours: DinoVisionTransfo
     if beyond:
         shown = ", ".join(f"{name} by {outputs[name]['max_relative_difference']:.2g}" for name in beyond)
         raise WeightsError(
-            f"the {FORMAT_NAMES[format]} export does not give our features: {opened.library} {opened.version} differs in "
-            f"{shown} of the largest value, allowed are {tolerance:g}; nothing was written"
+            f"the {FORMAT_NAMES[format]} export does not give our features: {opened.library} {opened.version} differs "
+            f"in {shown} of the largest value, allowed are {tolerance:g}; nothing was written"
         )
     report = {
         "format": format,
@@ -192,7 +192,9 @@ def _check_images(folder: Path, model: Exportable) -> dict[str, Any]:
     expected = (torch.from_numpy(tile) / 255 - torch.tensor(model.card["mean"])) / torch.tensor(model.card["std"])
     apart = (found - expected).abs().max().item()
     if found.shape != expected.shape or not apart < 1e-5:
-        raise WeightsError(f"{type(processor).__name__} of transformers normalises images otherwise: by up to {apart:.2g}")
+        raise WeightsError(
+            f"{type(processor).__name__} of transformers normalises images otherwise: by up to {apart:.2g}"
+        )
     return {"checked": True, "processor": type(processor).__name__, "max_abs_difference": apart}
 
 

@@ -14,7 +14,16 @@ from torch import Tensor
 from dinoscope.errors import WeightsError
 from dinoscope.models.tensor_files import listed
 
-__all__ = ["HUGGING_FACE", "TIMM", "Dialect", "detect_dialect", "foreign_card", "from_foreign", "to_foreign", "without_filled"]
+__all__ = [
+    "HUGGING_FACE",
+    "TIMM",
+    "Dialect",
+    "detect_dialect",
+    "foreign_card",
+    "from_foreign",
+    "to_foreign",
+    "without_filled",
+]
 
 _Name = str | tuple[str, str | None, str] | None
 
