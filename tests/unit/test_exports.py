@@ -422,7 +422,7 @@ def test_differences_are_the_largest_ones() -> None:
 
 
 @pytest.mark.parametrize(("format", "library"), [("hf", "transformers"), ("timm", "timm"), ("onnx", "onnxruntime")])
-def test_a_missing_library_is_named_before_anything_is_read(
+def test_a_missing_library_is_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, library: str
 ) -> None:
     monkeypatch.setattr(verify, "_LIBRARIES", {format: (library,)})
@@ -430,7 +430,8 @@ def test_a_missing_library_is_named_before_anything_is_read(
     with pytest.raises(
         ConfigError, match=rf'{library}, which cannot be imported .*pip install "dinoscope\[export\]".*export\.yaml'
     ):
-        export_model(tmp_path / "nothing.pth", format, tmp_path / "out")
+        export_model(teacher(tmp_path / "ours"), format, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """What of a backbone another library's format holds: the rest is refused by name, or left out with a note."""
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,7 @@ from dinoscope.models.settings_of_tensors import rope_periods
 from dinoscope.models.vit import IMAGENET_MEAN, IMAGENET_STD, DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, load_strictly, state_digest
 
-__all__ = ["FORMAT_NAMES", "Exportable", "as_exportable", "image_size", "model_of"]
+__all__ = ["FORMAT_NAMES", "Exportable", "as_exportable", "image_size", "model_of", "quiet"]
 
 FORMAT_NAMES = {"hf": "Hugging Face", "timm": "timm", "onnx": "ONNX"}
 _LICENSE_NOTE = (
@@ -96,6 +99,20 @@ def model_of(settings: ViTSettings, state: dict[str, Tensor], file: ModelFile) -
 def image_size(settings: ViTSettings) -> int:
     """Side of the images that another library resizes to: as tiles have it, in whole patches."""
     return max(1, round(_TILE_PX / settings.patch_size)) * settings.patch_size
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Lets loggers of other libraries say errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _refuse_inexpressible(file: ModelFile, format: str) -> None:

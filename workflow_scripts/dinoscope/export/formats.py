@@ -42,9 +42,9 @@ def export_model(weights: str | Path, format: str, output: str | Path) -> dict[s
     """
     output = Path(output)
     _refuse_other_contents(output)
-    require_library(format)
     file = read_model_file(weights)
     model = as_exportable(file, format)
+    require_library(format)
     for note in model.notes:
         _log.warning("%s: %s", file.path.name, note)
     ours = _reference(file, model)

@@ -3,17 +3,14 @@
 Shape suffixes: B images, P patches, D width.
 """
 
-import contextlib
-import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinoscope.export.exportable import Exportable
+from dinoscope.export.exportable import Exportable, quiet
 from dinoscope.models.vit import DinoVisionTransformer
 
 __all__ = ["OPSET", "write_onnx"]
@@ -70,7 +67,8 @@ def _traced(backbone: DinoVisionTransformer) -> Any:
     sizes = {0: torch.export.Dim("batch", min=1, max=65536), 2: patch * height, 3: patch * width}
     # neither 0 nor 1, nor two alike: the exporter takes such sizes for constants, or for the same
     example = torch.zeros(2, backbone.settings.in_chans, 3 * patch, 4 * patch)
-    with _quiet():
+    with quiet("onnx_ir", "onnxscript"), warnings.catch_warnings():  # the exporter tells hundreds of lines
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         return torch.onnx.export(
             _ClsAndPatches(backbone).eval(),
             (example,),
@@ -81,20 +79,6 @@ def _traced(backbone: DinoVisionTransformer) -> Any:
             opset_version=OPSET,
             verbose=False,
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter tells of itself: hundreds of lines, and that torch uses what torch deprecates."""
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def _describe(program: Any, model: Exportable, said: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoscope.errors import ConfigError, WeightsError
-from dinoscope.export.exportable import FORMAT_NAMES, Exportable
+from dinoscope.export.exportable import FORMAT_NAMES, Exportable, quiet
 from dinoscope.files import read_json
 from dinoscope.models.vit import DinoVisionTransformer
 
@@ -151,7 +151,8 @@ def _open_timm(folder: Path, model: Exportable) -> _Opened:
     from safetensors.torch import load_file
 
     library = _imported("timm", "timm")
-    theirs = library.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with quiet("timm"):
+        theirs = library.create_model(f"local-dir:{folder}", pretrained=True).eval()
     theirs.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     num_prefix = 1 + model.settings.num_storage_tokens
 
