@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -440,3 +441,36 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
         export_model(tmp_path / "nothing.pth", "hf", tmp_path)
     with pytest.raises(ConfigError, match=r"is a file"):
         export_model(tmp_path / "nothing.pth", "hf", tmp_path / "thesis.tex")
+
+
+# README.md
+
+
+def test_the_lines_in_the_readme_give_our_features(
+    tmp_path: Path, onnx_export: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three are run as they stand; the ONNX model is another one than the two others."""
+    from PIL import Image
+
+    require("transformers"), require("timm")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Use the model elsewhere")[1].split("\n## ")[0]
+    snippets = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    tile = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    Image.fromarray(tile).save(tmp_path / "tile.png")
+    path = teacher(tmp_path / "ours")
+    for format in ("hf", "timm"):
+        export_model(path, format, tmp_path / "results" / "models" / "gram" / format)
+    (tmp_path / "results" / "models" / "gram" / "onnx").symlink_to(onnx_export[1])
+    monkeypatch.chdir(tmp_path)
+    for snippet, weights, word in zip(snippets, (path, path, onnx_export[0]), ("hf", "timm", "onnx"), strict=True):
+        assert f"gram/{word}" in snippet
+        ours = load_backbone(weights)
+        images = ((torch.from_numpy(tile) / 255 - torch.tensor(ours.mean)) / torch.tensor(ours.std)).permute(2, 0, 1)[
+            None
+        ]
+        expected, names = ours.forward_features(images), {}
+        exec(snippet, names)
+        for name in ("cls", "patches"):
+            found = torch.as_tensor(names[name]).detach()
+            assert relative_error(found, expected[name]) < 1e-5, (word, name)
