@@ -12,7 +12,6 @@ from dinoscope.export.readme import write_readme
 from dinoscope.export.timm_model import write_timm
 from dinoscope.export.verify import require_library, verify
 from dinoscope.files import atomic_folder, write_json
-from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
 
@@ -76,8 +75,7 @@ def _reference(file: ModelFile, model: Exportable) -> DinoVisionTransformer:
     """Our model as the file has it, with all that is left out of the export; only RoPE periods are not rounded."""
     state = {name: tensor.float() for name, tensor in file.backbone.items()}
     state["rope_embed.periods"] = model.state["rope_embed.periods"].clone()
-    settings: ViTSettings = file.settings
-    return model_of(settings, state, file)
+    return model_of(file.settings, state, file)
 
 
 def _write(format: str, model: Exportable, ours: DinoVisionTransformer, folder: Path) -> dict[str, Any]:
