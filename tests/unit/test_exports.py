@@ -84,6 +84,7 @@ def test_features_and_tensors_come_back(tmp_path: Path, format: str, changes: di
         images = random_images(batch, height // 16 * patch, width // 16 * patch, settings.in_chans)
         assert relative_error(tokens_of(theirs, images), tokens_of(ours, images)) < 1e-5
     assert report == read_json(tmp_path / format / "verification.json")
+    assert len({entry.stat().st_mode for entry in (tmp_path / format).iterdir()}) == 1  # who may read one, may read all
     assert report["passed"] and report["tolerance"] == 1e-5
     assert list(report["outputs"]) == ["cls", "storage", "patches"]
     assert all(entry["max_relative_difference"] < 1e-5 for entry in report["outputs"].values())

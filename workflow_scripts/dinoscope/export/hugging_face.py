@@ -1,5 +1,6 @@
 """A backbone as a folder that transformers opens: AutoModel.from_pretrained and AutoImageProcessor.from_pretrained."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def write_hugging_face(model: Exportable, folder: Path) -> dict[str, Any]:
     tensors = {name: tensor.contiguous() for name, tensor in to_foreign(model.state, HUGGING_FACE).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", _config(model.settings))
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
     write_json(folder / "preprocessor_config.json", _preprocessor(model))
     return {"model_type": "dinov3_vit", "class": "DINOv3ViTModel"}
 

@@ -4,6 +4,7 @@ Published sizes have a name in timm, with which `timm.create_model(name)` loads 
 are told by `model_args` in config.json.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def write_timm(model: Exportable, folder: Path) -> dict[str, Any]:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     name, arguments = timm_name(model.settings)
     write_json(folder / "config.json", _config(model, name, arguments))
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
     return {"timm_name": name, "timm_arguments": arguments}
 
 
