@@ -3,6 +3,9 @@
 import dataclasses
 import logging
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +231,30 @@ def test_images_are_prepared_as_ours(tmp_path: Path, backend: str) -> None:
     assert processor(Image.fromarray(tile[:100, :180]), return_tensors="np")["pixel_values"].shape == (1, 3, 224, 224)
 
 
+def test_hugging_face_needs_no_torchvision(tmp_path: Path) -> None:
+    """In a process in which there is none, the classes that users name take a tile to its features."""
+    require("transformers")
+    path = teacher(tmp_path / "ours")
+    export_model(path, "hf", tmp_path / "hf")
+    tile = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    np.save(tmp_path / "tile.npy", tile)
+    lines = """
+        import sys
+        sys.modules["torchvision"] = None
+        import numpy
+        from transformers import AutoImageProcessor, AutoModel
+        processor = AutoImageProcessor.from_pretrained("hf")
+        assert type(processor).__name__ == "ViTImageProcessorPil"
+        out = AutoModel.from_pretrained("hf")(**processor(numpy.load("tile.npy"), return_tensors="pt"))
+        numpy.save("cls.npy", out.pooler_output.detach())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = load_backbone(path)
+    images = ((torch.from_numpy(tile) / 255 - torch.tensor(ours.mean)) / torch.tensor(ours.std)).permute(2, 0, 1)[None]
+    assert relative_error(torch.from_numpy(np.load(tmp_path / "cls.npy")), ours(images)) < 1e-5
+
+
 # timm
 
 
@@ -438,7 +465,7 @@ def test_a_missing_library_is_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, library: str
 ) -> None:
     monkeypatch.setattr(verify, "_LIBRARIES", {format: (library,)})
-    monkeypatch.setitem(__import__("sys").modules, library, None)
+    monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
         ConfigError, match=rf'{library}, which cannot be imported .*pip install "dinoscope\[export\]".*export\.yaml'
     ):
