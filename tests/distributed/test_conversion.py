@@ -20,7 +20,7 @@ from dinoscope.errors import CheckpointError, WeightsError
 from dinoscope.export.convert import convert_checkpoint
 from dinoscope.files import read_json
 from dinoscope.models.registry import settings_from_config
-from dinoscope.models.weights import read_model_file
+from dinoscope.models.weights import read_model_file, state_digest
 from dinoscope.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,8 @@ def test_any_number_of_ranks(ranks: int, dtype: str, teacher: str, tmp_path: Pat
     assert_same(load_backbone(tmp_path / "out/teacher.safetensors").state_dict(), wanted)
     card = read_json(tmp_path / "out/model.json")
     assert (card["iteration"], card["embed_dim"], card["backbone"]["ffn_layer"]) == (41, 96, "swiglu")
-    assert card["weights_sha256"]
+    assert "DINOv3 License" in card["license_note"]
+    assert card["weights_sha256"] == state_digest(read_model_file(tmp_path / "out").backbone)
 
 
 def test_every_branch(published: Path, tmp_path: Path) -> None:

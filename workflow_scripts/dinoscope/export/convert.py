@@ -15,7 +15,7 @@ from dinoscope.export.checkpoint_source import NETWORKS, Source, locate
 from dinoscope.export.describe import describe_fit
 from dinoscope.export.model_files import State, write_model
 from dinoscope.files import read_json, sha256_file
-from dinoscope.models.card import PUBLISHED_ORIGIN, backbone_card
+from dinoscope.models.card import PUBLISHED_ORIGIN, UNKNOWN_ORIGIN, backbone_card
 from dinoscope.models.heads import HeadShape
 from dinoscope.models.lora import merge_lora
 from dinoscope.models.registry import ViTSettings, settings_from_config
@@ -65,7 +65,7 @@ def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher", 
     settings = _settings(source, first["backbone"])
     for network, parts in found.items():
         _check(f"checkpoint {source.folder}, {network}", parts, settings)
-    origin = source.seal.get("origin", "a checkpoint whose origin is not recorded")
+    origin = source.seal.get("origin", UNKNOWN_ORIGIN)
     card = backbone_card(settings, source.config, first["backbone"], origin) | _run_card(source, branch)
     write_model(output, found if branch == "all" else {"teacher": first}, card)
 

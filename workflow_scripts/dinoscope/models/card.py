@@ -12,13 +12,22 @@ from dinoscope.models.weights import state_digest
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["PUBLISHED_ORIGIN", "backbone_card"]
+__all__ = ["PUBLISHED_ORIGIN", "UNKNOWN_ORIGIN", "backbone_card", "license_note"]
 
 PUBLISHED_ORIGIN = "published weights"
+UNKNOWN_ORIGIN = "not recorded"
 _LICENSE_NOTE = (
     "Derived from weights published by Meta; they and what is derived from them stay under the DINOv3 License, "
     "a copy of which goes with them. Built with DINOv3."
 )
+_UNKNOWN_NOTE = "If the training started from weights published by Meta, the DINOv3 License goes with these."
+
+
+def license_note(origin: str | None) -> str | None:
+    """What a card says of the licence of weights that come from there in the end; None where nothing is to be said."""
+    if origin is None or origin == UNKNOWN_ORIGIN:
+        return _UNKNOWN_NOTE
+    return _LICENSE_NOTE if PUBLISHED_ORIGIN in origin else None
 
 
 def backbone_card(
@@ -38,7 +47,7 @@ def backbone_card(
         "version": 1,
         "made_with": f"dinoscope {__version__}",
         "origin": origin,
-        "license_note": _LICENSE_NOTE if PUBLISHED_ORIGIN in (origin or "") else None,
+        "license_note": license_note(origin),
         "backbone": settings.as_dict(),
         "embed_dim": settings.embed_dim,
         "patch_size": settings.patch_size,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dinoscope.errors import WeightsError
 from dinoscope.files import read_json
-from dinoscope.models.foreign import Dialect, detect_dialect, foreign_card, from_foreign
+from dinoscope.models.foreign import Dialect, detect_dialect, foreign_card, from_foreign, without_filled
 from dinoscope.models.registry import ARCHS, ViTSettings
 from dinoscope.models.settings_of_tensors import PUBLISHED_DEFAULTS, infer_settings, rope_periods
 from dinoscope.models.tensor_files import KINDS, find_weights, listed, read_tensors
@@ -115,7 +115,7 @@ def read_model_file(path: str | Path) -> ModelFile:
     completed: tuple[str, ...] = ()
     if dialect is not None:
         kind = f"{dialect.name} backbone"
-        backbone = from_foreign(backbone, dialect, path)
+        backbone = without_filled(from_foreign(backbone, dialect, path), card.get("backbone", {}))
         completed = _complete(backbone, dialect, card, path)
     elif "cls_token" not in backbone:
         raise WeightsError(f"{path} holds no DINOv3 backbone (no tensor cls_token); wanted: {KINDS}")
