@@ -5,6 +5,7 @@ from typing import Any
 
 from dinoscope.export.exportable import FORMAT_NAMES, Exportable
 from dinoscope.files import write_text
+from dinoscope.models.card import PUBLISHED_ORIGIN
 
 __all__ = ["write_readme"]
 
@@ -44,7 +45,7 @@ def write_readme(format: str, model: Exportable, said: dict[str, Any], folder: P
     use = _USE[format].format(
         folder=".", num_prefix=1 + settings.num_storage_tokens, width=settings.embed_dim, channels=settings.in_chans
     )
-    license_line = "license: other\nlicense_name: dinov3-license\n" if card["license_note"] else ""
+    license_line = "license: other\nlicense_name: dinov3-license\n" if PUBLISHED_ORIGIN in card["origin"] else ""
     name = f" (`{said['timm_name']}`)" if said.get("timm_name") and not said["timm_arguments"] else ""
     lines = [
         f"---\nlibrary_name: {_TAGS[format]}\npipeline_tag: image-feature-extraction\n{license_line}---",

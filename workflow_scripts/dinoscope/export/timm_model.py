@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinoscope.export.exportable import Exportable, image_size
 from dinoscope.files import write_json
+from dinoscope.models.card import PUBLISHED_ORIGIN
 from dinoscope.models.foreign import TIMM, to_foreign
 from dinoscope.models.registry import ViTSettings
 
@@ -124,7 +125,7 @@ def _config(model: Exportable, name: str, arguments: dict[str, Any]) -> dict[str
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "license": "dinov3-license" if model.card["license_note"] else "other",
+            "license": "dinov3-license" if PUBLISHED_ORIGIN in model.card["origin"] else "other",
         },
     }
 
