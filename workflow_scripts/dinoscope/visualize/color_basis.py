@@ -86,7 +86,6 @@ class ColorBasis:
         scaled = (scores - self.low) / (self.high - self.low)
         return float(((scaled < -0.25) | (scaled > 1.25)).any(axis=1).mean()) if len(features) else 0.0
 
-
     def check_fits(self, info: FeatureInfo, path: str | os.PathLike[str]) -> None:
         """Refuses features of another model or tile kind.
 
