@@ -190,7 +190,11 @@ def draw_similarity(
             low = float(np.percentile(likeness, 2))
             heat = _heat(nearest_neighbour(likeness[..., None], height, width)[..., 0], low)
             row.append(
-                Panel(_marked(heat, x, y), "" if number else seen.name, f"cosine {low:.2f} (dark) to 1 (bright)")
+                Panel(
+                    _marked(heat, x, y),
+                    "" if number else seen.name,
+                    f"cosine {low:.2f} (dark) to 1 (bright)".replace("-", "\N{MINUS SIGN}"),
+                )
             )
         rows.append(row)
     save_panels(output, rows, title=title, subtitle=subtitle, um_per_px=um_per_px and um_per_px / scale)
