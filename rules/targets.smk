@@ -7,6 +7,7 @@ localrules:
     manifest,
     features,
     pca,
+    clusters,
 
 
 rule inspect:
@@ -42,6 +43,12 @@ rule features:
 rule pca:
     input:
         pca_maps,
+        pictures,
+
+
+rule clusters:
+    input:
+        cluster_pictures,
 
 
 # Each run under its own name: training and the model that comes out of it.

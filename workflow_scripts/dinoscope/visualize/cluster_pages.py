@@ -12,7 +12,6 @@ from dinoscope.slides.manifest import read_tiles
 from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import Slide, SlidePool
 from dinoscope.visualize.clusters import PALETTE, Clusters
-from dinoscope.visualize.color_basis import ColorBasis
 from dinoscope.visualize.page import FOOTER_PX, HEADER_PX, MARGIN_PX, Page, Panel, fitted, save_panels
 from dinoscope.visualize.pca_map import MapPainter, tiles_in_words
 from dinoscope.visualize.side_by_side import PANEL_PX, check_same_slide, in_rows
@@ -53,7 +52,7 @@ def draw_cluster_maps(
         in_rows(panels),
         title=slide_name or file.info.slide_id,
         subtitle=f"Clusters of the features of {tiles_in_words(file)}; equal numbers of different models mean nothing",
-        key=[("#{:02x}{:02x}{:02x}".format(*PALETTE[number]), str(number + 1)) for number in range(most)],
+        key=[(_hex(PALETTE[n]), f"cluster {n + 1}" if n == 0 else str(n + 1)) for n in range(most)],
         um_per_px=painter.um_per_px(file.info),
     )
 
@@ -101,7 +100,7 @@ def draw_examples(
     page.text(MARGIN_PX, 72, about, 9.5, room, color="#444444")
     for number, (kind, row) in enumerate(zip(info["clusters"], examples, strict=True)):
         top = HEADER_PX + number * step
-        page.rectangle(MARGIN_PX, top, 14, EXAMPLE_PX, "#{:02x}{:02x}{:02x}".format(*kind["color"]))
+        page.rectangle(MARGIN_PX, top, 14, EXAMPLE_PX, _hex(kind["color"]))
         share = 100 * kind["num_tiles_fitted"] / info["num_tiles_fitted"]
         slides = f"{kind['num_slides']} slide" + ("" if kind["num_slides"] == 1 else "s")
         page.text(MARGIN_PX + 28, top + 60, kind["name"], 11, LABEL_PX - 40, weight="bold")
@@ -111,6 +110,10 @@ def draw_examples(
             page.picture(MARGIN_PX + LABEL_PX + column * step, top, fitted(pixels, EXAMPLE_PX))
     page.scale_bar(um / EXAMPLE_PX, 5 * EXAMPLE_PX // 2, page.height - FOOTER_PX / 2)
     page.save(output)
+
+
+def _hex(color: Sequence[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _pixels(

@@ -27,8 +27,8 @@ from dinoscope.visualize.pca import MAX_TILES, sample_features
 
 __all__ = ["MAX_CLUSTERS", "PALETTE", "Clusters", "fit_clusters", "load_clusters", "save_clusters", "write_geojson"]
 
-# Told apart by eye on pink, blue and grey tissue, also with the common colour blindnesses for the first eight (Okabe and
-# Ito 2008); the rest are lighter and darker kin.
+# Told apart by eye on pink, blue and grey tissue, the first eight also with the common colour blindnesses
+# (Okabe and Ito 2008); the rest are lighter and darker kin.
 PALETTE = np.array(
     [
         (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),

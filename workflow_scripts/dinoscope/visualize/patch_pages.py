@@ -46,7 +46,6 @@ def see(
     *,
     reference: Seen | None = None,
     background: str = "keep",
-    window_px: int | None = None,
 ) -> Seen:
     """Features of the patches of images, and one colour space for all of them.
 
@@ -55,12 +54,11 @@ def see(
         images: (H, W, 3) uint8 each.
         reference: A model that has seen the same images, whose hues this one's shall agree with as far as possible.
         background: What becomes of background, see `color_basis.fit_colors`.
-        window_px: As for `dense_features`.
 
     Raises:
         FeaturesError: Features are not finite, or differ in fewer than three directions.
     """
-    features = [dense_features(encoder, image, window_px) for image in images]
+    features = [dense_features(encoder, image) for image in images]
     basis = fit_patch_colors(features, encoder.name, background=background)
     seen = Seen(encoder.name, encoder.patch_px, features, basis)
     if reference is None:
@@ -131,16 +129,17 @@ def draw_patch_colors(
         title: Of the page.
         subtitle: Below it.
         upsampler: "jbu", one of the user's own, or None for no second row.
-        overview: A picture for the place below the image.
+        overview: A picture for the place below the image; the image again when there is none.
         um_per_px: Micrometres a pixel of the image, for the scale bar.
     """
     scale = COLORS_PX / max(image.shape[:2])
     height, width = (round(side * scale) for side in image.shape[:2])
     shown = _shown(image, height, width)
-    panels: list[Panel | None] = [Panel(shown, "image", _size(image, um_per_px))]
-    below: list[Panel | None] = (
-        [Panel(_centred(overview, height, width), "", "where it is")] if overview is not None else [None]
-    )
+    panels = [Panel(shown, "image", _size(image, um_per_px))]
+    if overview is None:
+        below = [Panel(shown, "", "image")]
+    else:
+        below = [Panel(_centred(overview, height, width), "", "where it is")]
     for seen in models:
         plain = colored(nearest_neighbour(seen.scores(0), height, width), seen.basis)
         explained = 100 * seen.basis.info["explained_by_top_3"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -35,6 +35,7 @@ class PatchEncoder(Protocol):
 
     name: str
     patch_px: int
+    window_px: int | None  # side of the one size of images that it takes, a multiple of the patch; None, any size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features (B, h, w, D) float32 of images (B, H, W, 3) uint8; H and W are multiples of `patch_px`."""
@@ -43,26 +44,31 @@ class PatchEncoder(Protocol):
 
 @dataclass
 class LoadedEncoder:
-    """A backbone of `dinoscope.load_backbone` as a `PatchEncoder`.
+    """A torch module as a `PatchEncoder`.
 
     Attributes:
         name: For titles.
-        model: On its device.
+        model: In evaluation mode, on its device, with `forward_features`, `patch_size`, `mean` and `std` as our
+            backbones have them.
+        window_px: Side of the images that it takes, where it takes one size only.
     """
 
     name: str
-    model: object
+    model: Any
+    window_px: int | None = None
 
     @property
     def patch_px(self) -> int:
-        """Side of a patch."""
+        """Side of a patch; raises FeaturesError where the model has none."""
+        if not self.model.patch_size:
+            raise FeaturesError(f"model {self.name!r} gives no features of patches, so there is nothing to show inside")
         return self.model.patch_size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """See `PatchEncoder`."""
         import torch
 
-        device = self.model.cls_token.device
+        device = next(self.model.parameters()).device
         mean, std = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (self.model.mean, self.model.std))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
         with torch.inference_mode(), autocast:
@@ -88,29 +94,28 @@ def load_patch_encoder(name: str, source: str | Path, device: str = "auto") -> P
     return LoadedEncoder(name, load_backbone(source, choose_device(device)))
 
 
-def dense_features(encoder: PatchEncoder, image: np.ndarray, window_px: int | None = None) -> np.ndarray:
+def dense_features(encoder: PatchEncoder, image: np.ndarray) -> np.ndarray:
     """Features of all patches of one image.
 
-    An image whose sides are no multiples of the patch is brought to the nearest size that is.
+    An image whose sides are no multiples of the patch is brought to the nearest size that is. For models that take
+    images of one size only it is cut into windows of that size, which see nothing of each other.
 
     Args:
         encoder: The model.
         image: (H, W, 3) uint8.
-        window_px: Side of the squares that it is cut into for models that take images of one size only, a multiple of
-            the patch; each sees nothing of the others. None, the image is seen as a whole.
 
     Returns:
         (h, w, D) float32.
 
     Raises:
-        FeaturesError: Features that are not finite, or a window that does not fit the patches.
+        FeaturesError: Features that are not finite, or no features of patches.
     """
     patch = encoder.patch_px
-    if window_px is None:
+    if encoder.window_px is None:
         sides = [max(patch, round(side / patch) * patch) for side in image.shape[:2]]
         features = encoder(_resized(image, *sides)[None])[0]
     else:
-        features = _in_windows(encoder, image, window_px)
+        features = _in_windows(encoder, image, encoder.window_px)
     if not np.isfinite(features).all():
         raise FeaturesError(f"model {encoder.name!r} gives patch features that are not finite; check its weights")
     return features.astype(np.float32)
@@ -172,10 +177,6 @@ def cosine_similarity(features: np.ndarray, row: int, column: int) -> np.ndarray
 
 
 def _in_windows(encoder: PatchEncoder, image: np.ndarray, window_px: int) -> np.ndarray:
-    if window_px % encoder.patch_px:
-        raise FeaturesError(
-            f"a window of {window_px} px is no multiple of the {encoder.patch_px} px patches of model {encoder.name!r}"
-        )
     counts = [max(1, round(side / window_px)) for side in image.shape[:2]]
     image = _resized(image, *(count * window_px for count in counts))
     windows = image.reshape(counts[0], window_px, counts[1], window_px, 3).swapaxes(1, 2)
