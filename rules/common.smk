@@ -310,6 +310,12 @@ def cluster_pictures(wildcards):
     return [*maps, *of_models("<results>/clusters/{model}/examples.png")]
 
 
+@one_sentence
+def shown_regions(wildcards):
+    """Names of the regions that are shown at the scale of cells."""
+    return list(PICTURES.regions)
+
+
 def of_region(function):
     """The same input function for the slide of a region."""
     return one_sentence(

@@ -53,7 +53,7 @@ rule pca_region:
     log:
         "<logs>/pca_region/{region}.log",
     conda:
-        "../envs/torch.yaml"
+        "../envs/pictures.yaml"
     threads: 8
     resources:
         gpu=1,
@@ -125,6 +125,7 @@ rule cluster_map:
             labels={"slide": "{slide}", "model": "all, side by side"},
         ),
         geojson=of_models("<results>/clusters/{model}/{{slide}}.geojson"),
+        labels=of_models("<results>/clusters/{model}/labels/{{slide}}.npz"),
     log:
         "<logs>/cluster_map/{slide}.log",
     conda:
@@ -139,7 +140,7 @@ rule cluster_map:
     shell:
         "python {params.script:q} map --features {input.features:q} --basis {params.bases:q}"
         " --clusters {params.clusters:q} --thumbnail {input.thumbnail:q} --slide-name {wildcards.slide:q}"
-        " --output {output.picture:q} --geojson {output.geojson:q} > {log:q} 2>&1"
+        " --output {output.picture:q} --geojson {output.geojson:q} --labels {output.labels:q} > {log:q} 2>&1"
 
 
 rule cluster_examples:
@@ -157,7 +158,7 @@ rule cluster_examples:
     log:
         "<logs>/cluster_examples/{model}.log",
     conda:
-        "../envs/slides.yaml"
+        "../envs/pictures.yaml"
     resources:
         mem_mb=2000,
         runtime=30,

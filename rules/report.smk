@@ -48,6 +48,7 @@ rule report:
         config=config_file(),
         models=PLAN.models,
         runs=PLAN.trained_runs,
+        regions=shown_regions,
     shell:
         "python {params.script:q} --results {params.results:q} --models {params.models:q} --runs {params.runs:q}"
-        " --workflow-config {params.config:q} --output {output.page:q} > {log:q} 2>&1"
+        " --regions {params.regions:q} --workflow-config {params.config:q} --output {output.page:q} > {log:q} 2>&1"

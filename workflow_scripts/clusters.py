@@ -18,11 +18,15 @@ from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
 from dinoscope.features.writers import read_features
 from dinoscope.file_lists import files_among
-from dinoscope.slides.manifest import read_metadata
-from dinoscope.slides.reader import SlidePool
-from dinoscope.slides.table import read_slide_table
-from dinoscope.visualize.cluster_pages import draw_cluster_maps, draw_examples, read_examples
-from dinoscope.visualize.clusters import MAX_CLUSTERS, fit_clusters, load_clusters, save_clusters, write_geojson
+from dinoscope.visualize.cluster_pages import draw_cluster_maps, draw_examples
+from dinoscope.visualize.clusters import (
+    MAX_CLUSTERS,
+    fit_clusters,
+    load_clusters,
+    save_clusters,
+    write_geojson,
+    write_labels,
+)
 from dinoscope.visualize.pca import MAX_TILES, load_basis
 from dinoscope.visualize.pca_map import read_thumbnail
 
@@ -61,6 +65,7 @@ def add_map(parser: argparse.ArgumentParser) -> None:
     add("--slide-name", help="shown in the title; the slide's id when not given")
     add("--output", type=Path, required=True, help="the PNG to write")
     add("--geojson", nargs="+", type=Path, help="a file each, in the same order: tiles and their clusters, for QuPath")
+    add("--labels", nargs="+", type=Path, help="a file (.npz) each, in the same order: number of each tile's cluster")
     parser.set_defaults(run=run_map)
 
 
@@ -92,25 +97,38 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
 def run_map(arguments: argparse.Namespace) -> None:
     """Writes the maps of one slide side by side, and GeoJSON."""
-    geojson = arguments.geojson or [None] * len(arguments.features)
-    if len({len(given) for given in (arguments.features, arguments.basis, arguments.clusters, geojson)}) > 1:
-        raise ConfigError("give as many --basis, --clusters and --geojson as --features, one a model")
+    none = [None] * len(arguments.features)
+    given = [
+        arguments.features,
+        arguments.basis,
+        arguments.clusters,
+        arguments.geojson or none,
+        arguments.labels or none,
+    ]
+    if len({len(files) for files in given}) > 1:
+        raise ConfigError("give as many --basis, --clusters, --geojson and --labels as --features, one a model")
     models = []
-    for features, folder, kinds, output in zip(
-        arguments.features, arguments.basis, arguments.clusters, geojson, strict=True
-    ):
+    for features, folder, kinds, geojson, labels_path in zip(*given, strict=True):
         file, basis, clusters = read_features(features), load_basis(folder), load_clusters(kinds)
         basis.check_fits(file.info, features)
         labels = clusters.assign(file.features, basis)
         models.append((file, labels, clusters))
-        if output is not None:
-            write_geojson(output, file, labels, clusters)
+        if geojson is not None:
+            write_geojson(geojson, file, labels, clusters)
+        if labels_path is not None:
+            write_labels(labels_path, labels)
     thumbnail = read_thumbnail(arguments.thumbnail)
     draw_cluster_maps(arguments.output, models, thumbnail, slide_name=arguments.slide_name)
 
 
 def run_examples(arguments: argparse.Namespace) -> None:
     """Writes the contact sheet."""
+    # here, because the other commands read no slides
+    from dinoscope.slides.manifest import read_metadata
+    from dinoscope.slides.reader import SlidePool
+    from dinoscope.slides.table import read_slide_table
+    from dinoscope.visualize.cluster_examples import read_examples
+
     clusters = load_clusters(arguments.clusters)
     wanted = {example["slide"] for kind in clusters.info["clusters"] for example in kind["examples"]}
     records = [record for record in read_slide_table(arguments.slides) if record.slide_id in wanted]

@@ -1,22 +1,17 @@
 """Pictures of clusters: maps of a slide by several models, and a contact sheet of example tiles."""
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureFile
-from dinoscope.slides.manifest import read_tiles
-from dinoscope.slides.padding import read_tile
-from dinoscope.slides.reader import Slide, SlidePool
 from dinoscope.visualize.clusters import PALETTE, Clusters
 from dinoscope.visualize.page import FOOTER_PX, HEADER_PX, MARGIN_PX, Page, Panel, fitted, save_panels
 from dinoscope.visualize.pca_map import MapPainter, tiles_in_words
 from dinoscope.visualize.side_by_side import PANEL_PX, check_same_slide, in_rows
 
-__all__ = ["draw_cluster_maps", "draw_examples", "read_examples"]
+__all__ = ["draw_cluster_maps", "draw_examples"]
 
 EXAMPLE_PX, LABEL_PX, SHEET_GAP_PX = 176, 250, 8
 
@@ -57,25 +52,6 @@ def draw_cluster_maps(
     )
 
 
-def read_examples(clusters: Clusters, pool: SlidePool, tiles: Mapping[str, Path]) -> list[list[tuple[np.ndarray, str]]]:
-    """Pixels (tile_px, tile_px, 3) and slide of each example tile of each cluster.
-
-    Args:
-        clusters: The clusters.
-        pool: The slides.
-        tiles: slide_id -> its tile manifest.
-
-    Raises:
-        FeaturesError: An example is not among the tiles: they were made again since.
-        SlideError: A slide cannot be read.
-    """
-    tables: dict[str, dict[tuple[int, int], tuple[int, ...]]] = {}
-    return [
-        [(_pixels(example, pool, tiles, tables), example["slide"]) for example in kind["examples"]]
-        for kind in clusters.info["clusters"]
-    ]
-
-
 def draw_examples(
     output: str | os.PathLike[str], clusters: Clusters, examples: Sequence[Sequence[tuple[np.ndarray, str]]], um: float
 ) -> None:
@@ -114,25 +90,3 @@ def draw_examples(
 
 def _hex(color: Sequence[int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
-
-
-def _pixels(
-    example: Mapping[str, object],
-    pool: SlidePool,
-    tiles: Mapping[str, Path],
-    tables: dict[str, dict[tuple[int, int], tuple[int, ...]]],
-) -> np.ndarray:
-    slide_id, place = example["slide"], (example["x"], example["y"])
-    if slide_id not in tables:
-        if slide_id not in tiles:
-            raise FeaturesError(f"slide {slide_id!r} has an example tile, but its tile manifest is not given")
-        table = read_tiles(tiles[slide_id])
-        columns = (table[name].to_pylist() for name in ("x", "y", "level", "read_px", "tile_px", "footprint_px"))
-        tables[slide_id] = {(x, y): tuple(rest) for x, y, *rest in zip(*columns, strict=True)}
-    if place not in tables[slide_id]:
-        raise FeaturesError(
-            f"{tiles[slide_id]} has no tile at {place}, which is an example of a cluster: the tiles were made again "
-            "since; extract the features and fit the clusters again"
-        )
-    slide: Slide = pool[slide_id]
-    return read_tile(slide, *place, *tables[slide_id][place])

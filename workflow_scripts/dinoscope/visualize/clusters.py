@@ -25,7 +25,16 @@ from dinoscope.files import atomic_path, read_json, write_json
 from dinoscope.visualize.color_basis import ColorBasis
 from dinoscope.visualize.pca import MAX_TILES, sample_features
 
-__all__ = ["MAX_CLUSTERS", "PALETTE", "Clusters", "fit_clusters", "load_clusters", "save_clusters", "write_geojson"]
+__all__ = [
+    "MAX_CLUSTERS",
+    "PALETTE",
+    "Clusters",
+    "fit_clusters",
+    "load_clusters",
+    "save_clusters",
+    "write_geojson",
+    "write_labels",
+]
 
 # Told apart by eye on pink, blue and grey tissue, the first eight also with the common colour blindnesses
 # (Okabe and Ito 2008); the rest are lighter and darker kin.
@@ -126,6 +135,8 @@ def fit_clusters(
             "num_tiles_fitted": len(scores),
             "seed": seed,
             "explained": round(1 - float(distances.min(axis=1).sum() / np.square(scores - scores.mean(0)).sum()), 6),
+            "names": [f"Cluster {number + 1}" for number in range(num_clusters)],
+            "colors": ["#{:02x}{:02x}{:02x}".format(*PALETTE[number]) for number in range(num_clusters)],
             "clusters": [
                 {
                     "name": f"Cluster {number + 1}",
@@ -161,6 +172,12 @@ def load_clusters(folder: str | os.PathLike[str]) -> Clusters:
             return Clusters(arrays["centres"], info)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise FeaturesError(f"{folder}: no whole clusters ({error}); run clusters.py fit again") from error
+
+
+def write_labels(path: str | os.PathLike[str], labels: np.ndarray) -> None:
+    """Writes the clusters of a slide's tiles, `labels` int16 in the order of its feature file, as .npz."""
+    with atomic_path(path) as temporary:
+        np.savez(temporary, labels=labels.astype(np.int16))
 
 
 def write_geojson(path: str | os.PathLike[str], file: FeatureFile, labels: np.ndarray, clusters: Clusters) -> None:
