@@ -54,20 +54,22 @@ def chosen_region(arguments: argparse.Namespace) -> Region | None:
 
 def draw(arguments: argparse.Namespace, region: Region, upsampler: object) -> None:
     """Reads the region and draws what the models see in it."""
-    # here, so that --help and mistakes in the arguments need not wait for torch
-    from dinoscope.visualize.patch_pages import draw_patch_colors, draw_similarity, see
-    from dinoscope.visualize.patches import load_patch_encoder
-
     with Slide(arguments.slide, arguments.slide_id, arguments.slide_mpp, reader=arguments.slide_reader) as slide:
         image, side = read_region(slide, region)
         overview = None
         if arguments.thumbnail is not None:
             overview = with_box(read_thumbnail(arguments.thumbnail), slide, region, side)
+    slide_id = arguments.slide_id or arguments.slide.stem
+    places = places_inside(arguments.points or [], region, side, slide_id) or distinct_places(image)
+
+    # here, so that --help and mistakes in the arguments need not wait for torch
+    from dinoscope.visualize.patch_pages import draw_patch_colors, draw_similarity, see
+    from dinoscope.visualize.patches import load_patch_encoder
+
     seen = []
     for name, weights in arguments.model:
         encoder, first = load_patch_encoder(name, weights, arguments.device), seen[0] if seen else None
         seen.append(see(encoder, [image], reference=first, background=arguments.background))
-    slide_id = arguments.slide_id or arguments.slide.stem
     about = {"title": f"{slide_id}, x {region.x}, y {region.y}", "um_per_px": region.mpp}
     draw_patch_colors(
         arguments.output,
@@ -80,12 +82,19 @@ def draw(arguments: argparse.Namespace, region: Region, upsampler: object) -> No
         **about,
     )
     if arguments.similarity is not None:
-        places = [((x - region.x) / side, (y - region.y) / side) for x, y in arguments.points or ()]
-        if outside := [place for place in places if not (min(place) >= 0 and max(place) < 1)]:
-            number = places.index(outside[0])
-            raise ConfigError(f"point {tuple(arguments.points[number])} of slide {slide_id!r} is not in the region")
         subtitle = "Cosine of the features of every patch with those of the patch in the green ring"
-        draw_similarity(arguments.similarity, image, seen, places or distinct_places(image), subtitle=subtitle, **about)
+        draw_similarity(arguments.similarity, image, seen, places, subtitle=subtitle, **about)
+
+
+def places_inside(points: list[list[int]], region: Region, side: int, slide_id: str) -> list[tuple[float, float]]:
+    """Points as fractions of the region."""
+    for x, y in points:
+        if not (region.x <= x < region.x + side and region.y <= y < region.y + side):
+            raise ConfigError(
+                f"point ({x}, {y}) of slide {slide_id!r} is not in the region from ({region.x}, {region.y}), which is "
+                f"{side} level-0 pixels wide; name patches inside"
+            )
+    return [((x - region.x) / side, (y - region.y) / side) for x, y in points]
 
 
 def write_placeholders(arguments: argparse.Namespace, words: str) -> None:
