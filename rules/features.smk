@@ -77,7 +77,7 @@ rule pca_fit:
         background=PLAN.config["pca"]["background"],
     shell:
         "python {params.script:q} fit --features @{input.list:q} --basis {params.folder:q} --seed {params.seed}"
-        " --background {params.background} > {log:q} 2>&1"
+        " --background {params.background:q} > {log:q} 2>&1"
 
 
 rule pca_map:

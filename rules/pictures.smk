@@ -105,7 +105,7 @@ rule cluster_fit:
         seed=PLAN.config["pca"]["seed"],
     shell:
         "python {params.script:q} fit --features @{input.list:q} --basis {params.basis:q}"
-        " --clusters {params.folder:q} --number {params.number} --seed {params.seed} > {log:q} 2>&1"
+        " --clusters {params.folder:q} --number {params.number:q} --seed {params.seed} > {log:q} 2>&1"
 
 
 rule cluster_map:
