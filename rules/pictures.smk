@@ -72,7 +72,7 @@ rule pca_region:
             "--upsample",
             PLAN.config["pca"]["upsample"],
             "--background",
-            PLAN.config["pca"]["background"],
+            PLAN.config["pca"]["region_background"],
         ],
     shell:
         "python {params.script:q} --slide {params.slide:q} --slide-id {params.slide_id:q} {params.mpp:q}"

@@ -54,7 +54,7 @@ def draw_map(
         picture,
         title=slide_name or info.slide_id,
         subtitle=(
-            f"PCA of the features of model {info.model} · {tiles_in_words(file)} · "
+            f"PCA of the features of model {info.model} · {tiles_in_words(file)}{_background_in_words(file, basis)} · "
             f"3 components explain {explained:.0f} % of the variance"
         ),
         basis=basis,
@@ -68,6 +68,11 @@ def tiles_in_words(file: FeatureFile) -> str:
     if not len(file.coords):
         return "no tiles"
     return f"{len(file.coords):,} tiles of {file.info.tile_px * file.info.mpp:.0f} µm"
+
+
+def _background_in_words(file: FeatureFile, basis: ColorBasis) -> str:
+    """How many tiles are not coloured, where the basis leaves background out."""
+    return f", of which {basis.is_background(file.features).sum():,} background" if basis.gate is not None else ""
 
 
 class MapPainter:
