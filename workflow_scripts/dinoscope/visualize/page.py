@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,7 +20,7 @@ __all__ = ["COMPONENT_KEY", "FRAME_GREY", "MARGIN_PX", "Page", "Panel", "fitted"
 DPI = 150
 MARGIN_PX = 24
 HEADER_PX, FOOTER_PX = 104, 84
-PANEL_TITLE_PX, GAP_PX = 58, 20
+PANEL_TITLE_PX, PANEL_SUBTITLE_PX, GAP_PX = 58, 30, 20
 FRAME_GREY = 200
 WIDER_ALPHABETS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "IPAGothic", "Droid Sans Fallback")
 COMPONENT_KEY = (("#d40000", "red: component 1"), ("#009a00", "green: 2"), ("#0000e6", "blue: 3"))
@@ -86,7 +85,7 @@ class Page:
 
     def save(self, output: str | os.PathLike[str]) -> None:
         """Writes the page as a PNG."""
-        with matplotlib.rc_context(), warnings.catch_warnings(), atomic_path(output) as temporary:
+        with warnings.catch_warnings(), atomic_path(output) as temporary:
             _ignore_missing_glyphs()
             self._figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
 
@@ -113,7 +112,6 @@ def save_panels(
     subtitle: str,
     key: Sequence[tuple[str, str]] = (),
     um_per_px: float | None = None,
-    row_labels: Sequence[str] = (),
 ) -> None:
     """Saves pictures of one size side by side, and one below the other, as a PNG.
 
@@ -124,32 +122,34 @@ def save_panels(
         subtitle: Below it.
         key: Colours and their meanings.
         um_per_px: Micrometres a pixel of the pictures, for the scale bar; None draws none.
-        row_labels: Written upright beside the rows.
     """
     first = next(panel for row in rows for panel in row if panel is not None)
     height, width = first.picture.shape[:2]
-    left = MARGIN_PX + (44 if row_labels else 0)
-    heads = [PANEL_TITLE_PX if any(panel and panel.title for panel in row) else 0 for row in rows]
-    heads = [head or (30 if any(panel and panel.subtitle for panel in row) else 0) for head, row in zip(heads, rows)]  # noqa: B905
+    heads = [_head(row) for row in rows]
     columns = max(len(row) for row in rows)
-    page_width = max(left + columns * (width + GAP_PX) - GAP_PX + MARGIN_PX, 1000)
+    page_width = max(MARGIN_PX + columns * (width + GAP_PX) - GAP_PX + MARGIN_PX, 1000)
     page_height = HEADER_PX + sum(heads) + len(rows) * (height + GAP_PX) - GAP_PX + FOOTER_PX
     page = Page(page_width, page_height)
     page.text(MARGIN_PX, 34, title, 13, page_width - 2 * MARGIN_PX, weight="bold")
     page.text(MARGIN_PX, 72, subtitle, 9.5, page_width - 2 * MARGIN_PX, color="#444444")
     y = HEADER_PX
-    for number, (row, head) in enumerate(zip(rows, heads, strict=True)):
-        if row_labels and row_labels[number]:
-            style = {"rotation": 90, "ha": "center", "color": "#444444"}
-            page.text(MARGIN_PX + 14, y + head + height / 2, row_labels[number], 9.5, page_height, **style)
+    for row, head in zip(rows, heads, strict=True):
         for column, panel in enumerate(row):
             if panel is not None:
-                _lay(page, panel, left + column * (width + GAP_PX), y, head)
+                _lay(page, panel, MARGIN_PX + column * (width + GAP_PX), y, head)
         y += head + height + GAP_PX
     if um_per_px is not None:
         page.scale_bar(um_per_px, width, page_height - FOOTER_PX / 2)
     page.key(key, page_height - FOOTER_PX / 2)
     page.save(output)
+
+
+def _head(row: Sequence[Panel | None]) -> int:
+    """Room for the words above a row, px."""
+    panels = [panel for panel in row if panel is not None]
+    if any(panel.title for panel in panels):
+        return PANEL_TITLE_PX
+    return PANEL_SUBTITLE_PX if any(panel.subtitle for panel in panels) else 0
 
 
 def _lay(page: Page, panel: Panel, x: float, y: float, head: int) -> None:

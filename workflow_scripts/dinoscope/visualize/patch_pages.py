@@ -64,11 +64,10 @@ def see(
     if reference is None:
         return seen
     own, theirs = [], []
-    for number, each in enumerate(features):
+    for number in range(len(features)):
         wanted = reference.scores(number)[..., :3]
         own.append(cv2.resize(seen.scores(number)[..., :3], wanted.shape[1::-1], interpolation=cv2.INTER_AREA))
         theirs.append(wanted)
-        assert each.ndim == 3
     basis = agreeing_with(basis, *(np.concatenate([part.reshape(-1, 3) for part in parts]) for parts in (own, theirs)))
     return Seen(encoder.name, encoder.patch_px, features, basis)
 
