@@ -176,6 +176,13 @@ def test_models_of_other_tiles_are_not_shown_together(tmp_path, world):
     with pytest.raises(FeaturesError, match=r"model 'gram' are of other tiles \(slide 'B'"):
         draw_comparison(tmp_path / "x.png", [(file, basis), (other, basis)], WHITE)
     assert not (tmp_path / "x.png").exists()
+    rows = kinds_of_tiles([40, 25, 12, 6], 0)[0]
+    stale = read_features(write_sample(tmp_path / "A.h5", rows, file.coords, model="base", manifest_hash="c" * 64))
+    with pytest.raises(FeaturesError, match=r"model 'base' are of other tiles \(slide 'A', manifest cccccccc\)"):
+        draw_comparison(tmp_path / "x.png", [(file, basis), (stale, basis)], WHITE)
+    larger = {"manifest_hash": "c" * 64, "tile_px": 448, "patch_size_level0": 898, "model": "foreign"}
+    other_set = read_features(write_sample(tmp_path / "A.h5", rows, file.coords, **larger))
+    draw_comparison(tmp_path / "x.png", [(file, basis), (other_set, basis)], WHITE)
 
 
 def test_a_slide_without_tiles_is_drawn(tmp_path, world):

@@ -8,8 +8,8 @@ import numpy as np
 from dinoscope.features.writers import FeatureFile
 from dinoscope.visualize.clusters import PALETTE, Clusters
 from dinoscope.visualize.page import FOOTER_PX, HEADER_PX, MARGIN_PX, Page, Panel, fitted, save_panels
-from dinoscope.visualize.pca_map import MapPainter, tiles_in_words
-from dinoscope.visualize.side_by_side import PANEL_PX, check_same_slide, in_rows
+from dinoscope.visualize.pca_map import MapPainter
+from dinoscope.visualize.side_by_side import PANEL_PX, check_same_slide, in_rows, tiles_of_all
 
 __all__ = ["draw_cluster_maps", "draw_examples"]
 
@@ -35,7 +35,8 @@ def draw_cluster_maps(
         FeaturesError: The files are of different slides.
     """
     painter = MapPainter(thumbnail, PANEL_PX)
-    file = check_same_slide([file for file, _, _ in models])
+    files = [file for file, _, _ in models]
+    file, tiles = check_same_slide(files), tiles_of_all(files)
     panels = [Panel(painter.canvas, "slide", "it was skipped" if painter.is_skipped(file.info) else " ")]
     for each, labels, clusters in models:
         found = len(np.unique(labels[labels >= 0]))
@@ -46,7 +47,7 @@ def draw_cluster_maps(
         output,
         in_rows(panels),
         title=slide_name or file.info.slide_id,
-        subtitle=f"Clusters of the features of {tiles_in_words(file)}; equal numbers of different models mean nothing",
+        subtitle=f"Clusters of the features of {tiles}; equal numbers of different models mean nothing",
         key=[(_hex(PALETTE[n]), f"cluster {n + 1}" if n == 0 else str(n + 1)) for n in range(most)],
         um_per_px=painter.um_per_px(file.info),
     )

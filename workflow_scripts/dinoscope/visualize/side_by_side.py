@@ -11,7 +11,7 @@ from dinoscope.visualize.color_basis import ColorBasis
 from dinoscope.visualize.page import COMPONENT_KEY, Panel, save_panels
 from dinoscope.visualize.pca_map import MapPainter, tiles_in_words
 
-__all__ = ["check_same_slide", "draw_comparison", "in_rows"]
+__all__ = ["check_same_slide", "draw_comparison", "in_rows", "tiles_of_all"]
 
 PANEL_PX = 720
 MAX_COLUMNS = 4
@@ -45,29 +45,37 @@ def draw_comparison(
         output,
         in_rows(panels),
         title=slide_name or file.info.slide_id,
-        subtitle=f"PCA of the features of {tiles_in_words(file)}; colours can be compared within a model, not between",
+        subtitle=f"PCA of the features of {tiles_of_all([file for file, _ in models])}; colours can be compared within a model, not between",
         key=COMPONENT_KEY,
         um_per_px=painter.um_per_px(file.info),
     )
 
 
 def check_same_slide(files: Sequence[FeatureFile]) -> FeatureFile:
-    """The first of the files, if all are of one slide and its tiles.
+    """The first of the files, if all are of one slide, and those of one tile set of the same tiles.
 
     Raises:
-        FeaturesError: They are of different slides or tiles.
+        FeaturesError: They are of different slides, or of tiles that were made again in between.
     """
-    first = files[0]
+    known: dict[tuple[int, float, int], FeatureFile] = {}
+    for file in files:
+        same_set = (file.info.tile_px, file.info.mpp, file.info.overlap_px)
+        other = known.setdefault(same_set, file)
+        for each in (files[0], other):
+            ours, theirs = each.info, file.info
+            if ours.slide_id != theirs.slide_id or (each is other and ours.manifest_hash != theirs.manifest_hash):
+                raise FeaturesError(
+                    f"the features of model {theirs.model!r} are of other tiles (slide {theirs.slide_id!r}, manifest "
+                    f"{theirs.manifest_hash[:8]}) than those of model {ours.model!r} (slide {ours.slide_id!r}, "
+                    f"manifest {ours.manifest_hash[:8]}); extract them again"
+                )
+    return files[0]
 
-    for file in files[1:]:
-        ours, theirs = ((each.info.slide_id, each.info.manifest_hash) for each in (first, file))
-        if ours != theirs:
-            raise FeaturesError(
-                f"the features of model {file.info.model!r} are of other tiles (slide {file.info.slide_id!r}, manifest "
-                f"{file.info.manifest_hash[:8]}) than those of model {first.info.model!r} (slide "
-                f"{first.info.slide_id!r}, manifest {first.info.manifest_hash[:8]}); extract them again"
-            )
-    return first
+
+def tiles_of_all(files: Sequence[FeatureFile]) -> str:
+    """Number and size of the tiles, if all models have the same."""
+    said = {tiles_in_words(file) for file in files}
+    return said.pop() if len(said) == 1 else "each model's tiles"
 
 
 def in_rows(panels: Sequence[Panel]) -> list[list[Panel | None]]:
