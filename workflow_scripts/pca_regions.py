@@ -17,6 +17,7 @@ from PIL import Image
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError, SlideError
 from dinoscope.files import atomic_path
+from dinoscope.slides.manifest import read_metadata
 from dinoscope.slides.reader import Slide
 from dinoscope.visualize.color_basis import BACKGROUNDS
 from dinoscope.visualize.overview import placeholder
@@ -32,14 +33,16 @@ def main() -> None:
     try:
         region = chosen_region(arguments)
         if region is None:
-            write_placeholders(arguments, "no tissue was found on this slide")
+            was_skipped = "error" in read_metadata(arguments.tiles)
+            words = "this slide cannot be read" if was_skipped else "no tissue was found on this slide"
+            write_placeholders(arguments, words)
             return
         draw(arguments, region, upsampler)
     except SlideError as error:
         if arguments.on_error == "fail":
             raise
         logging.warning("warning: %s", error)
-        write_placeholders(arguments, "this slide could not be read")
+        write_placeholders(arguments, "this slide cannot be read")
 
 
 def chosen_region(arguments: argparse.Namespace) -> Region | None:

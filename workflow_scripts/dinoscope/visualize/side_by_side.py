@@ -36,7 +36,8 @@ def draw_comparison(
         FeaturesError: The files are of different slides.
     """
     painter = MapPainter(thumbnail, PANEL_PX)
-    file = check_same_slide([file for file, _ in models])
+    files = [file for file, _ in models]
+    file, tiles = check_same_slide(files), tiles_of_all(files)
     panels = [Panel(painter.canvas, "slide", _size(file, painter))]
     for each, basis in models:
         explained = f"3 components explain {100 * basis.info['explained_by_top_3']:.0f} %"
@@ -45,7 +46,7 @@ def draw_comparison(
         output,
         in_rows(panels),
         title=slide_name or file.info.slide_id,
-        subtitle=f"PCA of the features of {tiles_of_all([file for file, _ in models])}; colours can be compared within a model, not between",
+        subtitle=f"PCA of the features of {tiles}; colours can be compared within a model, not between",
         key=COMPONENT_KEY,
         um_per_px=painter.um_per_px(file.info),
     )
