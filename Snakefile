@@ -3,7 +3,7 @@
 snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
 snakemake --cores all inspect          a look at all slides before anything expensive starts
-snakemake --cores all pretrain         one training run; likewise tiles, manifest, gram, export, features, pca, report
+snakemake --cores all pretrain         one training run; likewise tiles, gram, export, features, pca, clusters, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
 """
 
@@ -24,6 +24,7 @@ include: "rules/packing.smk"
 include: "rules/train.smk"
 include: "rules/export.smk"
 include: "rules/features.smk"
+include: "rules/pictures.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 

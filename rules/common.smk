@@ -15,6 +15,7 @@ os.environ.update(
 
 from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
+from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
 
@@ -22,6 +23,7 @@ PLAN = one_sentence(make_plan)(
     config, Path(workflow.basedir), check_files=workflow.is_main_process
 )
 SLIDES = SlideJobs(PLAN)
+PICTURES = PictureJobs(PLAN)
 
 if workflow.is_main_process:
     os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
@@ -290,6 +292,92 @@ def basis_features(wildcards):
     return expand(
         "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
     )
+
+
+def of_models(pattern):
+    """A file of each model, in their order."""
+    return expand(pattern, model=PLAN.models)
+
+
+@one_sentence
+def pictures(wildcards):
+    """All that rules/pictures.smk makes for people to look at."""
+    comparisons = expand("<results>/pca/compare/{slide}.png", slide=PLAN.feature_slides)
+    regions = expand(
+        "<results>/pca/regions/{region}/{picture}.png",
+        region=PICTURES.regions,
+        picture=["colors", "similarity"],
+    )
+    return [*comparisons, *regions, *cluster_pictures(wildcards)]
+
+
+@one_sentence
+def cluster_pictures(wildcards):
+    """Maps of the clusters of all slides, and examples by all models."""
+    if PLAN.config["pca"]["clusters"] is None:
+        return []
+    maps = expand("<results>/clusters/maps/{slide}.png", slide=PLAN.feature_slides)
+    return [*maps, *of_models("<results>/clusters/{model}/examples.png")]
+
+
+@one_sentence
+def shown_regions(wildcards):
+    """Names of the regions that are shown at the scale of cells."""
+    return list(PICTURES.regions)
+
+
+def of_region(function):
+    """The same input function for the slide of a region."""
+    return one_sentence(
+        lambda wildcards: function(PICTURES.wildcards(wildcards.region))
+    )
+
+
+@one_sentence
+def region_slide_id(wildcards):
+    """The slide that the region lies on."""
+    return PICTURES.region(wildcards.region).slide
+
+
+def region_slide_argument(wildcards, resources):
+    """The slide for the command line; no trigger, since the input is one."""
+    return slide_argument(PICTURES.wildcards(wildcards.region), resources)
+
+
+@one_sentence
+def region_tiles(wildcards):
+    """The tiles that tell where the slide's tissue is, for a region that is looked for."""
+    region = PICTURES.region(wildcards.region)
+    tiles = f"<results>/tiles/{PLAN.config['features']['set']}/{region.slide}.parquet"
+    return tiles if region.x is None else []
+
+
+@one_sentence
+def region_thumbnail(wildcards):
+    """The picture of the whole slide."""
+    return f"<results>/slides/{PICTURES.region(wildcards.region).slide}.jpg"
+
+
+@one_sentence
+def region_options(wildcards, resources):
+    """Arguments whose change redoes nothing: reader of other slides, and how errors are taken."""
+    slide = PICTURES.region(wildcards.region).slide
+    return [*SLIDES.options(slide), "--on-error", PLAN.config["slides"]["on_error"]]
+
+
+@one_sentence
+def region_arguments(wildcards, input):
+    """Arguments that say where to look."""
+    tiles = ["--tiles", str(input.tiles)] if input.tiles else []
+    return [*tiles, *PICTURES.arguments(wildcards.region)]
+
+
+def named_weights(wildcards, input):
+    """NAME=FILE of each model."""
+    return [
+        f"{model}={file}"
+        for model, file in zip(PLAN.models, input.weights, strict=True)
+    ]
 
 
 onsuccess:

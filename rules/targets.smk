@@ -8,6 +8,7 @@ localrules:
     export,
     features,
     pca,
+    clusters,
 
 
 rule inspect:
@@ -48,6 +49,12 @@ rule features:
 rule pca:
     input:
         pca_maps,
+        pictures,
+
+
+rule clusters:
+    input:
+        cluster_pictures,
 
 
 # Each run under its own name: training and the model that comes out of it.

@@ -18,7 +18,8 @@ from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
 WHOLE_DEMO = {
     "demo_slides": 1, "inspect_slide": 5, "slides_report": 1, "tile_slide": 5, "split_slides": 1, "slide_table": 1,
     "merge_manifest": 1, "initial_weights": 1, "train": 2, "convert": 2, "extract_features": 15,
-    "list_features": 3, "pca_fit": 3, "pca_map": 15, "plot_metrics": 2, "report": 1, "all": 1,
+    "list_features": 3, "pca_fit": 3, "pca_map": 15, "pca_compare": 5, "pca_region": 2, "cluster_fit": 3,
+    "cluster_map": 5, "cluster_examples": 3, "plot_metrics": 2, "report": 1, "all": 1,
 }  # fmt: skip
 
 
@@ -129,14 +130,14 @@ def test_what_changes_no_result_reruns_nothing(finished):
 
 def test_a_features_slide_plans_only_its_own_jobs(finished):
     add_slide(finished, "new [1]", "features")
-    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3}
+    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3, "pca_compare": 1, "cluster_map": 1}
     assert plan(finished)[0] == own | {"slides_report": 1, "slide_table": 1, "report": 1, "all": 1}
 
 
 def test_a_training_slide_leaves_finished_runs_and_colours_alone(finished):
     add_slide(finished, "new", "train,features")
     jobs, _ = plan(finished)
-    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3}
+    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3, "pca_compare": 1, "cluster_map": 1}
     joins = {"split_slides": 1, "merge_manifest": 1, "slides_report": 1, "slide_table": 1, "report": 1, "all": 1}
     assert jobs == own | joins
 
@@ -161,6 +162,10 @@ def test_changed_pooling_redoes_features_and_maps(finished):
         "list_features": 3,
         "pca_fit": 3,
         "pca_map": 15,
+        "pca_compare": 5,
+        "cluster_fit": 3,
+        "cluster_map": 5,
+        "cluster_examples": 3,
         "report": 1,
         "all": 1,
     }
@@ -172,8 +177,43 @@ def test_a_longer_run_goes_on_and_the_start_stays(finished):
     jobs, _ = plan(finished)
     assert jobs == {
         "train": 1, "convert": 1, "extract_features": 5, "list_features": 1, "pca_fit": 1, "pca_map": 5,
-        "plot_metrics": 1, "report": 1, "all": 1,
+        "pca_compare": 5, "pca_region": 2, "cluster_fit": 1, "cluster_map": 5, "cluster_examples": 1, "plot_metrics": 1,
+        "report": 1, "all": 1,
     }  # fmt: skip
+
+
+def test_a_region_of_the_config_is_a_job_of_its_own(finished):
+    places = [{"slide": "demo_he_2", "x": 300, "y": 400, "size_px": 512, "points": [[320, 410], [500, 600]]}]
+    change_config(finished, **{"pca.regions": places})
+    jobs, text = plan(finished, "--printshellcmds")
+    assert jobs == {"pca_region": 1, "report": 1, "all": 1}
+    assert "--region 300 400 512 0.5 --point 320 410 --point 500 600" in text
+    assert "--slide results/demo/demo_he_2.tiff --slide-id demo_he_2" in text
+    change_config(finished, **{"pca.regions": [], "pca.auto_regions": 1, "pca.clusters": None})
+    assert plan(finished)[0] == {"report": 1, "all": 1}
+
+
+def test_other_clusters_leave_colours_alone(finished):
+    change_config(finished, **{"pca.clusters": 5})
+    clusters = {"cluster_fit": 3, "cluster_map": 5, "cluster_examples": 3}
+    assert plan(finished)[0] == clusters | {"report": 1, "all": 1}
+    assert plan(finished, "clusters")[0] == clusters | {"clusters": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pca.regions": [{"slide": "demo_he_8", "x": 0, "y": 0}]}, "slide 'demo_he_8' is not in config/slides.tsv"),
+        ({"pca.regions": [{"slide": "demo_he_1", "x": 0}]}, "config: pca.regions.0.y is missing; give it: Upper edge"),
+        ({"pca.regions": 2 * [{"slide": "demo_he_1", "x": 0, "y": 1}]}, "lists demo_he_1_x0_y1_1024px twice"),
+        ({"pca.upsample": "featup"}, "pca.upsample is 'featup', but must be jbu, none or module:callable"),
+        ({"pca.clusters": 40}, "config: pca.clusters is 40, but must be at most 20"),
+        ({"runs.regions": {"recipe": "config/runs/tiny.yaml"}}, "runs.regions: this name is taken by a part of the"),
+    ],
+)
+def test_mistakes_about_pictures_are_explained(folder, changes, sentence):
+    change_config(folder, **changes)
+    assert_only_sentences(snakemake(folder, "--dry-run", check=False), sentence)
 
 
 def test_published_weights_are_an_input_of_the_start(finished):
