@@ -3,7 +3,7 @@
 snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
 snakemake --cores all inspect          a look at all slides before anything expensive starts
-snakemake --cores all pretrain         one training run; likewise tiles, manifest, gram, features, pca, report
+snakemake --cores all pretrain         one training run; likewise tiles, manifest, gram, features, pca, viewer, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
 """
 
@@ -23,6 +23,7 @@ include: "rules/slides.smk"
 include: "rules/packing.smk"
 include: "rules/train.smk"
 include: "rules/features.smk"
+include: "rules/viewer.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 
@@ -32,4 +33,5 @@ rule all:
     input:
         rules.report.output,
         pca_maps,
+        viewer_page,
         rules.slide_table.output,

@@ -282,6 +282,20 @@ def basis_features(wildcards):
     )
 
 
+@one_sentence
+def sampled_features(wildcards):
+    """Features that the viewer's sample of tiles is drawn from."""
+    slides = PLAN.sampled_slides(wildcards.model)
+    return expand(
+        "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
+    )
+
+
+def viewer_page(wildcards):
+    """The slide viewer, where it is wanted."""
+    return ["<results>/viewer/index.html"] if PLAN.config["viewer"]["enabled"] else []
+
+
 onsuccess:
     for note in [*PLAN.manifest_notes(), *SLIDES.closing_notes()]:
         print(f"note: {note}", file=sys.stderr)

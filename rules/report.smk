@@ -34,6 +34,7 @@ rule report:
         cards=expand("<results>/models/{model}/model.json", model=PLAN.models),
         curves=expand("<results>/plots/{run}.png", run=PLAN.trained_runs),
         maps=pca_maps,
+        viewer=viewer_page,
     output:
         page="<results>/report.html",
     log:

@@ -5,7 +5,7 @@
     python $build sample --features results/features/gram --output results/neighbours/gram.npz \\
         --script results/viewer/models/gram/sample.js
     python $build tiles --features results/features/gram/A.h5 --basis results/pca/gram \\
-        --sample results/neighbours/gram.npz --output results/viewer/models/gram/A.js
+        --sample results/neighbours/gram.npz --output results/viewer/models/gram/slides/A.js
     python $build page --pyramids results/viewer/slides/*/pyramid.js --models gram --bases results/pca/gram \\
         --output results/viewer/index.html
 
@@ -105,7 +105,7 @@ def add_tiles_arguments(parser: argparse.ArgumentParser) -> None:
     add("--neighbours", type=int, default=6, help="nearest tiles shown of each tile")
     add("--clusters", type=Path, metavar="SLIDE.npz", help="labels, one integer a tile, -1 for none")
     add("--cluster-legend", type=Path, metavar="F.json", help="colors ('#rrggbb') and names of the clusters")
-    add("--output", type=Path, required=True, metavar="MODEL/SLIDE.js", help="file to write")
+    add("--output", type=Path, required=True, metavar="MODEL/slides/SLIDE.js", help="file to write")
 
 
 def run_tiles(arguments: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ class App {
     slide = entry[0];
     const isNew = slide !== this.slide, other = isNew || model !== this.model;
     if (other) {
-      const held = tile ?? (isNew ? null : this.tileCorner(this.held));
+      const held = tile !== undefined ? tile : isNew ? null : this.tileCorner(this.held);
       Object.assign(this, { slide, model, hovered: -1, held: -1, tiles: null, overlay: null, sample: null });
       if (isNew) this.picture = null;
       tile = held;
@@ -46,7 +46,7 @@ class App {
       this.picture = await this.pictureOf(slide);
       if (number !== this.numShown) return;
       if (this.picture) {
-        this.camera.setSlide(this.picture.width, this.picture.height, 8 / this.picture.grain);
+        this.camera.setSlide(this.picture.width, this.picture.height, 5 / this.picture.grain);
         imageAt(this.picture.source(0, 0, 0), this.redraw);
         this.camera.fit();
       }
@@ -59,7 +59,7 @@ class App {
     this.moved(remember);
     if (other && model !== null) await this.loadModel(entry, number);
     if (number !== this.numShown) return;
-    if (tile) this.hold(this.tiles ? this.tiles.grid.at(tile[0], tile[1]) : -1);
+    if (tile !== undefined) this.hold(tile && this.tiles ? this.tiles.grid.at(tile[0], tile[1]) : -1);
     this.showControls();
     this.redraw();
   }
@@ -190,7 +190,7 @@ class App {
     for (const key of ["x", "y", "zoom"]) if (Number.isFinite(parseFloat(values.get(key)))) state[key] = parseFloat(values.get(key));
     if (state.x === undefined || state.y === undefined || !(state.zoom > 0)) ["x", "y", "zoom"].forEach(key => delete state[key]);
     const tile = (values.get("tile") ?? "").split(",").map(Number);
-    if (tile.length === 2 && tile.every(Number.isFinite)) state.tile = tile;
+    if (location.hash) state.tile = tile.length === 2 && tile.every(Number.isFinite) ? tile : null;
     return state;
   }
 

@@ -1,6 +1,6 @@
 """Clusters of tiles, as the viewer takes them; who made them and how does not matter here.
 
-SLIDE.npz      `labels`, integers (N,), one a tile in the order of the slide's feature file; −1: the tile is in no cluster
+SLIDE.npz      `labels`, integers (N,), one a tile in the order of the slide's feature file; −1: it is in no cluster
 clusters.json  `colors`, a list of "#rrggbb", one a cluster; optionally `names`, as many words
 """
 
@@ -77,6 +77,6 @@ def _read_legend(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         raise FeaturesError(f"{path}: no colours of clusters ({error!r}); make the clusters again") from error
     if not sound:
         raise FeaturesError(
-            f"{path}: colors must be a list of '#rrggbb' and names, where there are any, as many; make the clusters again"
+            f"{path}: colors must be a list of '#rrggbb' and names, if there are any, as many; make the clusters again"
         )
     return list(colors), [str(name) for name in names]

@@ -41,7 +41,7 @@ function load(kind, key, ...path) {
 /** Relative address of a file; names of slides may hold any character. */
 const address = (...path) => path.map(encodeURIComponent).join("/");
 const loadPyramid = slide => load("pyramid", slide, "slides", slide, "pyramid.js");
-const loadTiles = (model, slide) => load("tiles", `${model}/${slide}`, "models", model, `${slide}.js`);
+const loadTiles = (model, slide) => load("tiles", `${model}/${slide}`, "models", model, "slides", `${slide}.js`);
 const loadSample = model => load("sample", model, "models", model, "sample.js");
 
 function unpacked(text, Type = Uint8Array) {

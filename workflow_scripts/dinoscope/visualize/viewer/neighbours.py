@@ -22,7 +22,16 @@ from dinoscope.features.writers import FeatureFile, FeatureInfo, check_same_kind
 from dinoscope.files import atomic_path, write_json
 from dinoscope.visualize.pca import balanced_quotas
 
-__all__ = ["MAX_TILES", "NONE", "Neighbours", "TileSample", "draw_sample", "load_sample", "nearest_tiles", "save_sample"]
+__all__ = [
+    "MAX_TILES",
+    "NONE",
+    "Neighbours",
+    "TileSample",
+    "draw_sample",
+    "load_sample",
+    "nearest_tiles",
+    "save_sample",
+]
 
 MAX_TILES = 50_000  # numbers of tiles are stored in 16 bits
 NONE = 65_535  # in place of a tile's number where there are fewer neighbours than were asked for

@@ -1,9 +1,9 @@
 """The page of the slide viewer, which finds its data in files beside it.
 
-VIEWER/index.html                 the page: styles, program, names of slides and models
-VIEWER/slides/SLIDE/pyramid.js    and tiles/: the slide's picture (pyramid.py)
-VIEWER/models/MODEL/sample.js     tiles that neighbours are looked for among (neighbours.py)
-VIEWER/models/MODEL/SLIDE.js      a model's tiles on a slide (tiles.py)
+VIEWER/index.html                    the page: styles, program, names of slides and models
+VIEWER/slides/SLIDE/pyramid.js       and tiles/: the slide's picture (pyramid.py)
+VIEWER/models/MODEL/sample.js        tiles that neighbours are looked for among (neighbours.py)
+VIEWER/models/MODEL/slides/SLIDE.js  a model's tiles on a slide (tiles.py)
 
 The folder works wherever it is copied to. It names slides by slide_id alone and holds no paths.
 """
@@ -79,7 +79,7 @@ def _models_of(viewer: Path, slide_id: str, models: Mapping[str, Any]) -> list[i
     return [
         number
         for number, model in enumerate(models)
-        if (viewer / "models" / model / f"{slide_id}.js").is_file()
+        if (viewer / "models" / model / "slides" / f"{slide_id}.js").is_file()
     ]
 
 

@@ -4,8 +4,8 @@ SLIDE/pyramid.js            size, resolution and which tiles there are; written 
 SLIDE/tiles/{z}/{x}_{y}.jpg squares of 512 px; at z = 0 one of them holds the whole slide, each z is twice as fine
 
 A tile of the finest z covers a whole number of level-0 pixels (`footprint`), so that tile (x, y) of z begins exactly at
-level-0 pixel (x, y) · footprint · 2^(finest − z). Tiles of one colour (bare glass) are left out. Coarser tiles are means
-of finer ones, made on the way, so that the slide is read once and memory holds a few tiles only.
+level-0 pixel (x, y) · footprint · 2^(finest − z). Tiles of one colour (bare glass) are left out. Coarser tiles are
+means of finer ones, made on the way, so that the slide is read once and memory holds a few tiles only.
 """
 
 import logging
@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 
 from dinoscope.slides.reader import Slide
+from dinoscope.slides.resample import resample_square
 from dinoscope.visualize.viewer.scripts import write_script
 
 __all__ = ["TILE_PX", "Layout", "plan_layout", "write_placeholder", "write_pyramid"]
@@ -158,9 +159,13 @@ class _Builder:
         return tuple(np.rint(np.median(self.blanks, axis=0)).astype(int)) if self.blanks else self.slide.background
 
     def _read(self, x: int, y: int) -> np.ndarray:
-        side = self.layout.footprint
-        read_px = round(side / self.slide.level_downsamples[self.layout.level])
-        return self.slide.read_tile(x * side, y * side, self.layout.level, read_px, TILE_PX, side)
+        """A finest tile; `Slide.read_tile` would move one that reaches far over the slide's edge inwards."""
+        level, side = self.layout.level, self.layout.footprint
+        downsample = self.slide.level_downsamples[level]
+        spans = [_span(index * side / downsample, side / downsample, downsample) for index in (x, y)]
+        (left, columns, from_x), (top, rows, from_y) = spans
+        region = self.slide.read_region(left, top, level, columns, rows)
+        return resample_square(region, from_x, from_y, side / downsample, TILE_PX, averages=level > 0)
 
     def _mean_of_four(self, z: int, x: int, y: int) -> np.ndarray:
         canvas = np.empty((2 * TILE_PX, 2 * TILE_PX, 3), np.uint8)
@@ -181,3 +186,14 @@ class _Builder:
         (self.folder / str(z) / f"{x}_{y}.jpg").write_bytes(data)
         self.present[z].append((x, y))
         self.num_bytes += len(data)
+
+
+def _span(start: float, side: float, downsample: float) -> tuple[int, int, float]:
+    """What to read for a level's pixels from `start` to `start + side`.
+
+    Returns:
+        First pixel in level-0 pixels, number of pixels, and where among them `start` is.
+    """
+    level0 = math.floor(math.floor(start + 1e-6) * downsample + 1e-6)
+    begin = level0 / downsample
+    return level0, math.ceil(start + side - begin - 1e-6), start - begin

@@ -1,7 +1,7 @@
 """Data as JavaScript files: all that a page which was opened from disk may load besides pictures.
 
-Browsers let such a page read no other file (no fetch, no XMLHttpRequest), but they run scripts. So each file is one call,
-`viewerData(KIND, KEY, {…})`, of a function of the page. Numbers are base64 of little-endian arrays.
+Browsers let such a page read no other file (no fetch, no XMLHttpRequest), but they run scripts. So each file is one
+call, `viewerData(KIND, KEY, {…})`, of a function of the page. Numbers are base64 of little-endian arrays.
 """
 
 import base64

@@ -26,7 +26,7 @@ def write_tiles_script(
     """Writes the data of one model's tiles on one slide.
 
     Args:
-        output: The script, MODEL/SLIDE.js.
+        output: The script, MODEL/slides/SLIDE.js.
         file: The slide's features.
         basis: The colour space of the model.
         sample: Tiles of the collection to look for neighbours among, of the same model.
