@@ -24,7 +24,7 @@ class Panel {
     this.found = [];
     if (tile < 0 || !tiles) return;
     document.getElementById("release").hidden = app.held !== tile;
-    document.getElementById("tile-title").textContent = app.held === tile ? "Tile, held" : "Tile";
+    document.getElementById("tile-title").textContent = app.held === tile ? "Held tile" : "Tile";
     this.sayFacts(tile);
     this.found = app.sample ? tiles.neighbours(tile, this.elsewhere.checked) : [];
     this.listNeighbours();

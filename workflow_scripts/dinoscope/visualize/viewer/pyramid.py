@@ -165,17 +165,21 @@ class _Builder:
         spans = [_span(index * side / downsample, side / downsample, downsample) for index in (x, y)]
         (left, columns, from_x), (top, rows, from_y) = spans
         region = self.slide.read_region(left, top, level, columns, rows)
-        return resample_square(region, from_x, from_y, side / downsample, TILE_PX, averages=level > 0)
+        tile = resample_square(region, from_x, from_y, side / downsample, TILE_PX, averages=level > 0)
+        columns, rows = (self.layout.width - x * side), (self.layout.height - y * side)
+        return _filled(tile, columns * TILE_PX // side, rows * TILE_PX // side)
 
     def _mean_of_four(self, z: int, x: int, y: int) -> np.ndarray:
         canvas = np.empty((2 * TILE_PX, 2 * TILE_PX, 3), np.uint8)
-        canvas[:] = self.slide.background
+        columns = rows = 0
         for row in range(2):
             for column in range(2):
                 tile = self.build(z + 1, 2 * x + column, 2 * y + row)
                 if tile is not None:
                     top, left = row * TILE_PX, column * TILE_PX
                     canvas[top : top + TILE_PX, left : left + TILE_PX] = tile
+                    columns, rows = max(columns, left + TILE_PX), max(rows, top + TILE_PX)
+        _filled(canvas, columns, rows)
         return cv2.resize(canvas, (TILE_PX, TILE_PX), interpolation=cv2.INTER_AREA)
 
     def _save(self, tile: np.ndarray, z: int, x: int, y: int) -> None:
@@ -197,3 +201,11 @@ def _span(start: float, side: float, downsample: float) -> tuple[int, int, float
     level0 = math.floor(math.floor(start + 1e-6) * downsample + 1e-6)
     begin = level0 / downsample
     return level0, math.ceil(start + side - begin - 1e-6), start - begin
+
+
+def _filled(tile: np.ndarray, columns: int, rows: int) -> np.ndarray:
+    """Repeats the last whole column and row of the slide to the end of a tile, so that glass stays of one colour."""
+    columns, rows = max(columns, 1), max(rows, 1)
+    tile[:, columns:] = tile[:, columns - 1 : columns]
+    tile[rows:] = tile[rows - 1 : rows]
+    return tile
