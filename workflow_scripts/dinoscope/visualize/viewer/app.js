@@ -86,9 +86,9 @@ class App {
   /** Goes to a tile of any slide and holds it; the browser's Back leads back. */
   goTo(slide, x, y) {
     const side = this.tiles?.side ?? 0, middle = [x + side / 2, y + side / 2];
-    this.remember(true);
+    this.remember();
     const mpp = this.picture.mpp / this.camera.scale, large = this.tiles.tilePx * this.tiles.mpp / 90;
-    this.hold(-1);
+    this.held = -1;  // not hold(-1), which the address would remember
     return this.show({ slide, x: middle[0], y: middle[1], zoom: Math.min(mpp, large), tile: middle }, true);
   }
 
