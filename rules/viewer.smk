@@ -28,7 +28,7 @@ rule viewer_pyramid:
         mpp=PLAN.config["viewer"]["mpp"],
     shell:
         "python {params.script:q} pyramid --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.slide_mpp:q}"
-        " {params.reader:q} {params.options:q} --on-error {params.on_error} --mpp {params.mpp} --output {output.pyramid:q}"
+        " {params.reader:q} {params.options:q} --on-error {params.on_error:q} --mpp {params.mpp:q} --output {output.pyramid:q}"
         " > {log:q} 2>&1"
 
 
@@ -69,7 +69,7 @@ rule viewer_sample:
         max_tiles=PLAN.config["viewer"]["max_tiles"],
         seed=PLAN.config["viewer"]["seed"],
     shell:
-        "python {params.script:q} sample --features @{input.list:q} --max-tiles {params.max_tiles} --seed {params.seed}"
+        "python {params.script:q} sample --features @{input.list:q} --max-tiles {params.max_tiles:q} --seed {params.seed}"
         " --output {output.arrays:q} --script {output.script:q} > {log:q} 2>&1"
 
 
@@ -97,7 +97,7 @@ rule viewer_tiles:
         neighbours=PLAN.config["viewer"]["neighbours"],
     shell:
         "python {params.script:q} tiles --features {input.features:q} --basis {params.folder:q} --sample {input.sample:q}"
-        " --neighbours {params.neighbours} --output {output.tiles:q} > {log:q} 2>&1"
+        " --neighbours {params.neighbours:q} --output {output.tiles:q} > {log:q} 2>&1"
 
 
 rule viewer:
