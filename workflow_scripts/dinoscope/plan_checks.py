@@ -30,9 +30,9 @@ BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
     "all", "convert", "demo_slides", "extract_features", "features", "initial_weights", "inspect", "inspect_slide",
-    "list_features", "list_sampled", "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_fit", "pca_map",
-    "plot_metrics", "report", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train", "viewer",
-    "viewer_pyramid", "viewer_sample", "viewer_tiles",
+    "list_features", "list_sampled", "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_fit",
+    "pca_map", "plot_metrics", "report", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train",
+    "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
 )  # fmt: skip
 
 _CROPS = ("crops.global_crops_size", "crops.local_crops_size", "crops.gram_teacher_crops_size")

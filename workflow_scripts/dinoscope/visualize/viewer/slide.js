@@ -118,16 +118,20 @@ class SlidePicture {
     }
     await Promise.all(parts.map(({ entry }) => entry.done));
     if (canvas.ticket !== ticket) return;
-    canvas.width = canvas.height = pixels;
-    const context = canvas.getContext("2d"), scale = pixels / side;
-    context.fillStyle = this.background;
-    context.fillRect(0, 0, pixels, pixels);
-    context.imageSmoothingQuality = "high";
+    // put together pixel by pixel first, since tiles that are enlarged one by one leave seams
+    const grain = span / this.tilePx, [left, top] = [x, y].map(value => Math.floor(value / grain));
+    const joined = document.createElement("canvas");
+    joined.width = Math.ceil((x + side) / grain) - left;
+    joined.height = Math.ceil((y + side) / grain) - top;
+    const joining = joined.getContext("2d"), context = canvas.getContext("2d");
+    joining.fillStyle = this.background;
+    joining.fillRect(0, 0, joined.width, joined.height);
     for (const { column, row, entry } of parts) {
-      if (!entry.ready) continue;
-      const place = [column * span - x, row * span - y, (column + 1) * span - x, (row + 1) * span - y].map(value => Math.round(value * scale));
-      context.drawImage(entry.image, place[0], place[1], place[2] - place[0], place[3] - place[1]);
+      if (entry.ready) joining.drawImage(entry.image, column * this.tilePx - left, row * this.tilePx - top);
     }
+    canvas.width = canvas.height = pixels;
+    context.imageSmoothingQuality = "high";
+    context.drawImage(joined, x / grain - left, y / grain - top, side / grain, side / grain, 0, 0, pixels, pixels);
     canvas.dataset.shows = `${this.slide} ${x} ${y}`;
   }
 }
