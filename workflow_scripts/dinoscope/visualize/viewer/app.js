@@ -181,7 +181,9 @@ class App {
     if (this.held >= 0) state.tile = this.tileCorner(this.held).map(Math.round).join();
     const hash = "#" + Object.entries(state).map(([key, value]) => `${key}=${encodeURIComponent(value)}`).join("&");
     if (hash === location.hash) return;
-    history[isStep ? "pushState" : "replaceState"](null, "", hash);
+    try {
+      history[isStep ? "pushState" : "replaceState"](null, "", hash);
+    } catch {}  // some browsers allow so many a minute: then the address lags behind
   }
 
   stateOfAddress() {
