@@ -1,5 +1,6 @@
 """A viewer of one very large slide, painted when it is read, for tests of speed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -25,10 +26,8 @@ class PaintedSlide(SimpleNamespace):
 
 def build_painted_viewer(folder, columns, rows, tile, mpp):
     """A viewer of a slide that tiles cover in so many columns and rows, each with made-up neighbours."""
-    from dataclasses import replace
-
     viewer, width, height = folder / "viewer", columns * tile, rows * tile
-    slide = PaintedSlide(slide_id="large", width=width, height=height, mpp=mpp, level_downsamples=(1.0,))
+    slide = PaintedSlide(slide_id="large", width=width, height=height, mpp=mpp, level_downsamples=(1.0, 8.0))
     slide.background = (255, 255, 255)
     write_pyramid(slide, viewer / "slides" / "large" / "pyramid.js", 4.0)
     coords, rng = grid_coords(columns, rows, tile), np.random.default_rng(0)

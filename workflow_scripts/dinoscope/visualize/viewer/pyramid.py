@@ -89,6 +89,8 @@ def write_pyramid(slide: Slide, output: str | os.PathLike[str], mpp: float) -> N
     output.unlink(missing_ok=True)
     folder = output.parent / "tiles"
     partial = output.parent / f".tiles.{os.getpid()}.partial"
+    for abandoned in output.parent.glob(".tiles.*.partial"):  # by a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
     try:
         builder = _Builder(slide, layout, partial)
         builder.build(0, 0, 0)
