@@ -206,6 +206,20 @@ def run_packed(wildcards):
     return kept_by_finished(f"<results>/packed/{run.tile_set}/index.json", wildcards)
 
 
+@one_sentence
+def sampled_features(wildcards):
+    """Features that the viewer's sample of tiles is drawn from."""
+    slides = PLAN.sampled_slides(wildcards.model)
+    return expand(
+        "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
+    )
+
+
+def viewer_page(wildcards):
+    """The slide viewer, where it is wanted."""
+    return ["<results>/viewer/index.html"] if PLAN.config["viewer"]["enabled"] else []
+
+
 def run_weights(wildcards):
     """What the run starts from, unless it continues another."""
     return kept_by_finished("<results>/models/base/teacher.pth", wildcards)
@@ -280,20 +294,6 @@ def basis_features(wildcards):
     return expand(
         "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
     )
-
-
-@one_sentence
-def sampled_features(wildcards):
-    """Features that the viewer's sample of tiles is drawn from."""
-    slides = PLAN.sampled_slides(wildcards.model)
-    return expand(
-        "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
-    )
-
-
-def viewer_page(wildcards):
-    """The slide viewer, where it is wanted."""
-    return ["<results>/viewer/index.html"] if PLAN.config["viewer"]["enabled"] else []
 
 
 onsuccess:
