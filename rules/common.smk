@@ -209,6 +209,20 @@ def run_packed(wildcards):
     return kept_by_finished(f"<results>/packed/{run.tile_set}/index.json", wildcards)
 
 
+@one_sentence
+def sampled_features(wildcards):
+    """Features that the viewer's sample of tiles is drawn from."""
+    slides = PLAN.sampled_slides(wildcards.model)
+    return expand(
+        "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
+    )
+
+
+def viewer_page(wildcards):
+    """The slide viewer, where it is wanted."""
+    return ["<results>/viewer/index.html"] if PLAN.config["viewer"]["enabled"] else []
+
+
 def run_weights(wildcards):
     """What the run starts from, unless it continues another."""
     return kept_by_finished("<results>/models/base/teacher.pth", wildcards)
@@ -318,6 +332,25 @@ def cluster_pictures(wildcards):
         return []
     maps = expand("<results>/clusters/maps/{slide}.png", slide=PLAN.feature_slides)
     return [*maps, *of_models("<results>/clusters/{model}/examples.png")]
+
+
+def viewer_clusters(wildcards):
+    """Clusters of a slide's tiles by a model, and their colours; nothing where none are made."""
+    if PLAN.config["pca"]["clusters"] is None:
+        return []
+    return [
+        f"<results>/clusters/{wildcards.model}/labels/{wildcards.slide}.npz",
+        f"<results>/clusters/{wildcards.model}/clusters.json",
+    ]
+
+
+def viewer_cluster_options(wildcards, input):
+    """The same for the command line."""
+    return (
+        ["--clusters", input.clusters[0], "--cluster-legend", input.clusters[1]]
+        if input.clusters
+        else []
+    )
 
 
 @one_sentence

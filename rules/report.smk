@@ -35,6 +35,7 @@ rule report:
         curves=expand("<results>/plots/{run}.png", run=PLAN.trained_runs),
         maps=pca_maps,
         pictures=pictures,
+        viewer=viewer_page,
     output:
         page="<results>/report.html",
     log:

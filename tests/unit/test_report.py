@@ -196,6 +196,15 @@ def test_the_words_say_what_happened(page, whole):
     assert "480" in page.words and "torch" in page.words and "Python" in page.words
 
 
+def test_the_viewer_is_linked_where_there_is_one(tmp_path, results):
+    build_report(results, MODELS, RUNS, tmp_path / "report.html")
+    assert not any("viewer" in reference for reference in Page(tmp_path / "report.html").references)
+    (results / "viewer").mkdir()
+    (results / "viewer" / "index.html").touch()
+    build_report(results, MODELS, RUNS, tmp_path / "report.html")
+    assert "viewer/index.html" in Page(tmp_path / "report.html").references
+
+
 def test_no_path_or_name_gets_in(page, whole):
     text = (whole.parent / "report.html").read_text()
     for secret in (*SECRETS, str(whole), str(Path.home())):

@@ -23,6 +23,7 @@ from dinoscope.files import read_json
 from dinoscope.models.weights import load_backbone
 from dinoscope.slides.manifest import read_metadata, read_tiles
 from dinoscope.train.metrics import read_metrics
+from dinoscope.visualize.viewer.scripts import read_script
 from snakemake_runs import COMMAND, plan, snakemake
 
 pytestmark = pytest.mark.slow
@@ -221,7 +222,22 @@ def test_the_report_is_self_contained(finished):
     slides, regions = len(SLIDES) * (2 + len(MODELS)), 2 * 2
     pictures = slides + regions + len(MODELS) + 1
     assert len(re.findall(r'src="data:image/', page)) == pictures
-    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert not re.search(r'(src|href)="(?!data:|#|viewer/index.html")', page)
+
+
+def test_the_viewer_has_all_slides_and_models(finished):
+    viewer = finished / "results" / "viewer"
+    page = (viewer / "index.html").read_text(encoding="utf-8")
+    contents = json.loads(re.search(r"const CONTENTS = (.*);", page).group(1))
+    assert contents["slides"] == [[slide, list(range(len(MODELS)))] for slide in SLIDES]
+    assert {model["name"] for model in contents["models"]} == set(MODELS)
+    for slide in SLIDES:
+        pyramid = read_script(viewer / "slides" / slide / "pyramid.js")[2]
+        assert pyramid["present"][0] == "1" and (viewer / "slides" / slide / "tiles" / "0" / "0_0.jpg").is_file()
+        for model in MODELS:
+            tiles = read_script(viewer / "models" / model / "slides" / f"{slide}.js")[2]
+            with h5py.File(finished / "results" / "features" / model / f"{slide}.h5") as file:
+                assert tiles["count"] == len(file["coords"])
 
 
 def test_results_tell_nothing_of_where_they_were_made(finished):

@@ -79,6 +79,7 @@ def build_report(
     environment.filters.update(thousands=_thousands, percent=_percent, number=_number, as_yaml=_as_yaml)
     html = environment.get_template("report.html.j2").render(
         data=data,
+        viewer="viewer/index.html" if (results / "viewer" / "index.html").is_file() else None,
         date=datetime.date.today().isoformat(),
         summary=summary_sentences(data),
         rows=[
