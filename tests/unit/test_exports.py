@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dinoscope.errors import ConfigError, WeightsError
 from dinoscope.export import formats, onnx_model, verify
 from dinoscope.export.formats import export_model
 from dinoscope.export.timm_model import timm_name
-from dinoscope.files import read_json, write_json
+from dinoscope.files import atomic_folder, read_json, write_json
+from dinoscope.models.card import license_note
 from dinoscope.models.foreign import TIMM, to_foreign
 from dinoscope.models.registry import ARCHS, ViTSettings, ffn_hidden
 from dinoscope.models.vit import DinoVisionTransformer
@@ -193,6 +196,34 @@ def test_a_published_file_has_the_license_in_its_export(tmp_path: Path) -> None:
     assert card["mean"] == [0.485, 0.456, 0.406]
 
 
+@pytest.mark.parametrize("format", ["hf", "timm"])
+def test_no_license_is_claimed_where_nothing_tells_the_origin(tmp_path: Path, format: str) -> None:
+    """A teacher.pth that was copied without its model.json may come from a seed, and so may an export of it."""
+    require({"hf": "transformers", "timm": "timm"}[format])
+    path = teacher(tmp_path / "ours")
+    path.with_name("model.json").unlink()
+    export_model(path, format, tmp_path / "once")
+    (tmp_path / "once" / "model.json").unlink()
+    export_model(tmp_path / "once", format, tmp_path / "twice")
+    for folder in ("once", "twice"):
+        assert "Derived from weights published by Meta" not in (tmp_path / folder / "README.md").read_text()
+        assert "license_name" not in (tmp_path / folder / "README.md").read_text()
+    card = read_json(tmp_path / "twice" / "model.json")
+    assert card["origin"] == "not recorded"
+    assert card["license_note"].startswith("If the training started from weights published by Meta")
+
+
+@pytest.mark.parametrize(("origin", "words"), [
+    ("published weights", "Derived from"), (None, "If the training"), ("not recorded", "If the training"),
+    ("random initialisation, distilled from published weights", "Derived from"),
+    ("random initialisation, distilled from not recorded", "If the training"),
+    ("not recorded, distilled from published weights", "Derived from"), ("random initialisation, seed 0", None),
+])  # fmt: skip
+def test_the_license_note_follows_all_of_the_origin(origin: str | None, words: str | None) -> None:
+    note = license_note(origin)
+    assert note is None if words is None else note.startswith(words)
+
+
 # Hugging Face
 
 
@@ -223,12 +254,37 @@ def test_images_are_prepared_as_ours(tmp_path: Path, backend: str) -> None:
     if backend == "torchvision":
         require("torchvision")
     export_model(teacher(tmp_path / "ours"), "hf", tmp_path / "hf")
-    tile = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     processor = library.AutoImageProcessor.from_pretrained(tmp_path / "hf", backend=backend)
-    found = processor(Image.fromarray(tile), return_tensors="np")["pixel_values"][0]
-    expected = (tile / 255 - [0.7, 0.5, 0.6]) / [0.2, 0.25, 0.3]
-    np.testing.assert_allclose(found, expected.transpose(2, 0, 1), atol=1e-6)
-    assert processor(Image.fromarray(tile[:100, :180]), return_tensors="np")["pixel_values"].shape == (1, 3, 224, 224)
+    model, ours = in_transformers(tmp_path / "hf"), load_backbone(tmp_path / "ours" / "teacher.pth")
+    for size in ((224, 224), (256, 256), (144, 144), (96, 176)):
+        tile = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        found = processor(Image.fromarray(tile), return_tensors="pt")["pixel_values"]
+        expected = ((tile / 255 - [0.7, 0.5, 0.6]) / [0.2, 0.25, 0.3]).transpose(2, 0, 1)[None]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        features = model(found).pooler_output
+        assert relative_error(features, ours(torch.from_numpy(expected).float())) < 1e-5
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"do_resize": True}, r"makes images of \[224, 224\] px of \[144, 256\] px"),
+    ({"image_mean": [0.7, 0.5, 0.61]}, "normalises images otherwise: by up to"),
+])  # fmt: skip
+def test_a_processor_with_other_images_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, sentence: str
+) -> None:
+    require("transformers")
+    write = formats.write_hugging_face
+
+    def wrong(model: Any, folder: Path) -> dict:
+        said = write(model, folder)
+        path = folder / "preprocessor_config.json"
+        write_json(path, read_json(path) | changes)
+        return said
+
+    monkeypatch.setattr(formats, "write_hugging_face", wrong)
+    with pytest.raises(WeightsError, match=sentence):
+        export_model(teacher(tmp_path / "ours"), "hf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_hugging_face_needs_no_torchvision(tmp_path: Path) -> None:
@@ -440,8 +496,7 @@ def test_an_export_is_exported_again(tmp_path: Path) -> None:
     """From one library's format to the other's, and over what an earlier export has left."""
     require("transformers"), require("timm")
     export_model(teacher(tmp_path / "ours", DEMO), "hf", tmp_path / "hf")
-    (tmp_path / "timm").mkdir()
-    (tmp_path / "timm" / "preprocessor_config.json").touch()
+    shutil.copytree(tmp_path / "hf", tmp_path / "timm")
     export_model(tmp_path / "hf", "timm", tmp_path / "timm")
     assert not (tmp_path / "timm" / "preprocessor_config.json").exists()
     images = random_images(2, 48, 64)
@@ -481,6 +536,119 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
         export_model(tmp_path / "nothing.pth", "hf", tmp_path / "thesis.tex")
 
 
+def test_a_folder_that_no_export_has_made_is_left_alone(tmp_path: Path) -> None:
+    """Somebody else's model has the very names of an export."""
+    library = require("transformers")
+    path = teacher(tmp_path / "ours")
+    export_model(path, "hf", tmp_path / "hf")
+    library.utils.logging.disable_progress_bar()
+    in_transformers(tmp_path / "hf").save_pretrained(tmp_path / "theirs")
+    for name in ("README.md", "verification.json", "model.json"):  # the names tell nothing, nor does damaged JSON
+        (tmp_path / "theirs" / name).write_text("[1, 2")
+        with pytest.raises(ConfigError, match=r"theirs holds README\.md, which no export has left there"):
+            export_model(path, "timm", tmp_path / "theirs")
+    assert in_transformers(tmp_path / "theirs") is not None
+
+
+def test_weights_are_not_replaced_by_their_export(tmp_path: Path) -> None:
+    require("transformers"), require("timm")
+    export_model(teacher(tmp_path / "ours"), "hf", tmp_path / "hf")
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "link").symlink_to("hf")
+    linked = tmp_path / "linked"  # as in the cache of Hugging Face
+    shutil.copytree(tmp_path / "hf", linked)
+    (linked / "model.safetensors").rename(tmp_path / "blobs" / "4f2a")
+    (linked / "model.safetensors").symlink_to("../blobs/4f2a")
+    for weights, output in (("hf", "hf"), ("hf/model.safetensors", "hf"), ("hf", "link"), ("linked", "linked")):
+        with pytest.raises(ConfigError, match=rf"{output} holds the weights .*{weights}.* give another folder"):
+            export_model(tmp_path / weights, "timm", tmp_path / output)
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+    assert (linked / "model.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("left", ["README.md", "verification.json", "model.json"])
+def test_what_desktops_leave_and_snakemake_removes_is_no_obstacle(tmp_path: Path, left: str) -> None:
+    require("transformers")
+    path, folder = teacher(tmp_path / "ours"), tmp_path / "hf"
+    export_model(path, "hf", folder)
+    for entry in folder.iterdir():
+        if entry.name != left:
+            entry.unlink()
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._model.json"):
+        (folder / name).touch()
+    export_model(path, "hf", folder)
+    assert (folder / "model.safetensors").is_file()
+    assert not (folder / ".DS_Store").exists()
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "place").mkdir(parents=True)
+    (tmp_path / "disk" / "place" / "old").touch()
+    (tmp_path / "link").symlink_to("disk/place")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "disk", "disk/place", "disk/place/new", "link"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["hf", "timm"])
+def test_tensors_that_came_out_otherwise_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """One that features do not depend on to the tolerance, so that verification would let it pass."""
+    require({"hf": "transformers", "timm": "timm"}[format])
+    path = teacher(tmp_path / "ours")
+    name = {"hf": "write_hugging_face", "timm": "write_timm"}[format]
+    write = getattr(formats, name)
+
+    def wrong(model: Any, folder: Path) -> dict:
+        said = write(model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1e-6}, folder / "model.safetensors")
+        return said
+
+    monkeypatch.setattr(formats, name, wrong)
+    with pytest.raises(WeightsError, match="tensors read back are not those that were written"):
+        export_model(path, format, tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ours"]
+
+
+def test_a_place_where_no_folder_can_be_is_named(tmp_path: Path) -> None:
+    require("transformers")
+    path = teacher(tmp_path / "ours")
+    for output in (path / "hf", path / "below" / "hf"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(str(output))} cannot be written \(.*teacher\.pth"):
+            export_model(path, "hf", output)
+
+
+@pytest.mark.parametrize("limit", [200, 20_000], ids=["JSON", "weights"])
+@pytest.mark.parametrize("format", ["hf", "timm", "onnx"])
+def test_a_full_disk_is_said_in_a_sentence(tmp_path: Path, format: str, limit: int) -> None:
+    """The system refuses larger files than `limit` bytes, as it does when a disk is full."""
+    for library in {"hf": ["transformers"], "timm": ["timm"], "onnx": ["onnxscript", "onnxruntime"]}[format]:
+        require(library)
+    lines = f"""
+        import resource
+        from dinoscope.cli import run_script
+        from dinoscope.export.formats import export_model
+        from other_libraries import require
+        require("timm")
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        run_script(lambda: export_model("ours/teacher.pth", "{format}", "out"))
+    """
+    teacher(tmp_path / "ours")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    code = [sys.executable, "-c", textwrap.dedent(lines)]
+    done = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: out cannot be written ("), done.stderr
+    assert "Traceback" not in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ours"]
+
+
 # README.md
 
 
@@ -494,8 +662,9 @@ def test_the_lines_in_the_readme_give_our_features(
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = readme.split("## Use the model elsewhere")[1].split("\n## ")[0]
     snippets = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    tile = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    Image.fromarray(tile).save(tmp_path / "tile.png")
+    tile = np.random.default_rng(0).integers(0, 256, (144, 256, 3), dtype=np.uint8)
+    opaque = np.full((144, 256, 1), 255, dtype=np.uint8)
+    Image.fromarray(np.concatenate((tile, opaque), axis=2)).save(tmp_path / "tile.png")  # RGBA
     path = teacher(tmp_path / "ours")
     for format in ("hf", "timm"):
         export_model(path, format, tmp_path / "results" / "models" / "gram" / format)

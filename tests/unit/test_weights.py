@@ -15,12 +15,17 @@ from safetensors.torch import save_file
 
 from dinoscope.config import StudentConfig
 from dinoscope.errors import WeightsError
+from dinoscope.export.convert import write_initial_weights
 from dinoscope.export.describe import describe_fit
-from dinoscope.files import write_json
+from dinoscope.export.model_files import write_model
+from dinoscope.files import read_json, write_json
+from dinoscope.models.card import backbone_card
+from dinoscope.models.foreign import HUGGING_FACE, to_foreign
 from dinoscope.models.registry import ARCHS, ViTSettings, settings_from_config
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import load_backbone, read_model_file, state_digest
 from dinoscope.recipe import load_recipe, resolve_recipe
+from dinoscope.train.starting import Start
 
 REPOSITORY = Path(__file__).parents[2]
 PUBLISHED = ViTSettings(
@@ -84,6 +89,85 @@ def test_the_card_tells_what_no_tensor_can(model: DinoVisionTransformer, tmp_pat
     write_json(tmp_path / "model.json", card | {"backbone": settings.as_dict() | {"depth": 7}})
     with pytest.raises(WeightsError, match=r"tensors say depth = 2, but model\.json says 7"):
         load_backbone(tmp_path / "teacher.pth")
+
+
+def test_the_teacher_is_taken_of_several_networks(model: DinoVisionTransformer, tmp_path: Path) -> None:
+    """As `convert_checkpoint.py --branch all` writes them."""
+    teacher = exported(model)["teacher"]
+    student = {name: torch.zeros_like(tensor) for name, tensor in teacher.items()}
+    networks = {"teacher": teacher, "student": student, "gram_teacher": {"backbone.cls_token": torch.ones(1)}}
+    flat = {f"{network}.{name}": tensor for network, state in networks.items() for name, tensor in state.items()}
+    save_file(flat, tmp_path / "all.safetensors")
+    torch.save(networks, tmp_path / "all.pth")
+    image = torch.randn(2, 3, 48, 32)
+    for name in ("all.safetensors", "all.pth"):
+        file = read_model_file(tmp_path / name)
+        assert torch.equal(load_backbone(tmp_path / name)(image), model(image))
+        assert set(file.heads) == {"dino_head", "ibot_head"}
+        assert (file.kind, file.origin) == ("teacher export", "not recorded")
+    refused = {
+        "half": {name: tensor for name, tensor in flat.items() if not name.startswith("teacher.ibot_head.")},
+        "more": flat | {"teacher.optimizer": torch.ones(2)},
+        "distilled": flat | {"model_ema.backbone.cls_token": torch.ones(1)},  # then the teacher is another model
+    }
+    for name, tensors in refused.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(WeightsError, match="whole training state"):
+            read_model_file(tmp_path / f"{name}.safetensors")
+
+
+def test_the_origin_is_what_the_card_or_else_the_kind_tells(model: DinoVisionTransformer, tmp_path: Path) -> None:
+    torch.save(exported(model), tmp_path / "teacher.pth")
+    torch.save(flat(model), tmp_path / "flat.pth")
+    save_file(flat(model), tmp_path / "flat.safetensors", {"format": "pt"})
+    write_model(tmp_path / "ours" / "teacher.pth", {"teacher": {"backbone": flat(model)}},
+                backbone_card(PUBLISHED, None, flat(model), "a seed"))  # fmt: skip
+    for suffix in (".pth", ".safetensors"):
+        assert read_model_file(tmp_path / "ours" / f"teacher{suffix}").origin == "a seed"
+    (tmp_path / "ours" / "model.json").unlink()
+    for name, origin in {
+        "teacher.pth": "not recorded",
+        "ours/teacher.pth": "not recorded",
+        "ours/teacher.safetensors": "not recorded",
+        "flat.pth": "published weights",
+        "flat.safetensors": "published weights",
+    }.items():
+        assert read_model_file(tmp_path / name).origin == origin, name
+        assert Start(tmp_path / name, None, None).origin() == origin
+        assert Start(None, None, None, tmp_path / name).origin() == f"random initialisation, distilled from {origin}"
+
+
+def test_starting_weights_do_not_claim_an_origin(model: DinoVisionTransformer, tmp_path: Path) -> None:
+    torch.save(exported(model), tmp_path / "teacher.pth")
+    student = {"arch": "vit_nano", "n_storage_tokens": 4, "mask_k_bias": True, "norm_layer": "layernormbf16"}
+    made_from = {"MODEL": {"WEIGHTS": str(tmp_path / "teacher.pth")}}
+    write_initial_weights(
+        resolve_recipe([("test", {"student": student} | made_from)], "test"), tmp_path / "base" / "t.pth"
+    )
+    card = read_json(tmp_path / "base" / "model.json")
+    assert card["origin"] == "not recorded"
+    assert card["license_note"].startswith("If the training")
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), [
+    ("model.json", "", r"model\.json cannot be read as JSON"),
+    ("model.json", '{"backbone": ', r"model\.json cannot be read as JSON \(Expecting value"),
+    ("model.json", "[1]", r"model\.json holds JSON of type list"),
+    ("model.json", '{"backbone": null}', r'model\.json: "backbone" is None; wanted: settings by name'),
+    ("config.json", "{", r"config\.json cannot be read as JSON"),
+    ("preprocessor_config.json", "\x00", r"preprocessor_config\.json cannot be read as JSON"),
+    ("final.json", "{", r"final\.json cannot be read as JSON"),
+    ("model.safetensors.index.json", "{", r"model\.safetensors\.index\.json cannot be read as JSON"),
+])  # fmt: skip
+def test_damaged_json_is_named(
+    model: DinoVisionTransformer, tmp_path: Path, name: str, content: str, sentence: str
+) -> None:
+    if "index" not in name:
+        torch.save(to_foreign(flat(model), HUGGING_FACE), tmp_path / "teacher.pth")
+    write_json(tmp_path / "config.json", {"model_type": "dinov3_vit"})
+    (tmp_path / name).write_text(content)
+    with pytest.raises(WeightsError, match=sentence):
+        load_backbone(tmp_path)
 
 
 def test_what_is_not_whole_is_refused(model: DinoVisionTransformer, tmp_path: Path) -> None:

@@ -35,10 +35,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a dot-prefixed new folder beside `path` to fill, which takes its place when the block ends well.
 
-    If the block raises, the new folder is removed and `path` is left as it was; else what was in `path` is gone. Parent
-    folders are made.
+    If the block raises, the new folder is removed and `path` is left as it was; else what was in `path` is gone. Where
+    `path` is a link, what it points to is replaced. Parent folders are made.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")

@@ -15,7 +15,7 @@ from dinoscope.export.checkpoint_source import NETWORKS, Source, locate
 from dinoscope.export.describe import describe_fit
 from dinoscope.export.model_files import State, write_model
 from dinoscope.files import read_json, sha256_file
-from dinoscope.models.card import PUBLISHED_ORIGIN, UNKNOWN_ORIGIN, backbone_card
+from dinoscope.models.card import UNKNOWN_ORIGIN, backbone_card
 from dinoscope.models.heads import HeadShape
 from dinoscope.models.lora import merge_lora
 from dinoscope.models.registry import ViTSettings, settings_from_config
@@ -83,7 +83,7 @@ def write_initial_weights(config: "RunConfig", output: Path) -> None:
         for note in describe_fit(file, config):
             _log.warning("%s: %s", file.path.name, note)
         backbone, heads = {name: tensor.float() for name, tensor in file.backbone.items()}, file.heads
-        origin = file.card.get("origin") or PUBLISHED_ORIGIN
+        origin = file.origin
         _log.info("starting weights: %d tensors of %s (%s)", len(backbone), file.path.name, settings.arch)
     else:
         backbone = fresh_backbone(settings, config.train.seed).state_dict()

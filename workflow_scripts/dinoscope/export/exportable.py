@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoscope.errors import WeightsError
-from dinoscope.models.card import PUBLISHED_ORIGIN, license_note
+from dinoscope.models.card import license_note
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.settings_of_tensors import rope_periods
 from dinoscope.models.vit import IMAGENET_MEAN, IMAGENET_STD, DinoVisionTransformer
@@ -94,7 +94,7 @@ def model_of(settings: ViTSettings, state: dict[str, Tensor], file: ModelFile) -
 
 
 def image_size(settings: ViTSettings) -> int:
-    """Side of the images that another library resizes to: as tiles have it, in whole patches."""
+    """Side of the images where another library's config must name one: as tiles have it, in whole patches."""
     return max(1, round(_TILE_PX / settings.patch_size)) * settings.patch_size
 
 
@@ -139,13 +139,12 @@ def _has_key_biases(backbone: dict[str, Tensor]) -> bool:
 
 def _card(file: ModelFile, settings: ViTSettings, state: dict[str, Tensor]) -> dict[str, Any]:
     """The file's own card, completed with what another library's user must know."""
-    origin = file.card.get("origin") or PUBLISHED_ORIGIN
     known = {"format": "dinoscope model card", "version": 1, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     return {
         **known,
-        "license_note": license_note(origin),
+        "license_note": license_note(file.origin),
         **file.card,
-        "origin": origin,
+        "origin": file.origin,
         "backbone": settings.as_dict(),
         "embed_dim": settings.embed_dim,
         "patch_size": settings.patch_size,

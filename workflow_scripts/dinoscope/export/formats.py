@@ -1,17 +1,22 @@
 """A model file -> a folder that other tools open: Hugging Face, timm or ONNX, checked before it appears."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dinoscope.errors import ConfigError
+from safetensors import SafetensorError
+
+from dinoscope.errors import ConfigError, WeightsError
 from dinoscope.export.exportable import FORMAT_NAMES, Exportable, as_exportable, model_of
 from dinoscope.export.hugging_face import write_hugging_face
 from dinoscope.export.onnx_model import write_onnx
-from dinoscope.export.readme import write_readme
+from dinoscope.export.readme import SIGNATURE, write_readme
 from dinoscope.export.timm_model import write_timm
 from dinoscope.export.verify import require_library, verify
-from dinoscope.files import atomic_folder, write_json
+from dinoscope.files import atomic_folder, read_json, write_json
+from dinoscope.models.tensor_files import find_weights
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
 
@@ -22,6 +27,7 @@ _FILES = {
     "config.json", "model.json", "model.onnx", "model.onnx.data", "model.safetensors", "preprocessor_config.json",
     "README.md", "verification.json",
 }  # fmt: skip
+_LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
 def export_model(weights: str | Path, format: str, output: str | Path) -> dict[str, Any]:
@@ -37,25 +43,25 @@ def export_model(weights: str | Path, format: str, output: str | Path) -> dict[s
 
     Raises:
         WeightsError: The format cannot express the model, or the other library gives other features.
-        ConfigError: The other library is not installed, or the folder holds other things.
+        ConfigError: The other library is not installed, the folder holds other things or the weights themselves, or it
+            cannot be written.
     """
     output = Path(output)
     _refuse_other_contents(output)
+    _refuse_the_weights(output, find_weights(Path(weights).expanduser()))
     file = read_model_file(weights)
     model = as_exportable(file, format)
     require_library(format)
     for note in model.notes:
         _log.warning("%s: %s", file.path.name, note)
     ours = _reference(file, model)
-    with atomic_folder(output) as folder:
+    with _named_errors(output), atomic_folder(output) as folder:
         said = _write(format, model, ours, folder)
         exported = {"format": format, **said, "weights_sha256_before": state_digest(file.backbone)}
         write_json(folder / "model.json", model.card | {"export": exported})
         write_readme(format, model, said, folder)
-        if format != "onnx":
-            assert state_digest(read_model_file(folder).backbone) == model.card["weights_sha256"], (
-                "not what was written"
-            )
+        if format != "onnx" and state_digest(read_model_file(folder).backbone) != model.card["weights_sha256"]:
+            raise WeightsError(f"{output}: the tensors read back are not those that were written; nothing was changed")
         report = verify(format, folder, model, ours)
         write_json(folder / "verification.json", report)
     apart = max(entry["max_relative_difference"] for entry in report["outputs"].values())
@@ -86,7 +92,42 @@ def _write(format: str, model: Exportable, ours: DinoVisionTransformer, folder: 
 
 def _refuse_other_contents(output: Path) -> None:
     """An export replaces a whole folder, so that folder must be its own."""
-    if output.is_dir() and (others := sorted(entry.name for entry in output.iterdir() if entry.name not in _FILES)):
-        raise ConfigError(f"{output} holds {others[0]}, which is no part of an export: give a folder of its own")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a folder")
+    names = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
+    names = [name for name in names if name not in _LEFT_BY_DESKTOPS and not name.startswith("._")]
+    if others := [name for name in names if name not in _FILES]:
+        raise ConfigError(f"{output} holds {others[0]}, which is no part of an export: give a folder of its own")
+    if names and not _is_export(output):
+        raise ConfigError(f"{output} holds {names[0]}, which no export has left there: give a folder of its own")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export made it; of one that is to be made again, Snakemake leaves README.md alone."""
+    for name, key in (("verification.json", "weights_sha256"), ("model.json", "export")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if key in read_json(folder / name):
+                return True
+    readme = folder / "README.md"
+    return readme.is_file() and SIGNATURE in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def _refuse_the_weights(output: Path, weights: Path) -> None:
+    """What is read must outlive the export: the file, and where it is a link, what it points to."""
+    for path in (weights.parent.resolve() / weights.name, weights.resolve()):
+        if output.resolve() in path.parents:
+            raise ConfigError(f"{output} holds the weights {weights} and would be replaced: give another folder")
+
+
+@contextlib.contextmanager
+def _named_errors(output: Path) -> Iterator[None]:
+    """Says in a sentence what keeps the system from writing: a full disk, no permission, a file in the way."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not the system's, but raised by another library
+            raise
+        raise ConfigError(
+            f"{output} cannot be written ({error}); free space, or give a folder that can be made; what was there is "
+            "left as it was"
+        ) from None

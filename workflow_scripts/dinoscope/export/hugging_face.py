@@ -27,7 +27,8 @@ def write_hugging_face(model: Exportable, folder: Path) -> dict[str, Any]:
         What model.json says of the export.
     """
     tensors = {name: tensor.contiguous() for name, tensor in to_foreign(model.state, HUGGING_FACE).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    metadata = {"format": "pt", "weights_sha256": model.card["weights_sha256"]}
+    save_file(tensors, folder / "model.safetensors", metadata)
     write_json(folder / "config.json", _config(model.settings))
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
     write_json(folder / "preprocessor_config.json", _preprocessor(model))
@@ -70,13 +71,13 @@ def _config(settings: ViTSettings) -> dict[str, Any]:
 def _preprocessor(model: Exportable) -> dict[str, Any]:
     """ViTImageProcessor: unlike DINOv3ViTImageProcessor, transformers has it without torchvision as well.
 
-    Both do the same with tiles of the right size; with others, this one rounds to 8 bits after resizing.
+    Images are not resized, which would give other features than ours: whole tiles go in, of any size in whole patches.
     """
     side = image_size(model.settings)
     return {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side},
+        "do_resize": False,
+        "size": {"height": side, "width": side},  # for those who ask for do_resize=True
         "resample": _BILINEAR,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -3,24 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-from dinoscope.export.exportable import FORMAT_NAMES, Exportable
+from dinoscope.export.exportable import FORMAT_NAMES, Exportable, image_size
 from dinoscope.files import write_text
 from dinoscope.models.card import PUBLISHED_ORIGIN
 
-__all__ = ["write_readme"]
+__all__ = ["SIGNATURE", "write_readme"]
+
+SIGNATURE = "features are from those of dinoscope"  # stands in every README.md of an export
 
 _USE = {
     "hf": """from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-processor = AutoImageProcessor.from_pretrained("{folder}")  # without torchvision, too
+processor = AutoImageProcessor.from_pretrained("{folder}")  # normalises, does not resize
 model = AutoModel.from_pretrained("{folder}").eval()
 out = model(**processor(Image.open("tile.png").convert("RGB"), return_tensors="pt"))
 cls, patches = out.pooler_output, out.last_hidden_state[:, {num_prefix}:]  # (B, {width}), (B, P, {width})""",
     "timm": """import timm
 
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))  # for images of Pillow
+size = {{"input_size": ({channels}, height, width)}}  # of your images, else timm resizes them to {side} px
+prepare = timm.data.create_transform(**timm.data.resolve_data_config(size, model=model))  # for RGB images of Pillow
 cls = model(images)  # images (B, {channels}, H, W), prepared -> (B, {width})
 patches = model.forward_features(images)[:, {num_prefix}:]  # (B, P, {width})""",
     "onnx": """import onnxruntime
@@ -43,7 +46,11 @@ def write_readme(format: str, model: Exportable, said: dict[str, Any], folder: P
     """
     settings, card = model.settings, model.card
     use = _USE[format].format(
-        folder=".", num_prefix=1 + settings.num_storage_tokens, width=settings.embed_dim, channels=settings.in_chans
+        folder=".",
+        num_prefix=1 + settings.num_storage_tokens,
+        width=settings.embed_dim,
+        channels=settings.in_chans,
+        side=image_size(settings),
     )
     license_line = "license: other\nlicense_name: dinov3-license\n" if PUBLISHED_ORIGIN in card["origin"] else ""
     name = f" (`{said['timm_name']}`)" if said.get("timm_name") and not said["timm_arguments"] else ""
@@ -53,7 +60,7 @@ def write_readme(format: str, model: Exportable, said: dict[str, Any], folder: P
         f"```python\n{use}\n```",
         f"Images are RGB in 0..1, minus {card['mean']}, divided by {card['std']}; height and width are multiples of "
         f"{settings.patch_size} px. `model.json` tells how the model was made, `verification.json` how far its "
-        "features are from those of dinoscope.",
+        f"{SIGNATURE}.",
         card["license_note"] or "",
         *(f"Note: {note}." for note in model.notes),
     ]

@@ -48,7 +48,8 @@ def write_timm(model: Exportable, folder: Path) -> dict[str, Any]:
     """
     tensors = to_foreign(model.state, TIMM)
     tensors |= _always_there(tensors, model.settings)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt", "weights_sha256": model.card["weights_sha256"]})
     name, arguments = timm_name(model.settings)
     write_json(folder / "config.json", _config(model, name, arguments))
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
@@ -114,7 +115,7 @@ def _config(model: Exportable, name: str, arguments: dict[str, Any]) -> dict[str
         "pretrained_cfg": {
             "tag": "dinoscope",
             "custom_load": False,
-            "input_size": [settings.in_chans, side, side],
+            "input_size": [settings.in_chans, side, side],  # create_transform resizes to it, unless told another one
             "fixed_input_size": False,
             "interpolation": "bilinear",
             "crop_pct": 1.0,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dinoscope.errors import ConfigError, WeightsError
 from dinoscope.export.exportable import FORMAT_NAMES, Exportable, quiet
-from dinoscope.files import read_json
 from dinoscope.models.vit import DinoVisionTransformer
 
 __all__ = ["TOLERANCES", "require_library", "verify"]
@@ -22,6 +21,7 @@ TOLERANCES = {"hf": 1e-5, "timm": 1e-5, "onnx": 1e-4}
 SEED = 0
 # Images, patches downwards, patches across: square and not, several at once and one.
 _SIZES = ((1, 14, 14), (2, 6, 6), (2, 10, 4), (3, 3, 7))
+_TILE_SIZES = ((14, 14), (9, 16))  # patches downwards and across of tiles that go through the image processor
 _LIBRARIES = {"hf": ("transformers",), "timm": ("timm",), "onnx": ("onnxscript", "onnxruntime")}
 
 Features = dict[str, Tensor]
@@ -179,24 +179,27 @@ def _open_onnx(folder: Path, model: Exportable) -> _Opened:
 
 
 def _check_images(folder: Path, model: Exportable) -> dict[str, Any]:
-    """Compares what AutoImageProcessor makes of a tile, without torchvision, with our normalisation."""
+    """Compares what AutoImageProcessor makes of tiles, without torchvision, with our normalisation."""
     import numpy as np
     from PIL import Image
 
-    side = read_json(folder / "preprocessor_config.json")["size"]["height"]
     if model.settings.in_chans != 3:
         return {"checked": False}
-    tile = np.random.default_rng(SEED).integers(0, 256, (side, side, 3), dtype=np.uint8)
     library = _imported("transformers", "hf")
     processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    found = processor(Image.fromarray(tile), return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
-    expected = (torch.from_numpy(tile) / 255 - torch.tensor(model.card["mean"])) / torch.tensor(model.card["std"])
-    apart = (found - expected).abs().max().item()
-    if found.shape != expected.shape or not apart < 1e-5:
-        raise WeightsError(
-            f"{type(processor).__name__} of transformers normalises images otherwise: by up to {apart:.2g}"
-        )
-    return {"checked": True, "processor": type(processor).__name__, "max_abs_difference": apart}
+    name, largest = type(processor).__name__, 0.0
+    sizes = [[side * model.settings.patch_size for side in sides] for sides in _TILE_SIZES]
+    for size in sizes:
+        tile = np.random.default_rng(SEED).integers(0, 256, (*size, 3), dtype=np.uint8)
+        found = processor(Image.fromarray(tile), return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
+        expected = (torch.from_numpy(tile) / 255 - torch.tensor(model.card["mean"])) / torch.tensor(model.card["std"])
+        if found.shape != expected.shape:
+            raise WeightsError(f"{name} of transformers makes images of {list(found.shape[:2])} px of {size} px")
+        apart = (found - expected).abs().max().item()
+        if not apart < 1e-5:
+            raise WeightsError(f"{name} of transformers normalises images otherwise: by up to {apart:.2g}")
+        largest = max(largest, apart)
+    return {"checked": True, "processor": name, "sizes": sizes, "max_abs_difference": largest}
 
 
 def _imported(name: str, format: str) -> ModuleType:

@@ -7,15 +7,13 @@ from torch import Tensor
 from dinoscope import __version__
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from dinoscope.models.weights import state_digest
+from dinoscope.models.weights import PUBLISHED_ORIGIN, UNKNOWN_ORIGIN, state_digest
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
 __all__ = ["PUBLISHED_ORIGIN", "UNKNOWN_ORIGIN", "backbone_card", "license_note"]
 
-PUBLISHED_ORIGIN = "published weights"
-UNKNOWN_ORIGIN = "not recorded"
 _LICENSE_NOTE = (
     "Derived from weights published by Meta; they and what is derived from them stay under the DINOv3 License, "
     "a copy of which goes with them. Built with DINOv3."
@@ -25,9 +23,9 @@ _UNKNOWN_NOTE = "If the training started from weights published by Meta, the DIN
 
 def license_note(origin: str | None) -> str | None:
     """What a card says of the licence of weights that come from there in the end; None where nothing is to be said."""
-    if origin is None or origin == UNKNOWN_ORIGIN:
-        return _UNKNOWN_NOTE
-    return _LICENSE_NOTE if PUBLISHED_ORIGIN in origin else None
+    if origin is not None and PUBLISHED_ORIGIN in origin:
+        return _LICENSE_NOTE
+    return _UNKNOWN_NOTE if origin is None or UNKNOWN_ORIGIN in origin else None
 
 
 def backbone_card(

@@ -12,7 +12,7 @@ import torch
 from dinoscope.errors import WeightsError
 from dinoscope.files import read_json
 
-__all__ = ["KINDS", "find_weights", "listed", "read_tensors"]
+__all__ = ["KINDS", "find_weights", "listed", "made_here", "read_object", "read_tensors"]
 
 KINDS = (
     "a published DINOv3 file, a teacher.pth or teacher export, a timm state dict, any of them as .safetensors, or the "
@@ -32,7 +32,7 @@ def find_weights(path: Path) -> Path:
     if not path.is_dir():
         return path
     if (path / "final.json").is_file():
-        return path / read_json(path / "final.json")["teacher"]
+        return path / read_object(path / "final.json")["teacher"]
     for name in ("teacher.pth", "teacher_checkpoint.pth", "model.safetensors", _INDEX):
         if (path / name).is_file():
             return path / name
@@ -65,6 +65,31 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that lies beside weights and holds names with their values.
+
+    Raises:
+        WeightsError: Damaged, cut short, or JSON of another kind.
+    """
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON ({error}); mend it, or copy it anew") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds JSON of type {type(content).__name__}; wanted: names with their values")
+    return content
+
+
+def made_here(path: Path) -> bool:
+    """Whether a readable safetensors file says in its metadata that dinoscope wrote it."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, framework="pt") as file:
+        return "weights_sha256" in (file.metadata() or {})
+
+
 def listed(names: Iterable[str]) -> str:
     """The first of some tensors' names, in order, and how many more there are."""
     ordered = sorted(names)
@@ -73,7 +98,7 @@ def listed(names: Iterable[str]) -> str:
 
 def _read_shards(index: Path) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
-    homes = read_json(index).get("weight_map", {})
+    homes = read_object(index).get("weight_map", {})
     for name in sorted(set(homes.values())):
         if not (index.parent / name).is_file():
             raise WeightsError(f"{index} names {name}, which is not beside it; copy the whole folder")

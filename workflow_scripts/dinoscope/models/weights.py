@@ -3,6 +3,7 @@
 Readable kinds:
 - a published DINOv3 file: a flat dictionary with the names of DinoVisionTransformer,
 - a teacher export or `teacher.pth` of ours: {"teacher": {"backbone.…", "dino_head.…", "ibot_head.…"}},
+- several networks in one flat dictionary, "teacher.backbone.…" among them, of which the teacher is taken,
 - a timm state dict, a flat dictionary with timm's names,
 - any of them as `.safetensors`,
 - a Hugging Face folder (`model.safetensors`, or shards with their index, and `config.json`),
@@ -25,17 +26,27 @@ import torch
 from torch import Tensor
 
 from dinoscope.errors import WeightsError
-from dinoscope.files import read_json
 from dinoscope.models.foreign import Dialect, detect_dialect, foreign_card, from_foreign, without_filled
 from dinoscope.models.registry import ARCHS, ViTSettings
 from dinoscope.models.settings_of_tensors import PUBLISHED_DEFAULTS, infer_settings, rope_periods
-from dinoscope.models.tensor_files import KINDS, find_weights, listed, read_tensors
+from dinoscope.models.tensor_files import KINDS, find_weights, listed, made_here, read_object, read_tensors
 from dinoscope.models.vit import DinoVisionTransformer
 
-__all__ = ["ModelFile", "load_backbone", "load_strictly", "read_model_file", "state_digest"]
+__all__ = [
+    "PUBLISHED_ORIGIN",
+    "UNKNOWN_ORIGIN",
+    "ModelFile",
+    "load_backbone",
+    "load_strictly",
+    "read_model_file",
+    "state_digest",
+]
 
 _log = logging.getLogger(__name__)
+PUBLISHED_ORIGIN = "published weights"
+UNKNOWN_ORIGIN = "not recorded"
 _CHILDREN = ("backbone", "dino_head", "ibot_head")
+_TEACHER_EXPORT = "teacher export"
 
 
 @dataclass
@@ -45,7 +56,7 @@ class ModelFile:
     `backbone` has the names of DinoVisionTransformer and is whole; `heads` maps "dino_head" and "ibot_head" to their
     tensors, as far as the file has them; `card` is the content of model.json, or what a foreign config.json says in its
     terms, empty if there is neither; `kind` is for people; `foreign`: the tensors had the names of another library;
-    `completed` names what such a file lacked.
+    `completed` names what such a file lacked; `trained`: the file was made by a training, not published as it is.
     """
 
     path: Path
@@ -55,6 +66,12 @@ class ModelFile:
     kind: str = "DINOv3 backbone"
     foreign: bool = False
     completed: tuple[str, ...] = ()
+    trained: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Where the weights come from in the end: as the card says, else as far as the kind of the file tells it."""
+        return self.card.get("origin") or (UNKNOWN_ORIGIN if self.trained else PUBLISHED_ORIGIN)
 
     @functools.cached_property
     def settings(self) -> ViTSettings:
@@ -110,6 +127,7 @@ def read_model_file(path: str | Path) -> ModelFile:
     """
     path = find_weights(Path(path).expanduser())
     kind, backbone, heads = _parts(read_tensors(path), path)
+    trained = kind == _TEACHER_EXPORT or made_here(path)
     dialect = detect_dialect(backbone)
     card = _read_card(path.parent, foreign=dialect is not None)
     completed: tuple[str, ...] = ()
@@ -124,7 +142,7 @@ def read_model_file(path: str | Path) -> ModelFile:
             raise WeightsError(f"{path}: tensor {name} holds values that are not finite; the file is damaged")
     settings = infer_settings(backbone, card.get("backbone", {}), path)
     _check_whole(_empty_model(settings, path), backbone, path)
-    return ModelFile(path, backbone, heads, card, kind, dialect is not None, completed)
+    return ModelFile(path, backbone, heads, card, kind, dialect is not None, completed, trained)
 
 
 def state_digest(state: dict[str, Tensor]) -> str:
@@ -142,6 +160,7 @@ def _parts(tensors: dict[str, Any], path: Path) -> tuple[str, dict[str, Tensor],
     exported = isinstance(tensors.get("teacher"), dict)
     tensors = tensors["teacher"] if exported else tensors
     tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = _teacher_of_several(tensors) or tensors
     parts = {child: _with_prefix(tensors, f"{child}.") for child in _CHILDREN}
     backbone = parts.pop("backbone")
     if not backbone:
@@ -153,7 +172,17 @@ def _parts(tensors: dict[str, Any], path: Path) -> tuple[str, dict[str, Tensor],
         return "DINOv3 backbone, as published", tensors, {}
     if unknown := sorted(name for name in tensors if not name.startswith(tuple(f"{child}." for child in _CHILDREN))):
         raise WeightsError(f"{path} has tensors beside the backbone that are unknown: {listed(unknown)}")
-    return "teacher export", backbone, {name: part for name, part in parts.items() if part}
+    return _TEACHER_EXPORT, backbone, {name: part for name, part in parts.items() if part}
+
+
+def _teacher_of_several(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The teacher of a flat dictionary of whole networks (convert_checkpoint.py --branch all), empty if it is none.
+
+    Where there is a `model_ema` as well, the published trainer's `teacher` is another model, which is distilled.
+    """
+    teacher = _with_prefix(tensors, "teacher.")
+    whole = {name.split(".")[0] for name in teacher} == set(_CHILDREN)
+    return teacher if whole and not any(name.startswith("model_ema.") for name in tensors) else {}
 
 
 def _read_card(folder: Path, foreign: bool) -> dict[str, Any]:
@@ -161,9 +190,11 @@ def _read_card(folder: Path, foreign: bool) -> dict[str, Any]:
     card: dict[str, Any] = {}
     if foreign and (folder / "config.json").is_file():
         preprocessor = folder / "preprocessor_config.json"
-        images = read_json(preprocessor) if preprocessor.is_file() else {}
-        card = foreign_card(read_json(folder / "config.json"), images, folder / "config.json")
-    own = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+        images = read_object(preprocessor) if preprocessor.is_file() else {}
+        card = foreign_card(read_object(folder / "config.json"), images, folder / "config.json")
+    own = read_object(folder / "model.json") if (folder / "model.json").is_file() else {}
+    if not isinstance(own.get("backbone", {}), dict):
+        raise WeightsError(f'{folder / "model.json"}: "backbone" is {own["backbone"]!r}; wanted: settings by name')
     both = {"backbone": card.get("backbone", {}) | own.get("backbone", {})}
     return card | own | (both if both["backbone"] else {})
 

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from dinoscope.errors import CheckpointError, ConfigError, WeightsError
 from dinoscope.files import read_json
-from dinoscope.models.card import PUBLISHED_ORIGIN
 from dinoscope.models.lora import fresh_adapters
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.settings_of_tensors import periods_fit
 from dinoscope.models.vit import DinoVisionTransformer
-from dinoscope.models.weights import ModelFile, read_model_file, state_digest
+from dinoscope.models.weights import UNKNOWN_ORIGIN, ModelFile, read_model_file, state_digest
 from dinoscope.train.checkpoint import fill_from_full_state, load_checkpoint
 from dinoscope.train.distillation import TeacherShape, check_teacher, read_teacher, teacher_parts, teacher_shape
 from dinoscope.train.optimizer import copy_state
@@ -49,8 +48,7 @@ class Start:
         """Where the weights come from in the end: a published file, a seed, and what was distilled into them."""
         if self.distilled is None:
             return self._origin()
-        taught = read_model_file(self.distilled).card.get("origin") or PUBLISHED_ORIGIN
-        return f"{self._origin()}, distilled from {taught}"
+        return f"{self._origin()}, distilled from {read_model_file(self.distilled).origin}"
 
     def shape(self, config: "RunConfig") -> TeacherShape | None:
         """What the distilled teacher is built from."""
@@ -58,10 +56,10 @@ class Start:
 
     def _origin(self) -> str:
         if self.parent_checkpoint is not None:
-            return str((read_seal(self.parent_checkpoint.parent.parent) or {}).get("origin"))
+            return (read_seal(self.parent_checkpoint.parent.parent) or {}).get("origin") or UNKNOWN_ORIGIN
         if self.weights is None:
             return "random initialisation"
-        return read_model_file(self.weights).card.get("origin") or PUBLISHED_ORIGIN
+        return read_model_file(self.weights).origin
 
     def digests(self) -> dict[str, str | None]:
         """Digests for the run's seal."""
