@@ -619,8 +619,8 @@ def test_tensors_that_came_out_otherwise_are_an_error(
 def test_a_place_where_no_folder_can_be_is_named(tmp_path: Path) -> None:
     require("transformers")
     path = teacher(tmp_path / "ours")
-    for output in (path / "hf", path / "below" / "hf"):
-        with pytest.raises(ConfigError, match=rf"{re.escape(str(output))} cannot be written \(.*teacher\.pth"):
+    for output, reason in ((path / "hf", "exists"), (path / "below" / "hf", "Not a"), (tmp_path / ("x" * 300), "long")):
+        with pytest.raises(ConfigError, match=rf"{re.escape(str(output))} cannot be written \(.*{reason}.*\); free"):
             export_model(path, "hf", output)
 
 

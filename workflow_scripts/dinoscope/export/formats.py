@@ -47,7 +47,8 @@ def export_model(weights: str | Path, format: str, output: str | Path) -> dict[s
             cannot be written.
     """
     output = Path(output)
-    _refuse_other_contents(output)
+    with _named_errors(output):
+        _refuse_other_contents(output)
     _refuse_the_weights(output, find_weights(Path(weights).expanduser()))
     file = read_model_file(weights)
     model = as_exportable(file, format)
