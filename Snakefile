@@ -33,3 +33,4 @@ rule all:
         rules.report.output,
         pca_maps,
         rules.slide_table.output,
+        exported_features,

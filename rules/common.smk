@@ -15,6 +15,7 @@ os.environ.update(
 
 from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
+from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
 
@@ -22,6 +23,7 @@ PLAN = one_sentence(make_plan)(
     config, Path(workflow.basedir), check_files=workflow.is_main_process
 )
 SLIDES = SlideJobs(PLAN)
+FEATURES = FeatureJobs(PLAN)
 
 if workflow.is_main_process:
     os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
@@ -280,6 +282,41 @@ def basis_features(wildcards):
     return expand(
         "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
     )
+
+
+def feature_tiles(wildcards):
+    """The tiles that the model's features are taken from."""
+    return FEATURES.tiles(wildcards.model)
+
+
+def encoder_files(wildcards):
+    """The files of the model; features are made anew when they change."""
+    return FEATURES.encoder_files(wildcards.model)
+
+
+def encoder_arguments(wildcards):
+    """Arguments that name the model."""
+    return FEATURES.encoder_arguments(wildcards.model)
+
+
+def feature_pooling(wildcards):
+    """What is taken of a tile with the model."""
+    return FEATURES.pooling(wildcards.model)
+
+
+def wanted_slides(wildcards, resources):
+    """The list of slides that jobs of this model may go on with; no trigger."""
+    return f"logs/extract_features/{wildcards.model}/.wanted.json"
+
+
+@one_sentence
+def exported_features(wildcards):
+    """Features of all slides by all models in the other formats that the config names."""
+    return expand(FEATURES.exports(), model=PLAN.models, slide=PLAN.feature_slides)
+
+
+onstart:
+    FEATURES.write_wanted(workflow.dag.needrun_jobs(), Path("logs/extract_features"))
 
 
 onsuccess:

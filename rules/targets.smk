@@ -6,6 +6,7 @@ localrules:
     tiles,
     manifest,
     features,
+    exports,
     pca,
 
 
@@ -37,6 +38,11 @@ rule features:
             PLAN.feature_slides,
             model=PLAN.models,
         ),
+
+
+rule exports:
+    input:
+        exported_features,
 
 
 rule pca:

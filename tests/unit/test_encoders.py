@@ -223,9 +223,7 @@ def test_unknown_kinds_are_refused_with_the_list(tmp_path):
     for part in ("'dinov2_with_register'", "did you mean dinov2_with_registers?", "module:function", "timm folder"):
         assert part in str(caught.value)
     for source in (tmp_path / "gone", "README.rst"):
-        with pytest.raises(
-            WeightsError, match=r"does not exist.*a Hugging Face folder of model type vit, deit, dinov2"
-        ):
+        with pytest.raises(WeightsError, match="does not exist" + r".*a Hugging Face folder of model type vit, deit"):
             load_encoder(source)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json is no JSON"):

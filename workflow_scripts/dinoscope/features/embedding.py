@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinoscope.errors import FeaturesError
 from dinoscope.features.encoders import Encoder
+from dinoscope.features.gpus import take_free_gpu
 
 __all__ = ["POOLINGS", "PRECISIONS", "Embedder", "choose_device", "choose_precision", "pool"]
 
@@ -140,10 +141,17 @@ def pool(out: Mapping[str, Tensor], pooling: str) -> Tensor:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The accelerator that is there, else the CPU; or the device that `name` says, e.g. "cuda:1"."""
+    """The accelerator that is there, else the CPU; or the device that `name` says, e.g. "cuda:1".
+
+    Of several GPUs it is one that no other extraction on this machine has taken.
+    """
     if name != "auto":
         return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return device
+    names = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    return torch.device("cuda", take_free_gpu(names))
 
 
 def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:

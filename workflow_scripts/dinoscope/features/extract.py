@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +145,11 @@ class Extractor:
         try:
             with open_features(output) as (file, info):
                 features, is_dense = file["features"], "patch_features" in file
+                wanted = self._info(tiles, manifest_digest(tiles_path))
+                if self.settings.precision == "auto":  # it depends on the machine, and any will do
+                    wanted = replace(wanted, precision=info.precision)
                 return (
-                    info == self._info(tiles, manifest_digest(tiles_path))
+                    info == wanted
                     and features.shape == (len(tiles), self.feature_dim)
                     and features.dtype == self.settings.dtype
                     and is_dense == self.settings.dense
@@ -246,6 +249,7 @@ class Extractor:
             level0_mpp=tiles.level0_mpp,
             level0_width=tiles.width,
             level0_height=tiles.height,
+            precision=str(self.embedder.dtype).removeprefix("torch."),
         )
 
 

@@ -52,6 +52,7 @@ class FeatureInfo:
         level0_mpp: Micrometres a level-0 pixel.
         level0_width: Width of the slide in level-0 pixels.
         level0_height: Height of the slide in level-0 pixels.
+        precision: Number format that the model computed in.
     """
 
     slide_id: str
@@ -66,10 +67,11 @@ class FeatureInfo:
     level0_mpp: float
     level0_width: int
     level0_height: int
+    precision: str = "float32"
 
 
 # where each field of FeatureInfo lives; the names on the coords dataset are TRIDENT's
-_FILE_ATTRIBUTES = ("slide_id", "model", "weights_sha256", "manifest_hash", "pooling", "mpp")
+_FILE_ATTRIBUTES = ("slide_id", "model", "weights_sha256", "manifest_hash", "pooling", "mpp", "precision")
 _COORDS_ATTRIBUTES = {
     "patch_size": "tile_px",
     "overlap": "overlap_px",

@@ -1,0 +1,34 @@
+"""Which GPU a process takes where several extract at once; Snakemake counts GPUs, but tells no job which is its."""
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+__all__ = ["take_free_gpu"]
+
+_held: list[TextIO] = []  # locks last as long as their files are open: until this process ends
+
+
+def take_free_gpu(names: Sequence[str], folder: Path | None = None) -> int:
+    """Index of a GPU that no other process of this kind has taken on this machine; it is free again when we end.
+
+    Where all are taken, processes are spread over them evenly as far as chance does so.
+
+    Args:
+        names: What tells the GPUs apart whatever a process sees of them, such as their UUIDs.
+        folder: Where the locks lie; by default the machine's folder for temporary files.
+    """
+    folder = folder or Path(tempfile.gettempdir())
+    for index, name in enumerate(names):
+        file = open(folder / f"dinoscope-{os.getuid()}-gpu-{name}.lock", "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        _held.append(file)
+        return index
+    return os.getpid() % len(names)
