@@ -72,9 +72,10 @@ for export, files in EXPORT_FILES.items():
             script=SCRIPTS / "export_features.py",
             format=export,
             folder=PLAN.results / "exports" / export,
+            slide=slide_argument,
         shell:
             "python {params.script:q} --format {params.format:q} --features {input.features:q} --tiles {input.tiles:q}"
-            " --output-dir {params.folder:q}/{wildcards.model:q} > {log:q} 2>&1"
+            " --slide {params.slide:q} --output-dir {params.folder:q}/{wildcards.model:q} > {log:q} 2>&1"
 
 
 # In between, because Snakemake goes through all inputs of a job for each job that needs its output: through the

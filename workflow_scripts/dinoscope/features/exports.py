@@ -13,6 +13,7 @@ Rows are those of the feature file, in its order; a slide without tiles gives va
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -85,7 +86,7 @@ def export_features(
         The files written.
 
     Raises:
-        FeaturesError: The feature file is damaged, of other tiles than the manifest, or the format's package is missing.
+        FeaturesError: The feature file is damaged, or of other tiles than the manifest; or a package is missing.
         ManifestError: The manifest is missing or damaged.
     """
     table = read_tiles(tiles)
@@ -118,6 +119,8 @@ def _clam(source: _Source, folder: Path) -> list[Path]:
 
 def _stamp(source: _Source, folder: Path) -> list[Path]:
     info, path = source.info, folder / f"{source.info.slide_id}.h5"
+    if path.resolve() == source.path.resolve():
+        raise FeaturesError(f"{path} would overwrite the features that are exported: give another --output-dir")
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file.create_dataset("coords", data=(source.coords * info.level0_mpp).astype(np.float32))
         stored = file.create_dataset("feats", source.shape, dtype="float16")
@@ -216,7 +219,52 @@ def _wsidata(source: _Source, folder: Path) -> list[Path]:
             "format wsidata is written by the package wsidata alone, which is not installed: pip install wsidata, or "
             "take anndata or parquet"
         )
-    raise NotImplementedError(shutil)
+    path = folder / f"{source.info.slide_id}.zarr"
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial.zarr")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_store(source, temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [path]
+
+
+def _write_store(source: _Source, path: Path) -> None:
+    """Tiles as shapes `tiles`, features as table `MODEL_tiles`; without tiles an empty store."""
+    from spatialdata import SpatialData
+    from wsidata import TileSpec, open_wsi
+    from wsidata.io import add_features, add_tiles
+
+    count, info = source.shape[0], source.info
+    if not count:
+        SpatialData().write(path)
+        return
+    if source.slide is None:
+        raise FeaturesError(f"format wsidata needs the slide of {source.path} besides: give it as --slide")
+    store = open_wsi(source.slide, store=None)
+    stride = info.tile_px - info.overlap_px
+    spec = TileSpec(
+        height=info.tile_px,
+        width=info.tile_px,
+        stride_height=stride,
+        stride_width=stride,
+        mpp=info.mpp,
+        ops_level=int(source.tiles["level"][0].as_py()),
+        ops_downsample=source.tiles["read_px"][0].as_py() / info.tile_px,
+        base_downsample=info.patch_size_level0 / info.tile_px,
+    )
+    sections = np.zeros(count, int)
+    if "section_id" in source.tiles.column_names:
+        sections = source.tiles["section_id"].to_numpy()
+    add_tiles(store, "tiles", source.coords, spec, sections)
+    whole = np.empty(source.shape, np.float32)
+    for rows, features in source.rows():
+        whole[rows] = features
+    add_features(store, f"{info.model}_tiles", "tiles", whole)
+    store.write(path)
 
 
 FORMATS: dict[str, Callable[[_Source, Path], list[Path]]] = {
