@@ -43,41 +43,6 @@ rule extract_features:
         " {params.speed:q} --wanted {params.wanted:q} > {log:q} 2>&1"
 
 
-# On request (features.export, or a file of theirs as the target): the same rows as other tools read them.
-for export, files in EXPORT_FILES.items():
-
-    rule:
-        name:
-            f"export_{export}"
-        input:
-            features=rules.extract_features.output.features,
-            tiles=feature_tiles,
-        output:
-            files=[
-                directory(file) if file.endswith(".zarr") else file
-                for file in expand(
-                    f"<results>/exports/{export}/{{{{model}}}}/{{file}}", file=files
-                )
-            ],
-        log:
-            f"<logs>/export_{export}/{{model}}/{{slide}}.log",
-        group:
-            "exports"
-        conda:
-            "../envs/torch.yaml"
-        resources:
-            mem_mb=8000,
-            runtime=30,
-        params:
-            script=SCRIPTS / "export_features.py",
-            format=export,
-            folder=PLAN.results / "exports" / export,
-            slide=slide_argument,
-        shell:
-            "python {params.script:q} --format {params.format:q} --features {input.features:q} --tiles {input.tiles:q}"
-            " --slide {params.slide:q} --output-dir {params.folder:q}/{wildcards.model:q} > {log:q} 2>&1"
-
-
 # In between, because Snakemake goes through all inputs of a job for each job that needs its output: through the
 # features of all slides for each of their maps, if these needed a job that has them as inputs.
 rule list_features:
