@@ -69,6 +69,7 @@ def load_extractor(arguments: argparse.Namespace) -> "Extractor":
     )
     encoder = load_encoder(arguments.weights, architecture=arguments.architecture, device=device)
     extractor = Extractor(encoder.model, arguments.model_name, encoder.sha256, settings, device)
+    extractor.embedder.prepare()
     logging.info(
         "model %s (%s) on %s in %s, rows of %d numbers",
         arguments.model_name,

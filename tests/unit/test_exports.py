@@ -173,6 +173,22 @@ def test_what_cannot_be_exported_is_refused_by_name_and_leaves_nothing(tmp_path,
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("name", ["clam", "anndata", "stamp", "parquet"])
+def test_a_slide_skipped_while_its_tiles_were_read_gives_empty_files(tmp_path, name):
+    coords = grid_coords(3, 1, STEP)
+    columns = {"x": coords[:, 0], "y": 0, "level": 0, "read_px": STEP, "tile_px": 224, "mpp": 0.5}
+    table = tile_table("B", columns | {"footprint_px": STEP, "tissue_fraction": 1.0})
+    write_tiles(tmp_path / "B.parquet", table, {"slide_id": "B", "tile_set": "features"})
+    digest = manifest_digest(tmp_path / "B.parquet")
+    path = write_sample(tmp_path / "B.h5", np.zeros((0, 4), np.float16), coords[:0], manifest_hash=digest)
+    (*_, written) = export_features(name, path, tmp_path / "B.parquet", tmp_path / "out")
+    if name == "parquet":
+        assert pq.read_table(written).num_rows == 0
+    else:
+        with h5py.File(written) as file:
+            assert file[{"clam": "features", "anndata": "X", "stamp": "feats"}[name]].shape == (0, 4)
+
+
 def test_script_exports_many_slides(sample, tmp_path):
     def run(*arguments):
         command = [sys.executable, str(SCRIPT), *map(str, arguments), "--output-dir", str(tmp_path / "out")]

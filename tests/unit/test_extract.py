@@ -241,6 +241,32 @@ def test_features_too_large_for_float16_say_what_to_do(tmp_path, model, slide_pa
     assert extract(large, slide_path, manifest, tmp_path / "A.h5").features.max() > 9e5
 
 
+def test_patch_features_too_large_for_float16_say_so(tmp_path, model, slide_path, manifest):
+    large = DinoVisionTransformer(replace(model.settings, untie_cls_and_patch_norms=True))
+    cls_norm = {f"cls_norm.{key}": value for key, value in model.norm.state_dict().items()}
+    large.load_state_dict(model.state_dict() | cls_norm)
+    large.norm.bias.data[5] = 1e6
+    with pytest.raises(FeaturesError, match="patch features overflow float16: leave out --dense"):
+        extract(large.eval(), slide_path, manifest, tmp_path / "A.h5", dense=True)
+
+
+def test_compiled_features_are_the_same(tmp_path, model, slide_path, manifest, tokens, monkeypatch):
+    """The compiler itself is long; here it is replaced by one that only insists on one batch size, as it does."""
+    sizes = []
+
+    def compile_once(function):
+        def run(images):
+            sizes.append(len(images))
+            return function(images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_once)
+    file = extract(model, slide_path, manifest, tmp_path / "A.h5", batch_size=33, compile=True)
+    np.testing.assert_allclose(file.features, np.stack([out["cls"] for out in tokens]), atol=1e-5)
+    assert sizes == [33, 33, 33]
+
+
 def test_storage_tokens_must_be_there(model):
     settings = replace(model.settings, num_storage_tokens=0)
     with pytest.raises(FeaturesError, match=r"'gram' has no storage tokens.* use cls, mean or cls\+mean"):

@@ -65,7 +65,7 @@ def want(folder, slides, to_come=()):
 
 
 @pytest.fixture
-def extract(monkeypatch, caplog):
+def extract(tmp_path, monkeypatch, caplog):
     """Runs one job of a workflow in this process; gives what it logged, and how many tiles the encoder was given."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(SCRIPT.parent)

@@ -226,6 +226,9 @@ class Extractor:
         rows = features.to(getattr(torch, self.settings.dtype))
         if not rows.isfinite().all():
             self._refuse(slide_id, coords, rows.isfinite().all(dim=1), "they overflow float16: use --dtype float32")
+        if patches is not None and not patches.isfinite().all():
+            is_good = patches.isfinite().flatten(1).all(dim=1)
+            self._refuse(slide_id, coords, is_good, "its patch features overflow float16: leave out --dense")
         writer.append(rows.numpy(), coords, None if patches is None else patches.numpy())
 
     def _refuse(self, slide_id: str, coords: np.ndarray, is_good: Tensor, advice: str) -> None:
