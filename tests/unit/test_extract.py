@@ -254,7 +254,7 @@ def test_compiled_features_are_the_same(tmp_path, model, slide_path, manifest, t
     """The compiler itself is long; here it is replaced by one that only insists on one batch size, as it does."""
     sizes = []
 
-    def compile_once(function):
+    def compile_once(function, **options):
         def run(images):
             sizes.append(len(images))
             return function(images)

@@ -4,7 +4,7 @@ Shapes: B tiles a batch, D width of a token, R storage tokens, P = h·w patches 
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from dinoscope.features.encoders import Encoder
 from dinoscope.features.gpus import take_free_gpu
 from dinoscope.features.packed_linear import can_pack, pack_linears
 
-__all__ = ["POOLINGS", "PRECISIONS", "Embedder", "choose_device", "choose_precision", "pool"]
+__all__ = ["POOLINGS", "PRECISIONS", "Embedder", "choose_device", "choose_precision", "compile_forward", "pool"]
 
 POOLINGS = ("cls", "mean", "cls+mean", "cls+storage")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -51,7 +51,8 @@ class Embedder:
         self.dtype = choose_precision(device, precision)
         self._check_tokens()
         self._batch = compile_for
-        self._forward = model.forward_features if compile_for is None else torch.compile(model.forward_features)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._forward = model.forward_features if compile_for is None else compile_forward(model, device)
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
             for values in (model.mean, model.std)
@@ -97,7 +98,7 @@ class Embedder:
         """
         count = len(images)
         with torch.inference_mode():
-            pixels = self._resized(images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255))
+            pixels = self._resized(self._uploaded(images).permute(0, 3, 1, 2).float().div_(255))
             if self._batch is not None and count < self._batch:  # another batch size would be compiled anew
                 pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, self._batch - count))
             with self._autocast():
@@ -108,6 +109,17 @@ class Embedder:
                 return pooled, None
             side = pixels.shape[-1] // self.model.patch_size
             return pooled, out["patches"].unflatten(1, (side, side)).half()
+
+    def _uploaded(self, images: Tensor) -> Tensor:
+        """On the device; to a GPU by a stream of its own, so that the copy runs beside the forward pass before."""
+        if self._copies is None:
+            return images.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            uploaded = images.to(self.device, non_blocking=True)
+        current.wait_stream(self._copies)
+        uploaded.record_stream(current)  # its memory is not reused before the forward pass has read it
+        return uploaded
 
     def _resized(self, pixels: Tensor) -> Tensor:
         """At the side of the encoder's input, where that is fixed."""
@@ -128,6 +140,13 @@ class Embedder:
         if self.model.patch_size is None and (self.dense or "mean" in self.pooling):
             what = "patch features" if self.dense else f"pooling {self.pooling!r}"
             raise FeaturesError(f"model {self.name!r} gives no patch tokens, which {what} needs; use pooling cls")
+
+
+def compile_forward(model: Encoder, device: torch.device) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """The forward pass of an encoder, compiled at its first call for that batch size."""
+    # on CPUs weights are packed as packed_linear.py does it, and products are fused with what follows them
+    options = {"freezing": True} if device.type == "cpu" else None
+    return torch.compile(model.forward_features, dynamic=False, options=options)
 
 
 def pool(out: Mapping[str, Tensor], pooling: str) -> Tensor:

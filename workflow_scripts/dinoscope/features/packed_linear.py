@@ -1,8 +1,8 @@
 """Linear layers for inference in float32 on CPUs: weights in oneDNN's own layout, packed once.
 
 torch sends a float32 linear layer to MKL, which repacks the weight in every call and adds the bias in a pass of its
-own. oneDNN takes weights that lie as its kernels want them (what torch.compile does when it freezes a model), about a tenth
-faster on CPUs with AVX-512, with the same sums up to the order of rounding.
+own. oneDNN takes weights that lie as its kernels want them (what torch.compile does when it freezes a model), about a
+tenth faster on CPUs with AVX-512, with the same sums up to the order of rounding.
 """
 
 import torch
