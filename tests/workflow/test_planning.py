@@ -189,7 +189,7 @@ ENCODER_PROBLEMS = [
     ({"gram": {"source": "own.py:x"}}, "features.encoders.gram: this name is taken by a run"),
     (
         {"a": {"source": "own.py:x", "set": "feature"}},
-        "encoders.a.set is 'feature', which is not defined; did you mean",
+        "encoders.a.set is 'feature', which is not defined",
     ),
     ({"a": {"source": "gone"}}, "features.encoders.a.source gone does not exist; give the file or folder of a model"),
     ({"a": {"source": "gone.py:x"}}, "features.encoders.a.source gone.py:x: gone.py does not exist"),

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dinoscope.errors import DinoscopeError, SlideError
 from dinoscope.files import atomic_path, read_json, write_json, write_text
+from dinoscope.processes import snakemake_ancestor, still_alive
 from dinoscope.slides.skipping import Attempt, files_signature
 
 if TYPE_CHECKING:
@@ -172,9 +173,10 @@ def extract_shared(
         else:
             own.publish()
             attempt.end(None)
-    until, left = time.monotonic() + 60 * MINUTES_FOR_OTHERS, at_most - 1
+    until, left, snakemake = time.monotonic() + 60 * MINUTES_FOR_OTHERS, at_most - 1, snakemake_ancestor()
     for other in others[: _LOOKED_AT * left]:
-        if not left or time.monotonic() > until:
+        was_killed = snakemake is not None and not still_alive(snakemake)
+        if not left or time.monotonic() > until or was_killed:
             return
         try:
             left -= _finish_other(extractor, other, made_with)
