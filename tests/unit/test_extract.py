@@ -1,3 +1,4 @@
+import copy
 import logging
 import subprocess
 import sys
@@ -265,6 +266,15 @@ def test_compiled_features_are_the_same(tmp_path, model, slide_path, manifest, t
     file = extract(model, slide_path, manifest, tmp_path / "A.h5", batch_size=33, compile=True)
     np.testing.assert_allclose(file.features, np.stack([out["cls"] for out in tokens]), atol=1e-5)
     assert sizes == [33, 33, 33]
+
+
+def test_rounding_the_weights_beforehand_changes_no_bit_of_bfloat16(model):
+    images = torch.randint(0, 255, (3, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = extractor_of(model, precision="bfloat16").embedder
+    prepared = extractor_of(copy.deepcopy(model), precision="bfloat16").embedder
+    prepared.prepare()
+    assert prepared.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(prepared.embed(images)[0], plain.embed(images)[0], atol=0, rtol=0)
 
 
 def test_storage_tokens_must_be_there(model):

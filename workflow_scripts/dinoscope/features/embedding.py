@@ -14,6 +14,7 @@ from dinoscope.errors import FeaturesError
 from dinoscope.features.encoders import Encoder
 from dinoscope.features.gpus import take_free_gpu
 from dinoscope.features.packed_linear import can_pack, pack_linears
+from dinoscope.models.layers import Linear
 
 __all__ = ["POOLINGS", "PRECISIONS", "Embedder", "choose_device", "choose_precision", "compile_forward", "pool"]
 
@@ -60,7 +61,11 @@ class Embedder:
 
     def prepare(self) -> None:
         """Makes the model, which nobody else may use from then on, as fast as it gets on this machine."""
-        if self.device.type == "cpu" and self.dtype == torch.float32 and self._batch is None and can_pack():
+        if self.dtype != torch.float32:
+            for module in self.model.modules():
+                if isinstance(module, Linear):  # ours; autocast would round its weights anew for every batch
+                    module.to(self.dtype)
+        elif self.device.type == "cpu" and self._batch is None and can_pack():
             pack_linears(self.model)
 
     @property
