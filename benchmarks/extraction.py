@@ -26,7 +26,7 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "workflow_scripts")]
 
-from dinoscope.features.embedding import Embedder, choose_precision, compile_forward  # noqa: E402
+from dinoscope.features.embedding import Embedder, choose_precision  # noqa: E402
 from dinoscope.features.extract import Extractor, ExtractSettings, choose_device  # noqa: E402
 from dinoscope.features.read_ahead import load_tiles, read_batches  # noqa: E402
 from dinoscope.models.weights import load_backbone  # noqa: E402
@@ -133,9 +133,8 @@ def forwards(arguments: argparse.Namespace, arch: str, folder: Path) -> tuple[di
     found |= {name: run(function) for name, function in others.items()}
     check_same(found)
     if arguments.compile:
-        plain = load_backbone(folder, device=device)
-        found["dinoscope, compiled"] = run(compile_forward(plain, device))
-        found |= {f"{name}, compiled": run(torch.compile(function)) for name, function in others.items()}
+        found["dinoscope, compiled"] = run(torch.compile(model.forward_features, dynamic=False))
+        found |= {f"{name}, compiled": run(torch.compile(function, dynamic=False)) for name, function in others.items()}
     return found, embedder, flops
 
 

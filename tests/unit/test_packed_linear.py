@@ -33,3 +33,19 @@ def test_adapters_and_other_formats_stay():
     model.blocks[1].mlp.to(torch.bfloat16)
     assert pack_linears(model) == 3 * 4 - 3
     assert isinstance(model.blocks[0].attn.qkv, PackedLinear) and hasattr(model.blocks[0].attn.proj, "weight")
+
+
+def test_the_compiler_takes_packed_layers_as_a_whole():
+    model = random_backbone(SETTINGS)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pack_linears(model)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.inference_mode():
+        compiled = torch.compile(model.forward_features, backend=backend, dynamic=False)
+        torch.testing.assert_close(compiled(images)["cls"], model.forward_features(images)["cls"], atol=1e-6, rtol=0)
+    assert sum("packed_linear" in name for name in seen) == 3 * 4

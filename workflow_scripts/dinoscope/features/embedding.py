@@ -4,7 +4,7 @@ Shapes: B tiles a batch, D width of a token, R storage tokens, P = h·w patches 
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from dinoscope.features.gpus import take_free_gpu
 from dinoscope.features.packed_linear import can_pack, pack_linears
 from dinoscope.models.layers import Linear
 
-__all__ = ["POOLINGS", "PRECISIONS", "Embedder", "choose_device", "choose_precision", "compile_forward", "pool"]
+__all__ = ["POOLINGS", "PRECISIONS", "Embedder", "choose_device", "choose_precision", "pool"]
 
 POOLINGS = ("cls", "mean", "cls+mean", "cls+storage")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -53,7 +53,9 @@ class Embedder:
         self._check_tokens()
         self._batch = compile_for
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._forward = model.forward_features if compile_for is None else compile_forward(model, device)
+        self._forward = model.forward_features
+        if compile_for is not None:
+            self._forward = torch.compile(model.forward_features, dynamic=False)
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
             for values in (model.mean, model.std)
@@ -65,7 +67,7 @@ class Embedder:
             for module in self.model.modules():
                 if isinstance(module, Linear):  # ours; autocast would round its weights anew for every batch
                     module.to(self.dtype)
-        elif self.device.type == "cpu" and self._batch is None and can_pack():
+        elif self.device.type == "cpu" and can_pack():
             pack_linears(self.model)
 
     @property
@@ -145,13 +147,6 @@ class Embedder:
         if self.model.patch_size is None and (self.dense or "mean" in self.pooling):
             what = "patch features" if self.dense else f"pooling {self.pooling!r}"
             raise FeaturesError(f"model {self.name!r} gives no patch tokens, which {what} needs; use pooling cls")
-
-
-def compile_forward(model: Encoder, device: torch.device) -> Callable[[Tensor], Mapping[str, Tensor]]:
-    """The forward pass of an encoder, compiled at its first call for that batch size."""
-    # on CPUs weights are packed as packed_linear.py does it, and products are fused with what follows them
-    options = {"freezing": True} if device.type == "cpu" else None
-    return torch.compile(model.forward_features, dynamic=False, options=options)
 
 
 def pool(out: Mapping[str, Tensor], pooling: str) -> Tensor:

@@ -5,6 +5,8 @@ own. oneDNN takes weights that lie as its kernels want them (what torch.compile 
 tenth faster on CPUs with AVX-512, with the same sums up to the order of rounding.
 """
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +27,32 @@ class PackedLinear(nn.Module):
         with torch.inference_mode():
             self._bias = None if bias is None else bias.detach().clone()
             self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        self._handle = len(_packed)
+        _packed.append(weakref.ref(self))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(…, inputs) -> (…, outputs)."""
+        if torch.compiler.is_compiling():
+            return _by_handle(tokens, self._handle, self.out_features)
+        return self.product(tokens)
+
+    def product(self, tokens: Tensor) -> Tensor:
+        """The same, run as it is."""
         return torch.ops.mkldnn._linear_pointwise(tokens, self._weight, self._bias, "none", [], "")
+
+
+_packed: list[weakref.ref[PackedLinear]] = []
+
+
+# The compiler cannot look into packed weights; it calls this as a whole and fuses what lies between.
+@torch.library.custom_op("dinoscope::packed_linear", mutates_args=())
+def _by_handle(tokens: Tensor, handle: int, out_features: int) -> Tensor:
+    return _packed[handle]().product(tokens.contiguous())
+
+
+@_by_handle.register_fake
+def _(tokens: Tensor, handle: int, out_features: int) -> Tensor:
+    return tokens.new_empty(*tokens.shape[:-1], out_features)
 
 
 def can_pack() -> bool:
