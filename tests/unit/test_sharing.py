@@ -110,8 +110,11 @@ def test_one_process_makes_the_features_of_many_slides_and_their_jobs_take_them_
 
 def test_a_slide_alone_is_made_alone(tmp_path, slides, extract):
     want(tmp_path, slides[:1])
+    left = tmp_path / slides[0].finished.with_name(".A.123.partial.h5")
+    left.parent.mkdir(parents=True)
+    left.write_text("of a process that was killed")
     assert extract(slides[0])[1] == NUM_TILES
-    assert not (tmp_path / slides[1].finished).exists()
+    assert not (tmp_path / slides[1].finished).exists() and not left.exists()
 
 
 def test_what_snakemake_deletes_is_not_made_again(tmp_path, slides, extract):

@@ -11,6 +11,7 @@ Which slides are wanted stands in a list that Snakemake's `onstart` writes. Noth
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -112,9 +113,11 @@ class SharedSlide:
 
     @contextlib.contextmanager
     def finishing(self, made_with: MadeWith) -> Iterator[None]:
-        """Features are written to `finished` within; the receipt follows when that went well."""
+        """Features are written to `finished` within, under a claim; the receipt follows when that went well."""
         receipt = self.receipt(made_with)  # of what is read, not of what may have changed meanwhile
         self._receipt_path.unlink(missing_ok=True)
+        for left in self.finished.parent.glob(f".{glob.escape(self.finished.stem)}.*.partial.h5"):
+            left.unlink(missing_ok=True)  # by a process that was killed: nobody else is at this slide
         yield
         write_json(self._receipt_path, receipt)
 
