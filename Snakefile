@@ -23,7 +23,7 @@ include: "rules/slides.smk"
 include: "rules/packing.smk"
 include: "rules/train.smk"
 include: "rules/features.smk"
-include: "rules/exports.smk"
+include: "rules/feature_exports.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 

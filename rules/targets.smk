@@ -6,7 +6,7 @@ localrules:
     tiles,
     manifest,
     features,
-    exports,
+    export_features,
     pca,
 
 
@@ -40,7 +40,7 @@ rule features:
         ),
 
 
-rule exports:
+rule export_features:
     input:
         exported_features,
 

@@ -102,7 +102,7 @@ def test_targets_are_the_rules_of_the_workflow():
     rules = set()
     for file in [REPOSITORY / "Snakefile", *(REPOSITORY / "rules").glob("*.smk")]:
         rules |= set(re.findall(r"^ *rule (\w+):", file.read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(TARGETS) == rules | {f"export_{name}" for name in EXPORT_FILES}
+    assert set(TARGETS) == rules | {f"export_features_{name}" for name in EXPORT_FILES}
 
 
 def test_defaults_come_from_the_schema(config):

@@ -212,11 +212,11 @@ def test_encoders_that_cannot_be_are_explained(folder, monkeypatch, encoders, se
 def test_exports_are_planned_where_asked_for(folder):
     target = "results/exports/clam/base/pt_files/demo_ihc_1.pt"
     assert plan(folder, target)[0] == {
-        "demo_slides": 1, "tile_slide": 1, "initial_weights": 1, "extract_features": 1, "export_clam": 1,
+        "demo_slides": 1, "tile_slide": 1, "initial_weights": 1, "extract_features": 1, "export_features_clam": 1,
     }  # fmt: skip
     change_config(folder, **{"features.models": ["base"], "features.export": ["stamp", "wsidata"]})
-    jobs, text = plan(folder, "exports")
-    assert (jobs["export_stamp"], jobs["export_wsidata"], jobs["exports"]) == (5, 5, 1)
+    jobs, text = plan(folder, "export_features")
+    assert (jobs["export_features_stamp"], jobs["export_features_wsidata"], jobs["export_features"]) == (5, 5, 1)
     assert "output: results/exports/wsidata/base/demo_ihc_1.zarr" in text
 
 

@@ -154,7 +154,7 @@ def test_a_bad_slide_costs_no_other_and_exports_follow(folder):
     (folder / "b.tiff").write_bytes(whole[: len(whole) // 3])
     os.utime(folder / "b.tiff", (1e9, 1e9))  # its tiles stay as they are
     change_features(folder, export=["clam", "parquet"])
-    snakemake(folder, "features", "exports")
+    snakemake(folder, "features", "export_features")
     assert num_tiles(folder, ["b"]) == 0 and num_tiles(folder, ["a", "c", "d"]) > 0
     assert "b" in (folder / "results/failed_slides.tsv").read_text()
     exported = sorted(path.name for path in (folder / "results/exports/clam/own").rglob("*.*"))

@@ -29,10 +29,11 @@ __all__ = [
 BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
-    "all", "convert", "demo_slides", "export_anndata", "export_clam", "export_parquet", "export_stamp",
-    "export_wsidata", "exports", "extract_features", "features", "initial_weights", "inspect", "inspect_slide",
-    "list_features", "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_fit", "pca_map",
-    "plot_metrics", "report", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train",
+    "all", "convert", "demo_slides", "export", "export_features", "export_features_anndata", "export_features_clam",
+    "export_features_parquet", "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx",
+    "export_timm", "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features",
+    "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_fit", "pca_map", "plot_metrics", "report",
+    "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train",
 )  # fmt: skip
 
 _CROPS = ("crops.global_crops_size", "crops.local_crops_size", "crops.gram_teacher_crops_size")

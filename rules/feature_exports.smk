@@ -5,7 +5,7 @@ for export, files in EXPORT_FILES.items():
 
     rule:
         name:
-            f"export_{export}"
+            f"export_features_{export}"
         input:
             features=rules.extract_features.output.features,
             tiles=feature_tiles,
@@ -17,9 +17,9 @@ for export, files in EXPORT_FILES.items():
                 )
             ],
         log:
-            f"<logs>/export_{export}/{{model}}/{{slide}}.log",
+            f"<logs>/export_features/{export}/{{model}}/{{slide}}.log",
         group:
-            "exports"
+            "feature_exports"
         conda:
             "../envs/torch.yaml"
         resources:
