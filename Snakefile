@@ -3,7 +3,7 @@
 snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
 snakemake --cores all inspect          a look at all slides before anything expensive starts
-snakemake --cores all pretrain         one training run; likewise tiles, manifest, gram, features, pca, report
+snakemake --cores all pretrain         one training run; likewise tiles, manifest, gram, export, features, pca, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
 """
 
@@ -22,6 +22,7 @@ include: "rules/common.smk"
 include: "rules/slides.smk"
 include: "rules/packing.smk"
 include: "rules/train.smk"
+include: "rules/export.smk"
 include: "rules/features.smk"
 include: "rules/feature_exports.smk"
 include: "rules/report.smk"
@@ -34,4 +35,5 @@ rule all:
         rules.report.output,
         pca_maps,
         rules.slide_table.output,
+        exports,
         exported_features,

@@ -42,6 +42,7 @@ wildcard_constraints:
     set="|".join(PLAN.config["tiling"]["sets"]),
     run="|".join(PLAN.runs),
     model="|".join(PLAN.models),
+    exported="|".join(["base", *PLAN.runs]),
 
 
 def config_file():
@@ -272,6 +273,15 @@ def pca_maps(wildcards):
         "<results>/pca/{model}/{slide}.png",
         model=PLAN.models,
         slide=PLAN.feature_slides,
+    )
+
+
+def exports(wildcards):
+    """What the models of all runs are written as for other tools."""
+    return expand(
+        "<results>/models/{exported}/{format}/verification.json",
+        exported=PLAN.runs,
+        format=PLAN.config["export"]["formats"],
     )
 
 

@@ -5,6 +5,7 @@ localrules:
     inspect,
     tiles,
     manifest,
+    export,
     features,
     export_features,
     pca,
@@ -29,6 +30,11 @@ rule manifest:
     input:
         expand("<results>/manifests/{set}.parquet", set=PLAN.training_sets),
         rules.slide_table.output,
+
+
+rule export:
+    input:
+        exports,
 
 
 rule features:

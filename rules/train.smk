@@ -7,6 +7,7 @@ rule initial_weights:
         source=PLAN.base_weights,
     output:
         weights="<results>/models/base/teacher.pth",
+        tensors="<results>/models/base/teacher.safetensors",
         card="<results>/models/base/model.json",
     log:
         "<logs>/initial_weights.log",
@@ -67,6 +68,7 @@ rule convert:
         final=rules.train.output.final,
     output:
         weights="<results>/models/{run}/teacher.pth",
+        tensors="<results>/models/{run}/teacher.safetensors",
         card="<results>/models/{run}/model.json",
     log:
         "<logs>/convert/{run}.log",

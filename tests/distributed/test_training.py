@@ -408,7 +408,11 @@ def test_conversion_gives_the_exported_teacher(place: Path, finished: Path) -> N
         exported = torch.load(finished / "eval/training_23/teacher_checkpoint.pth", weights_only=True)["teacher"]
         assert all(torch.equal(tensor, exported[f"backbone.{name}"]) for name, tensor in converted.items())
     card = read_json(place / "models/c0/model.json")
-    assert (card["backbone"]["arch"], card["iteration"], card["tiles"]) == ("vit_nano", 23, [[128, 0.5]])
+    assert (card["backbone"]["arch"], card["iteration"], card["tiles"]) == (
+        "vit_nano",
+        23,
+        [{"tile_px": 128, "mpp": 0.5}],
+    )
     assert card["origin"] == "random initialisation, seed 0"
     exported_card = read_json(finished / "eval/training_23/model.json")
     assert {key: card[key] for key in exported_card} == exported_card

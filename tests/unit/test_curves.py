@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from dinoscope.errors import RunError
 from dinoscope.train.metrics import read_metrics
-from dinoscope.visualize.curves import PANELS, RUN_COLORS, bin_curve, curves_svg, draw_curves, save_curves
+from dinoscope.visualize.curves import MAX_OTHERS, PANELS, RUN_COLORS, bin_curve, curves_svg, draw_curves, save_curves
 
 SCRIPT = Path(__file__).parents[2] / "workflow_scripts" / "plot_metrics.py"
 
@@ -25,6 +27,15 @@ def metrics(num_iterations: int, seed: int = 0, gram: bool = False, resumed: tup
         *({"event": "resume", "iteration": i} for i in resumed),
     ]
     return frame
+
+
+def published_lines(iterations, seed: int = 0) -> str:
+    """Lines with the keys that the published trainer writes."""
+    generator = np.random.default_rng(seed)
+    keys = ["iter_time", "data_time", "lr", "wd", "mom", "last_layer_lr", "teacher_temp", "total_loss"]
+    keys += ["dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss", "backbone_grad_norm"]
+    rows = [{"iteration": i} | dict(zip(keys, generator.uniform(0.1, 2, len(keys)), strict=True)) for i in iterations]
+    return "".join(json.dumps(row | {"batch_size": 64.0}) + "\n" for row in rows)
 
 
 def panels_of(figure):
@@ -94,6 +105,60 @@ def test_old_runs_have_no_panels_for_what_they_did_not_log():
     assert [text.get_text() for text in panels["Learning rate"].get_legend().get_texts()] == ["backbone", "last"]
 
 
+def test_a_run_of_the_published_trainer_has_its_panels_and_restarts(tmp_path, caplog):
+    path = tmp_path / "training_metrics.json"
+    lines = published_lines([0, 10, 20, 30, 40]) + published_lines([20, 30, 40, 50], seed=1)
+    path.write_text(lines.replace("koleo_loss", "koleo", 3) + '{"iteration": 60, "iter_')
+    caplog.set_level(logging.INFO)
+    figure = draw_curves({"theirs": read_metrics(path)})
+    panels = panels_of(figure)
+    assert list(panels) == [
+        *("Total loss", "DINO loss, global crops", "DINO loss, local crops", "iBOT loss, masked patches", "KoLeo loss"),
+        *("Learning rate", "Weight decay", "Teacher momentum", "Teacher temperature", "Gradient norm"),
+        *("Seconds an iteration", "koleo"),
+    ]
+    assert curves_of(panels["Total loss"], RUN_COLORS[0])[0].get_xdata().tolist() == [0, 10, 20, 30, 40, 50]
+    assert len(curves_of(panels["Seconds an iteration"], RUN_COLORS[0])) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["theirs", "resumed"]
+    assert "not drawn, as they never change: batch_size 64" in caplog.text
+    assert len({axes.get_xlim() for axes in panels.values()}) == 1
+
+
+def test_ours_beside_theirs(tmp_path):
+    (tmp_path / "training_metrics.json").write_text(published_lines(range(0, 300, 10)))
+    ours = metrics(40).assign(iter_time=0.5)
+    assert "Seconds an iteration" not in panels_of(draw_curves({"ours": ours}))
+    panels = panels_of(draw_curves({"ours": ours, "theirs": read_metrics(tmp_path)}))
+    assert {"Seconds an iteration", "Throughput, tiles/s"} <= set(panels)
+    assert len(curves_of(panels["Total loss"], RUN_COLORS[1])[0].get_xdata()) == 30
+
+
+def test_values_that_are_not_finite_are_left_out_and_marked():
+    frame = metrics(400)
+    frame.loc[100:102, "total_loss"] = np.nan
+    frame.loc[300, "total_loss"] = -np.inf
+    frame.loc[300, "koleo_loss"] = np.inf
+    frame["ibot_loss"] = np.nan
+    frame["backbone_grad_norm"] = 0.0
+    figure = draw_curves({"a": frame})
+    figure.canvas.draw()
+    panels = panels_of(figure)
+    assert "iBOT loss, masked patches" not in panels
+    for title in ("Total loss", "KoLeo loss"):
+        (curve,) = curves_of(panels[title], RUN_COLORS[0])
+        assert np.isfinite(curve.get_ydata()).all() and np.isfinite(panels[title].get_ylim()).all()
+    marks = {line.get_gid() for line in panels["Total loss"].lines if line.get_gid()}
+    assert marks == {"not finite-a-100", "not finite-a-102", "not finite-a-300"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "loss not finite"]
+
+
+def test_of_many_unknown_quantities_the_first_are_drawn(caplog):
+    others = {f"loss_{number}": np.arange(30.0) * number for number in range(40)}
+    panels = panels_of(draw_curves({"a": metrics(30)[["total_loss"]].assign(**others)}))
+    assert list(panels) == ["Total loss", *(f"loss_{number}" for number in range(1, 1 + MAX_OTHERS))]
+    assert f"loss_{MAX_OTHERS + 1}, " in caplog.text and "loss_39" in caplog.text
+
+
 def test_titles_and_legends_do_not_overlap():
     figure = draw_curves({"pretrain": metrics(30, gram=True, resumed=(5,))})
     figure.canvas.draw()
@@ -149,6 +214,12 @@ def test_gaps_and_single_points_are_drawn():
 
 def test_files_are_of_the_kind_that_their_name_says(tmp_path):
     runs = {"pretrain": metrics(300, resumed=(100,)), "gram": metrics(100, 1, gram=True)}
+    for name in ("curves.gif", "curves", "curves.json"):
+        with pytest.raises(RunError, match=r"drawn as \.png, \.svg, \.pdf"):
+            save_curves(runs, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    save_curves(runs, tmp_path / "curves.pdf")
+    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
     for name in ("curves.png", "curves.svg"):
         save_curves(runs, tmp_path / name)
     with Image.open(tmp_path / "curves.png") as image:
@@ -174,3 +245,16 @@ def test_script_reads_what_training_wrote(tmp_path):
     assert twice.returncode == 1 and "two runs called 'pretrain'" in twice.stderr
     gone = subprocess.run([*command, tmp_path / "base"], capture_output=True, text=True)
     assert gone.returncode == 1 and "base" in gone.stderr and "Traceback" not in gone.stderr
+
+
+def test_script_takes_a_file_alone(tmp_path):
+    (tmp_path / "theirs.json").write_text(published_lines(range(0, 300, 10)))
+    (tmp_path / "mine.json").write_text(published_lines(range(0, 200, 10), seed=1)[:-30])
+    (tmp_path / "notes.txt").write_text("nothing of the kind\n")
+    command = [sys.executable, SCRIPT, "--output", "curves.svg", "--metrics"]
+    done = subprocess.run([*command, "theirs.json", "mine.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "not drawn, as they never change: batch_size 64\n")
+    assert (tmp_path / "curves.svg").read_bytes().startswith(b"<?xml")
+    wrong = subprocess.run([*command, "theirs.json", "notes.txt"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: notes.txt holds no iteration") and wrong.stderr.count("\n") == 1

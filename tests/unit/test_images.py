@@ -378,7 +378,11 @@ def test_a_run_on_a_folder_and_how_it_goes_on(folder: Path) -> None:
     assert "data: 6 images" in done.stderr
     assert "global crops 64 px, magnification unknown (the smallest ones are upsampled)" in done.stderr
     final, seal = read_json(run / "final.json"), read_json(run / "run_config.json")
-    assert (final["num_tiles"], final["tiles"], final["crops"][0]["finest_mpp"]) == (6, [[72, None]], None)
+    assert (final["num_tiles"], final["tiles"], final["crops"][0]["finest_mpp"]) == (
+        6,
+        [{"tile_px": 72, "mpp": None}],
+        None,
+    )
     assert seal["settings"]["train.dataset_path"] == "cells"
     assert seal["inputs"]["manifest"] is None
     assert str(place) not in "".join(path.read_text() for path in run.iterdir() if path.suffix in (".json", ".yaml"))

@@ -44,15 +44,41 @@ def test_lines_need_not_say_the_same(tmp_path: Path) -> None:
     np.testing.assert_array_equal(frame.to_numpy(), [[1.0, np.nan], [np.nan, 20.0]])
 
 
-def test_the_published_trainers_lines_are_read_the_later_one_counts(tmp_path: Path) -> None:
-    lines = '{"iteration": 10, "total_loss": 3.0}\n{"iteration": 20, "total_loss": 2.0}\n'
-    (tmp_path / "training_metrics.json").write_text(lines + '{"iteration": 10, "total_loss": 1.0}\n')
-    assert read_metrics(tmp_path)["total_loss"].to_dict() == {10: 1.0, 20: 2.0}
+def test_the_published_trainers_lines_are_read_and_restarts_seen(tmp_path: Path) -> None:
+    """It writes no events: a restart shows in iterations that go back, and what it undid is not mixed in."""
+    path = tmp_path / "training_metrics.json"
+    path.write_text("".join(f'{{"iteration": {it}, "total_loss": {it}.0}}\n' for it in (10, 20, 30, 40)))
+    assert read_metrics(tmp_path).attrs["events"] == []
+    with open(path, "a") as file:
+        file.write('{"iteration": 30, "total_loss": -1.0}\n{"iteration": 30, "total_loss": -2.0}\n')
+    frame = read_metrics(tmp_path)
+    assert frame["total_loss"].to_dict() == {10: 10.0, 20: 20.0, 30: -2.0}
+    assert [(event["event"], event["iteration"]) for event in frame.attrs["events"]] == [("resume", 30)]
     assert read_events(tmp_path) == []
 
 
+def test_a_run_that_starts_over_has_only_what_it_did_since(tmp_path: Path) -> None:
+    append_metrics(tmp_path, {"event": "start", "iteration": 0})
+    append_metrics(tmp_path, {"iteration": 9, "total_loss": 1.0})
+    append_metrics(tmp_path, {"event": "start", "iteration": 0})
+    with pytest.raises(RunError, match="no iteration yet"):
+        read_metrics(tmp_path)
+    append_metrics(tmp_path, {"iteration": 4, "total_loss": 2.0})
+    assert read_metrics(tmp_path)["total_loss"].to_dict() == {4: 2.0}
+
+
+def test_only_numbers_are_metrics(tmp_path: Path) -> None:
+    line = '{"iteration": %s, "total_loss": %s, "note": "text", "sizes": [1, 2], "more": {"a": 1}, "none": null}\n'
+    text = (line % ("0", "NaN")) + (line % ("10.0", "Infinity")) + (line % ("20", "3")) + (line % ("25.5", "4"))
+    (tmp_path / "training_metrics.json").write_text(text)
+    frame = read_metrics(tmp_path)
+    assert frame.columns.tolist() == ["total_loss"] and frame.index.tolist() == [0, 10, 20]
+    np.testing.assert_array_equal(frame["total_loss"], [np.nan, np.inf, 3])
+
+
 @pytest.mark.parametrize(
-    "rest", [b"\0\0\0\0", b'{"iteration": 5, "note": "\xc3', b"[1]\n", b'{"iteration": "x"}', b"\xff\xfe"]
+    "rest",
+    [b"\0\0\0\0", b'{"iteration": 5, "note": "\xc3', b"[1]\n", b'{"iteration": "x"}', b"\xff\xfe", b"[" * 100_000],
 )
 def test_whatever_a_power_cut_left_at_the_end_spoils_nothing(tmp_path: Path, rest: bytes) -> None:
     append_metrics(tmp_path, {"iteration": 4, "total_loss": 1.0})
@@ -67,9 +93,15 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     for read in (read_metrics, read_events):
         with pytest.raises(RunError, match="does not exist"):
             read(tmp_path)
+    (tmp_path / "training_metrics.json").touch()
+    with pytest.raises(RunError, match=r"is empty: .*try again later"):
+        read_metrics(tmp_path)
     append_metrics(tmp_path, {"event": "start", "iteration": 0})
     with pytest.raises(RunError, match="no iteration yet"):
         read_metrics(tmp_path)
+    (tmp_path / "other.json").write_text('[\n  {"loss": 3}\n]\n')
+    with pytest.raises(RunError, match=r"no line of it is a JSON object .* give a run's training_metrics\.json"):
+        read_metrics(tmp_path / "other.json")
 
 
 def test_the_best_of_some_iterations(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_only_slides_of_the_demo_are_ever_made(config):
 def test_targets_are_the_rules_of_the_workflow():
     rules = set()
     for file in [REPOSITORY / "Snakefile", *(REPOSITORY / "rules").glob("*.smk")]:
-        rules |= set(re.findall(r"^ *rule (\w+):", file.read_text(encoding="utf-8"), re.MULTILINE))
+        rules |= set(re.findall(r"^ *(?:use rule \w+ as|rule) (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
     assert set(TARGETS) == rules | {f"export_features_{name}" for name in EXPORT_FILES}
 
 

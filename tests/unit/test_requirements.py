@@ -44,6 +44,16 @@ def test_requirements_are_what_the_project_needs():
     assert needed_by(requirement.name for requirement in direct) - set(pinned) == set()
 
 
+def test_the_libraries_of_exports_are_pinned_for_the_tests():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = pins("requirements-test.txt")
+    environment = yaml.safe_load((REPOSITORY / "envs" / "export.yaml").read_text(encoding="utf-8"))
+    for requirement in map(Requirement, project["optional-dependencies"]["export"]):
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version)
+        assert f"{requirement.name}=={version}" in environment["dependencies"][-1]["pip"]
+
+
 def test_test_requirements_are_complete():
     tools = pins("requirements-test.txt")
     assert needed_by(tools) - set(tools) - set(pins("requirements.txt")) == set()
@@ -53,7 +63,7 @@ def test_test_requirements_are_complete():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "envs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_conda_environments_have_the_same_pins(path):
     environment = yaml.safe_load(path.read_text(encoding="utf-8"))
-    pinned = pins("requirements.txt")
+    pinned = pins("requirements.txt") | pins("requirements-test.txt")
     (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert len(pip) >= 5
     for line in pip:

@@ -4,11 +4,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "read_json", "sha256_file", "sync_folder", "write_json", "write_text"]
+__all__ = ["atomic_folder", "atomic_path", "read_json", "sha256_file", "sync_folder", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -28,6 +29,35 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a dot-prefixed new folder beside `path` to fill, which takes its place when the block ends well.
+
+    If the block raises, the new folder is removed and `path` is left as it was; else what was in `path` is gone. Parent
+    folders are made.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had this number
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+        sync_folder(temporary)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -136,7 +136,8 @@ def _items(node: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"recipe {path} does not exist")
+        what = "is a folder; give a file, in the folder of a run its config.yaml" if path.is_dir() else "does not exist"
+        raise ConfigError(f"recipe {path} {what}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

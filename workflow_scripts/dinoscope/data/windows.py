@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dinoscope.data.crops import CropSizes
 from dinoscope.data.sources import Window
 from dinoscope.errors import ConfigError
 
-__all__ = ["CropRange", "crop_ranges"]
+__all__ = ["CropRange", "crop_ranges", "describe_windows"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ def crop_ranges(windows: Iterable[Window], sizes: Sequence[CropSizes]) -> list[C
     wanted += [("local", of_step.local_px, of_step.local_scale) for of_step in sizes]
     wanted += [("gram teacher", s.gram_px, s.global_scale) for s in sizes if s.gram_px is not None]
     return [_range(name, crop_px, scale, distinct) for name, crop_px, scale in dict.fromkeys(wanted)]
+
+
+def describe_windows(windows: Iterable[Window], sizes: Sequence[CropSizes]) -> dict[str, Any]:
+    """For a model card: "tiles", the windows by size and mpp; "crops", which magnifications each kind shows."""
+    distinct = set(windows)
+    tiles = {(window.shorter_px, window.mpp and round(window.mpp, 6)) for window in distinct}
+    return {
+        "tiles": [{"tile_px": tile_px, "mpp": mpp} for tile_px, mpp in sorted(tiles)],
+        "crops": [vars(entry) for entry in crop_ranges(distinct, sizes)],
+    }
 
 
 def _range(name: str, crop_px: int, scale: tuple[float, float], windows: set[Window]) -> CropRange:

@@ -1,66 +1,73 @@
-"""DCP checkpoints and starting weights -> `teacher.pth` with a model card `model.json` beside it.
+"""DCP checkpoints and starting weights -> `teacher.pth`, `teacher.safetensors` and a model card `model.json`.
 
-`teacher.pth` is {"teacher": {"backbone.…": tensor}}, float32, readable with `torch.load(..., weights_only=True)`.
+Only the tensors that are wanted are read, on the CPU and without a process group: memory goes with what is written, not
+with the optimizer states and heads that a checkpoint holds as well.
 """
 
 import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dinoscope.errors import CheckpointError
+from dinoscope.errors import CheckpointError, RunError
+from dinoscope.export.checkpoint_source import NETWORKS, Source, locate
 from dinoscope.export.describe import describe_fit
-from dinoscope.files import atomic_path, read_json, sha256_file, write_json
-from dinoscope.models.card import PUBLISHED_ORIGIN, backbone_card
+from dinoscope.export.model_files import State, write_model
+from dinoscope.files import read_json, sha256_file
+from dinoscope.models.card import PUBLISHED_ORIGIN, UNKNOWN_ORIGIN, backbone_card
+from dinoscope.models.heads import HeadShape
 from dinoscope.models.lora import merge_lora
 from dinoscope.models.registry import ViTSettings, settings_from_config
+from dinoscope.models.settings_of_tensors import infer_settings
+from dinoscope.models.tensor_files import listed
 from dinoscope.models.vit import DinoVisionTransformer
-from dinoscope.models.weights import load_strictly, read_model_file, state_digest
-from dinoscope.recipe import load_recipe
+from dinoscope.models.weights import load_strictly, read_model_file
 from dinoscope.train.checkpoint import FROZEN_NAME
 from dinoscope.train.checkpoint_files import require_whole
-from dinoscope.train.run_folder import newest_checkpoint
-from dinoscope.train.seal import SEAL_NAME, read_seal
+from dinoscope.train.dcp_files import read_stored, stored_tensors
+from dinoscope.train.metrics import read_metrics
+from dinoscope.train.seal import SEAL_NAME
 from dinoscope.train.starting import fresh_backbone
 from dinoscope.train.trainable import describe_trained
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["convert_checkpoint", "write_initial_weights"]
+__all__ = ["BRANCHES", "convert_checkpoint", "write_initial_weights"]
 
 _log = logging.getLogger(__name__)
-_BRANCH_NAMES = {"teacher": ("teacher", "model_ema"), "student": ("student",)}
+BRANCHES = ("teacher", "student", "all")
+_PERIODS = "rope_embed.periods"
 
 
-def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher") -> None:
-    """Writes one network's backbone of a training checkpoint as a torch file with a model card.
+def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher", *, heads: bool = False) -> None:
+    """Writes a network of a training checkpoint as torch and safetensors files with a model card.
 
     Args:
-        checkpoint: final.json of a run, the run's folder (its newest complete checkpoint), or a folder `ckpt/<it>`.
-        output: The file to write; model.json appears beside it.
-        branch: "teacher" (the EMA) or "student".
+        checkpoint: final.json of a run, the run's folder (its newest complete checkpoint, also while it is training), a
+            folder `ckpt/<it>`, or a sharded teacher export; ours, or laid out as the published trainer writes them.
+        output: The file to write; the same with .safetensors and model.json appear beside it.
+        branch: "teacher" (the EMA), "student" (written under the name "teacher", so that every reader finds it), or
+            "all": every network that the checkpoint holds, with its heads.
+        heads: Whether the network's heads are written, too.
 
     Raises:
         CheckpointError: Missing, incomplete or damaged; tensors missing, left over, not finite or all zero.
     """
-    folder, run_dir = _locate(checkpoint)
-    config = load_recipe(run_dir / "config.yaml")
-    settings = settings_from_config(config.student)
-    backbone = _read_backbone(folder, branch)
-    if config.student.trainable != "full":
-        frozen = folder.with_name(FROZEN_NAME)
-        require_whole(frozen, "checksums")
-        backbone = merge_lora(_read_prefixed(frozen, "model.frozen.backbone.") | backbone)
-    _check_tensors(folder, backbone, settings)
-    origin = (read_seal(run_dir) or {}).get("origin")
-    card = backbone_card(settings, config, backbone, origin) | _run_card(run_dir, folder, config, branch)
-    _write(output, backbone, card)
+    source = locate(checkpoint)
+    held = source.networks()
+    wanted = held if branch == "all" else [branch]
+    if (branch == "all" and "teacher" not in held) or branch not in (*NETWORKS, "all"):
+        raise CheckpointError(f"checkpoint {source.folder} holds no teacher; it has {', '.join(held) or 'no network'}")
+    found = {network: _read_network(source, network, heads or branch == "all") for network in wanted}
+    first = found[wanted[0]]
+    settings = _settings(source, first["backbone"])
+    for network, parts in found.items():
+        _check(f"checkpoint {source.folder}, {network}", parts, settings)
+    origin = source.seal.get("origin", UNKNOWN_ORIGIN)
+    card = backbone_card(settings, source.config, first["backbone"], origin) | _run_card(source, branch)
+    write_model(output, found if branch == "all" else {"teacher": first}, card)
 
 
 def write_initial_weights(config: "RunConfig", output: Path) -> None:
@@ -70,7 +77,7 @@ def write_initial_weights(config: "RunConfig", output: Path) -> None:
         WeightsError: The file is no backbone, or not the one that the recipe describes.
     """
     settings = settings_from_config(config.student)
-    heads: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, State] = {}
     if config.MODEL.WEIGHTS:
         file = read_model_file(config.MODEL.WEIGHTS)
         for note in describe_fit(file, config):
@@ -82,105 +89,99 @@ def write_initial_weights(config: "RunConfig", output: Path) -> None:
         backbone = fresh_backbone(settings, config.train.seed).state_dict()
         origin = f"random initialisation, seed {config.train.seed}"
         _log.info("starting weights: %s at %s; no MODEL.WEIGHTS is configured", settings.arch, origin)
-    _write(output, backbone, backbone_card(settings, config, backbone, origin), heads)
+    networks = {"teacher": {"backbone": backbone, **heads}}
+    write_model(output, networks, backbone_card(settings, config, backbone, origin))
 
 
-def _locate(checkpoint: Path) -> tuple[Path, Path]:
-    """The DCP folder and the run folder that a path stands for; the folder's files hold what was written."""
-    if checkpoint.name == "final.json" and checkpoint.is_file():
-        folder, run_dir = checkpoint.parent / read_json(checkpoint)["checkpoint"], checkpoint.parent
-    elif (checkpoint / ".metadata").is_file():
-        folder, run_dir = checkpoint, checkpoint.parent.parent
-    elif (newest := newest_checkpoint(checkpoint, "checksums")) is not None:
-        return newest[1], checkpoint
-    else:
+def _read_network(source: Source, network: str, heads: bool) -> dict[str, State]:
+    """A network's backbone, with its heads if they are wanted: whole tensors, float32, adapters merged."""
+    names = source.names(network)
+    if not any(name.startswith("backbone.") for name in names):
         raise CheckpointError(
-            f"{checkpoint} is neither a final.json, nor a complete checkpoint folder (ckpt/<it> with .metadata), "
-            "nor the folder of a run that has one"
+            f"checkpoint {source.folder} holds no {network} backbone; it has {', '.join(source.networks()) or 'none'}"
         )
+    parts: dict[str, State] = {}
+    for part in ["backbone", "dino_head", "ibot_head"] if heads else ["backbone"]:
+        below = {name.removeprefix(f"{part}."): at for name, at in names.items() if name.startswith(f"{part}.")}
+        if below:
+            parts[part] = read_stored(source.folder, below)
+    trains_part = source.seal and source.config.student.trainable != "full"
+    if trains_part and network != "gram_teacher":
+        parts["backbone"] = merge_lora(_frozen(source.folder.with_name(FROZEN_NAME)) | parts["backbone"])
+    for state in parts.values():  # one tensor at a time, so that memory stays with what is written
+        for name in state:
+            state[name] = state[name] if name == _PERIODS else state[name].float()
+    return parts
+
+
+def _frozen(folder: Path) -> State:
+    """What a run that trains a part of the backbone wrote once."""
     require_whole(folder, "checksums")
-    return folder, run_dir
+    prefix = "model.frozen.backbone."
+    return read_stored(folder, {n.removeprefix(prefix): n for n in stored_tensors(folder) if n.startswith(prefix)})
 
 
-def _read_backbone(folder: Path, branch: str) -> dict[str, Tensor]:
-    stored = _stored_names(folder)
-    for name in _BRANCH_NAMES[branch]:
-        prefix = next((p for p in (f"model.{name}.backbone.", f"{name}.backbone.") if _any_starts(stored, p)), None)
-        if prefix:
-            break
-    else:
-        raise CheckpointError(f"checkpoint {folder} holds no {branch} backbone")
-    return _read_prefixed(folder, prefix)
+def _settings(source: Source, backbone: State) -> ViTSettings:
+    """Of a run with settings: these; else what the tensors tell, completed by the published defaults."""
+    if source.config is not None:
+        return settings_from_config(source.config.student)
+    _log.warning("%s has no settings that can be read; what no tensor tells is assumed", source.folder)
+    return infer_settings(backbone, {}, source.folder)
 
 
-def _stored_names(folder: Path) -> dict[str, Any]:
-    try:
-        return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not there or has no .metadata: the checkpoint is incomplete") from None
-    except Exception as error:  # whatever a damaged pickle raises
-        raise CheckpointError(f"checkpoint {folder} is damaged: its .metadata cannot be read ({error})") from None
-
-
-def _read_prefixed(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Reads only the tensors wanted, each into its place."""
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in _stored_names(folder).items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except (Exception, dcp.api.CheckpointException) as error:  # cut short, missing or damaged shards
-        reason = " ".join(str(error).split())[-120:]
-        raise CheckpointError(f"checkpoint {folder} is damaged: its tensors cannot be read (… {reason})") from None
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-
-
-def _any_starts(stored: dict[str, Any], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in stored)
-
-
-def _check_tensors(folder: Path, backbone: dict[str, Tensor], settings: ViTSettings) -> None:
+def _check(where: str, parts: dict[str, State], settings: ViTSettings) -> None:
+    """Every tensor must fit, none may be missing, left over, not finite or all zero."""
     with torch.device("meta"):
         model = DinoVisionTransformer(settings)
-    load_strictly(model, backbone, folder)
-    for name, tensor in backbone.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"checkpoint {folder}: tensor {name} holds values that are not finite")
-        if tensor.ndim > 1 and name.endswith("weight") and not tensor.any():
-            raise CheckpointError(f"checkpoint {folder}: tensor {name} is all zero")
+    load_strictly(model, parts["backbone"], where)
+    for part, state in parts.items():
+        if part != "backbone":
+            _check_head(f"{where}, {part}", state, settings.embed_dim)
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{where}: tensor {name} holds values that are not finite")
+            if not name.endswith(("bias", "mask_token")) and not tensor.any():  # these begin as zeros
+                raise CheckpointError(f"{where}: tensor {name} is all zero")
 
 
-def _run_card(run_dir: Path, folder: Path, config: "RunConfig", branch: str) -> dict[str, Any]:
-    seal = read_seal(run_dir) or {}
-    final_path = run_dir / "final.json"
-    final = read_json(final_path) if final_path.is_file() else {}
-    return {
-        "run": run_dir.name,
-        "branch": branch,
-        "iteration": int(folder.name.removesuffix("_keep")),
-        "inputs_sha256": seal.get("inputs", {}),
+def _check_head(where: str, state: State, width: int) -> None:
+    try:
+        with torch.device("meta"):
+            wanted = {name: tensor.shape for name, tensor in HeadShape.of(state).build(width).state_dict().items()}
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{where} is no whole head ({error}); it has {listed(state)}") from None
+    off = {name for name in wanted.keys() | state.keys() if wanted.get(name) != getattr(state.get(name), "shape", None)}
+    if off:
+        raise CheckpointError(f"{where} has missing, unknown or wrongly shaped tensors: {listed(off)}")
+
+
+def _run_card(source: Source, branch: str) -> dict[str, Any]:
+    """What a card says of the run and of where in it the weights are from."""
+    seal, run_dir, iteration = source.seal, source.run_dir, source.iteration
+    card = {"run": run_dir.name if run_dir else None, "branch": branch, "iteration": iteration}
+    card |= {"metrics": _metrics_at(run_dir, iteration)}
+    if not seal:
+        return card
+    final = read_json(run_dir / "final.json") if (run_dir / "final.json").is_file() else {}
+    data = seal.get("data") or {key: final.get(key) for key in ("tiles", "crops")}
+    return card | {
+        "inputs_sha256": seal["inputs"],
         "run_config_sha256": sha256_file(run_dir / SEAL_NAME),
-        "tiles": final.get("tiles"),
-        "crops": final.get("crops"),
-        "samples_seen": final.get("samples_seen"),
-        "metrics": final.get("metrics"),
-        "gram_anchored": config.gram.use_loss,
-        "trained": describe_trained(seal.get("settings", {})),
+        **data,
+        "samples_seen": (iteration + 1) * seal["global_batch"],
+        "gram_anchored": source.config.gram.use_loss,
+        "trained": describe_trained(seal["settings"]),
     }
 
 
-def _write(
-    output: Path, backbone: dict[str, Tensor], card: dict[str, Any], heads: dict[str, dict[str, Tensor]] | None = None
-) -> None:
-    parts = {"backbone": backbone, **(heads or {})}
-    flat = {f"{part}.{name}": tensor.contiguous() for part, state in parts.items() for name, tensor in state.items()}
-    with atomic_path(output) as temporary:
-        torch.save({"teacher": flat}, temporary)
-    write_json(output.with_name("model.json"), card)
-    written = state_digest(read_model_file(output).backbone)
-    assert written == card["weights_sha256"], "what was written is not what was read"
-    _log.info("%s: %s, %d values", output.name, card["backbone"]["arch"], sum(t.numel() for t in backbone.values()))
+def _metrics_at(run_dir: Path | None, iteration: int | None) -> dict[str, float] | None:
+    """The metrics logged last at or before an iteration; None where none are."""
+    if run_dir is None or iteration is None:
+        return None
+    try:
+        lines = read_metrics(run_dir).loc[:iteration]
+    except RunError:
+        return None
+    if not len(lines):
+        return None
+    return {name: value for name, value in lines.iloc[-1].items() if value == value}

@@ -14,7 +14,16 @@ from torch import Tensor
 from dinoscope.errors import WeightsError
 from dinoscope.models.tensor_files import listed
 
-__all__ = ["HUGGING_FACE", "TIMM", "Dialect", "detect_dialect", "foreign_card", "from_foreign", "to_foreign"]
+__all__ = [
+    "HUGGING_FACE",
+    "TIMM",
+    "Dialect",
+    "detect_dialect",
+    "foreign_card",
+    "from_foreign",
+    "to_foreign",
+    "without_filled",
+]
 
 _Name = str | tuple[str, str | None, str] | None
 
@@ -134,6 +143,26 @@ def to_foreign(state: dict[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
     if left:
         raise WeightsError(f"{dialect.name} has no names for {listed(left)}")
     return foreign | (_always_there(state, depth) if dialect is HUGGING_FACE else {})
+
+
+def without_filled(state: dict[str, Tensor], told: dict[str, Any]) -> dict[str, Tensor]:
+    """Leaves out what a foreign format holds in any case, where a model.json says that the backbone lacks it.
+
+    That is LayerScale if it is only ones, biases if they are only zeros, and the mask of a key bias that is zero.
+
+    Args:
+        state: What `from_foreign` returned.
+        told: The settings of the backbone in model.json.
+    """
+    filled = {"layerscale": (r"\.ls[12]\.gamma$", 1), "proj_bias": (r"\.attn\.proj\.bias$", 0)}
+    filled["ffn_bias"] = (r"\.mlp\.(fc|w)\d\.bias$", 0)
+    for key, (pattern, value) in filled.items():
+        names = [name for name in state if re.search(pattern, name)]
+        if key in told and not told[key] and all(bool((state[name] == value).all()) for name in names):
+            state = {name: tensor for name, tensor in state.items() if name not in names}
+    if told.get("mask_k_bias") is False:
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias_mask")}
+    return state
 
 
 def foreign_card(config: dict[str, Any], preprocessor: dict[str, Any], source: object) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def find_weights(path: Path) -> Path:
             f"{path} is a training checkpoint (DCP); give the exported teacher instead (eval/training_<it>/"
             "teacher_checkpoint.pth), or convert it with convert_checkpoint.py"
         )
+    if (path / "ckpt").is_dir():
+        raise WeightsError(
+            f"{path} is the folder of a run that is not finished; make a file of its newest checkpoint: "
+            "convert_checkpoint.py --checkpoint RUN --output teacher.pth"
+        )
     raise WeightsError(
         f"folder {path} holds neither teacher.pth, nor model.safetensors, nor the final.json of a finished run; "
         f"wanted: {KINDS}"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dinoscope.errors import WeightsError
 from dinoscope.files import read_json
-from dinoscope.models.foreign import Dialect, detect_dialect, foreign_card, from_foreign
+from dinoscope.models.foreign import Dialect, detect_dialect, foreign_card, from_foreign, without_filled
 from dinoscope.models.registry import ARCHS, ViTSettings
 from dinoscope.models.settings_of_tensors import PUBLISHED_DEFAULTS, infer_settings, rope_periods
 from dinoscope.models.tensor_files import KINDS, find_weights, listed, read_tensors
@@ -94,7 +94,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> DinoV
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_strictly(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path) -> None:
+def load_strictly(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path | str) -> None:
     """Makes `state` the weights of a model on the meta device; every tensor must fit, none may be left over."""
     _check_whole(model, state, path)
     rope_dtype = model.rope_embed.dtype
@@ -115,7 +115,7 @@ def read_model_file(path: str | Path) -> ModelFile:
     completed: tuple[str, ...] = ()
     if dialect is not None:
         kind = f"{dialect.name} backbone"
-        backbone = from_foreign(backbone, dialect, path)
+        backbone = without_filled(from_foreign(backbone, dialect, path), card.get("backbone", {}))
         completed = _complete(backbone, dialect, card, path)
     elif "cls_token" not in backbone:
         raise WeightsError(f"{path} holds no DINOv3 backbone (no tensor cls_token); wanted: {KINDS}")
@@ -201,7 +201,7 @@ def _empty_model(settings: ViTSettings, path: Path) -> DinoVisionTransformer:
         raise WeightsError(f"{path}: no backbone has the settings {settings}: {error}") from None
 
 
-def _check_whole(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path) -> None:
+def _check_whole(model: DinoVisionTransformer, state: dict[str, Tensor], path: Path | str) -> None:
     """Every tensor must fit, none may be missing or left over."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing = sorted(wanted.keys() - state.keys())

@@ -10,6 +10,7 @@ DCP folder with `frozen.backbone.…` under "model". There lies the teacher that
 `distilled_teacher.…`.
 """
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ from dinoscope.files import atomic_path, write_json
 from dinoscope.models.card import backbone_card
 from dinoscope.models.lora import merge_lora
 from dinoscope.train.checkpoint_files import require_whole
+from dinoscope.train.dcp_files import PlainReader
 from dinoscope.train.disk_errors import disk_error
 from dinoscope.train.run_folder import teacher_export_path
+from dinoscope.train.seal import read_seal
 from dinoscope.train.ssl_step import SSLModel
 
 if TYPE_CHECKING:
@@ -74,11 +77,11 @@ def load_checkpoint(
     if frozen:
         require_whole(rest)
     try:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, storage_reader=PlainReader(folder))
         if frozen:
-            dcp.load(frozen, checkpoint_id=rest)
+            dcp.load(frozen, storage_reader=PlainReader(rest))
             _copy_frozen_to_teacher(model)
-    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError) as error:
+    except (dcp.api.CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {folder} cannot be loaded into this model: {reason}") from error
 
@@ -144,7 +147,8 @@ def export_teacher(run_dir: Path, iteration: int, model: SSLModel, origin: str |
         whole = merge_lora(whole)
         backbone = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
         try:
-            write_json(path.with_name("model.json"), backbone_card(model.settings, model.config, backbone, origin))
+            card = backbone_card(model.settings, model.config, backbone, origin)
+            write_json(path.with_name("model.json"), card | ((read_seal(run_dir) or {}).get("data") or {}))
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 torch.save({"teacher": whole}, file)
         except (OSError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dinoscope.errors import ConfigError
-from dinoscope.models.heads import DINOHead
+from dinoscope.models.heads import HeadShape
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
 __all__ = [
-    "HeadShape",
     "TeacherShape",
     "build_teacher",
     "check_teacher",
@@ -34,16 +33,6 @@ __all__ = [
 ]
 
 _HEADS = ("dino_head", "ibot_head")
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Sizes of a head, as DINOHead takes them."""
-
-    num_prototypes: int
-    hidden_dim: int
-    bottleneck_dim: int
-    num_layers: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ def teacher_shape(file: ModelFile, config: "RunConfig") -> TeacherShape:
         section = config[name.removesuffix("_head")]
         bottleneck = section.head_bottleneck_dim
         made = HeadShape(section.head_n_prototypes, bottleneck, bottleneck, 1)
-        heads[name] = _head_shape(file.heads[name]) if name in file.heads else made
+        heads[name] = HeadShape.of(file.heads[name]) if name in file.heads else made
     return TeacherShape(file.settings, heads, tuple(name for name in _HEADS if name not in file.heads))
 
 
@@ -100,16 +89,7 @@ def sealed_teacher(seal: dict[str, Any]) -> TeacherShape | None:
 
 def build_teacher(shape: TeacherShape) -> nn.ModuleDict:
     """Backbone and heads, empty."""
-    heads = {
-        name: DINOHead(
-            shape.settings.embed_dim,
-            head.num_prototypes,
-            hidden_dim=head.hidden_dim,
-            bottleneck_dim=head.bottleneck_dim,
-            num_layers=head.num_layers,
-        )
-        for name, head in shape.heads.items()
-    }
+    heads = {name: head.build(shape.settings.embed_dim) for name, head in shape.heads.items()}
     return nn.ModuleDict({"backbone": DinoVisionTransformer(shape.settings), **heads})
 
 
@@ -139,9 +119,3 @@ def check_teacher(file: ModelFile, config: "RunConfig") -> None:
         raise ConfigError(
             f"distillation.checkpoint_path {file.path.name}: {'; '.join(differing)}; set the recipe to the same"
         )
-
-
-def _head_shape(state: dict[str, Tensor]) -> HeadShape:
-    layers = sorted(int(name.split(".")[1]) for name in state if name.startswith("mlp.") and name.endswith("weight"))
-    prototypes, bottleneck = state["last_layer.weight"].shape
-    return HeadShape(prototypes, state[f"mlp.{layers[0]}.weight"].shape[0], bottleneck, len(layers))

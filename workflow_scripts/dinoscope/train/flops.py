@@ -12,7 +12,8 @@ from dinoscope.resolutions import Resolution, resolutions
 
 if TYPE_CHECKING:
     from dinoscope.config import DinoConfig, IbotConfig, RunConfig
-    from dinoscope.train.distillation import HeadShape, TeacherShape
+    from dinoscope.models.heads import HeadShape
+    from dinoscope.train.distillation import TeacherShape
 
 __all__ = ["backbone_flops", "head_flops", "step_flops"]
 

@@ -33,9 +33,10 @@ def read_metrics(run: str | Path) -> "pd.DataFrame":
         run: A run's folder or its training_metrics.json.
 
     Returns:
-        One row an iteration (the index); what a line does not say is NaN. Where a run went on from a checkpoint, the
-        lines after that checkpoint are those of the later attempt only. The events (see `read_events`) are in
-        `frame.attrs["events"]`.
+        One row an iteration (the index), float64; what a line does not say is NaN, and values that are no numbers are
+        left out. Where a run went on from a checkpoint, the lines after that checkpoint are those of the later attempt
+        only. The events (see `read_events`) are in `frame.attrs["events"]`; a file that tells no restarts, as the
+        published trainer's, gets a "resume" at the first iteration logged after each.
 
     Raises:
         RunError: There is no such file, or it holds no iteration.
@@ -43,16 +44,12 @@ def read_metrics(run: str | Path) -> "pd.DataFrame":
     import pandas as pd
 
     path, lines = _read_lines(run)
-    rows: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        if line.get("event") == "resume":  # what an earlier attempt did from here on is undone
-            rows = {iteration: row for iteration, row in rows.items() if iteration < line.get("iteration", 0)}
-        elif "event" not in line and isinstance(line.get("iteration"), int):
-            rows[line["iteration"]] = line
+    rows, events = _last_attempts(lines)
     if not rows:
-        raise RunError(f"{path} holds no iteration yet")
-    frame = pd.DataFrame(list(rows.values())).set_index("iteration").sort_index()
-    frame.attrs["events"] = [line for line in lines if "event" in line]
+        raise RunError(_nothing_in(path))
+    numbers = [{key: value for key, value in row.items() if isinstance(value, int | float)} for row in rows.values()]
+    frame = pd.DataFrame(numbers, index=pd.Index(rows, name="iteration"), dtype=float).drop(columns="iteration")
+    frame.attrs["events"] = events
     return frame
 
 
@@ -90,6 +87,39 @@ def best_iteration(run: str | Path, iterations: Sequence[int], by: str) -> int |
     return max(values, key=lambda iteration: sign * values[iteration], default=None)
 
 
+def _last_attempts(lines: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
+    """Iteration -> its line, in order, without what a later attempt undid; and the events, restarts among them."""
+    rows: dict[int, dict[str, Any]] = {}
+    events: list[dict[str, Any]] = []
+    last = -1
+    for line in lines:
+        if "event" in line:
+            events.append(line)
+            goes_back = line["event"] in ("start", "resume")
+        else:
+            goes_back = line["iteration"] < last
+            if goes_back:
+                events.append({"event": "resume", "iteration": line["iteration"], "note": "told by the iterations"})
+        if goes_back:  # what an earlier attempt did from here on is undone
+            last = line.get("iteration", 0) - 1
+            rows = {iteration: row for iteration, row in rows.items() if iteration <= last}
+        if "event" not in line:
+            last = line["iteration"]
+            rows[last] = line
+    return rows, events
+
+
+def _nothing_in(path: Path) -> str:
+    if not any(text.strip() for text in path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        return f"{path} is empty: the run has logged nothing yet; try again later"
+    if _read_lines(path)[1]:
+        return f"{path} holds no iteration yet: the run has begun and logged none; try again later"
+    return (
+        f"{path} holds no iteration: no line of it is a JSON object with a whole number `iteration`; give a run's "
+        f"{METRICS_NAME}"
+    )
+
+
 def _read_lines(run: str | Path) -> tuple[Path, list[dict[str, Any]]]:
     path = Path(run)
     path = path / METRICS_NAME if path.is_dir() else path
@@ -101,8 +131,14 @@ def _read_lines(run: str | Path) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
+    """An event, or a line of an iteration; None for whatever else."""
     try:
         line = json.loads(text)
-    except json.JSONDecodeError:  # cut short by a kill
+    except (json.JSONDecodeError, RecursionError):  # cut short by a kill
         return None
-    return line if isinstance(line, dict) else None
+    if not isinstance(line, dict):
+        return None
+    iteration = line.get("iteration")
+    if isinstance(iteration, float) and iteration.is_integer():
+        line["iteration"] = int(iteration)
+    return line if "event" in line or type(line.get("iteration")) is int else None

@@ -91,6 +91,7 @@ def seal_run(
     origin: str,
     slides: Sequence[str] = (),
     distilled: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
 ) -> None:
     """Seals a run that begins.
 
@@ -104,13 +105,14 @@ def seal_run(
             "gram_teacher" and "distillation"; None where there is none.
         origin: Where the weights come from in the end, for the model card.
         slides: Ids of the slides that the run trains on, if it is slides.
+        data: Sizes and mpp of tiles and crops, for model cards (`describe_windows`).
         distilled: What the teacher that it learns from is built from, if it has one (`TeacherShape.as_dict`).
     """
     (run_dir / METRICS_NAME).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "eval", ignore_errors=True)
     write_text(run_dir / "config.yaml", _without_folders(config))
     seal = {"version": 1, "origin": origin, "global_batch": global_batch, "inputs": inputs, "slides": list(slides)}
-    seal |= {"batch_size_per_gpu": config.train.batch_size_per_gpu, "distilled": distilled}
+    seal |= {"batch_size_per_gpu": config.train.batch_size_per_gpu, "distilled": distilled, "data": data}
     write_json(run_dir / SEAL_NAME, seal | {"settings": sealed_settings(config)})
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dinoscope.data.collate import Batch
+from dinoscope.models.heads import HeadShape
 from dinoscope.train.checkpoint import fill_from_full_state
-from dinoscope.train.distillation import HeadShape
 from dinoscope.train.ssl_step import SSLModel
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open
 from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.tiles import SlideAccess
-from dinoscope.data.windows import CropRange, crop_ranges
+from dinoscope.data.windows import CropRange, crop_ranges, describe_windows
 from dinoscope.errors import DinoscopeError, RunError, StoppedError
 from dinoscope.files import write_json
 from dinoscope.models.registry import settings_from_config
@@ -165,13 +165,13 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
         write_config(run_dir, config)
         return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"], sealed_teacher(seal))
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
-    crop_ranges(images.windows, crop_settings(config)[0].choices)
+    data = describe_windows(images.windows, crop_settings(config)[0].choices)
     kind = "manifest" if config.train.dataset_path is None else "images"
     of_table = {"strata": _order_of(images, inputs, world).digest(), "stains": stains_digest(images, config)}
     of_table["pixels"] = pixels_digest(images)
     digests = {"manifest": None, kind: images.digest(), **of_table, **start.digests()}
     shape, origin = start.shape(config), start.origin()
-    seal_run(run_dir, config, batch, digests, origin, images.slide_ids, shape and shape.as_dict())
+    seal_run(run_dir, config, batch, digests, origin, images.slide_ids, shape and shape.as_dict(), data)
     return Prepared(images, origin, start, -1, None, distilled=shape)
 
 
@@ -520,8 +520,7 @@ class Trainer:
             "teacher": str(teacher.relative_to(self.run_dir)),
             "num_tiles": len(self.images),
             "samples_seen": self.num_iterations * self.global_batch,
-            "tiles": sorted({(w.shorter_px, w.mpp and round(w.mpp, 6)) for w in self.images.windows}),
-            "crops": [vars(entry) for entry in crop_ranges(self.images.windows, sizes.choices)],
+            **describe_windows(self.images.windows, sizes.choices),
             "strata": [vars(share) for share in self.order.shares(self.num_iterations)],
             "metrics": _last_metrics(self.run_dir),
         }

@@ -1,6 +1,7 @@
 """Curves of training runs: losses, schedules, gradient norms, throughput and signs of collapse, by iteration."""
 
 import io
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,32 +17,39 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dinoscope.errors import RunError
 from dinoscope.files import atomic_path
 
 __all__ = ["RUN_COLORS", "bin_curve", "curves_svg", "draw_curves", "save_curves"]
+
+_log = logging.getLogger(__name__)
 
 # Okabe and Ito's palette: told apart with any kind of colour vision
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 LINE_STYLES = ("-", "--", ":")
 MAX_POINTS = 200
 NUM_COLUMNS = 4
+MAX_OTHERS = 16  # panels for quantities that are not ours
+FORMATS = (".png", ".svg", ".pdf")
 MARKS_APART = 300  # marks of one kind that are nearer than this part of the width are drawn as one
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """How events of one kind are drawn: what the legend calls them, the line's style and its part of the height."""
+    """How events of one kind are drawn: their name in the legend, the line's style, its part of the height, its tip."""
 
     label: str
     style: Any
     height: float = 1.0
+    tip: str = ""
 
 
 MARKS = {
     "resume": _Mark("resumed", ":"),
     "gram_teacher_update": _Mark("gram teacher updated", (0, (6, 3))),
     "extended": _Mark("extended", "-."),
-    "skipped": _Mark("step skipped", "-", 0.07),
+    "skipped": _Mark("step skipped", "-", 0.07, "|"),
+    "not finite": _Mark("loss not finite", "-", 0.1, "x"),
 }
 
 
@@ -74,23 +82,25 @@ PANELS = (
     _Panel("Throughput, tiles/s", {"samples_per_second": ""}),
     _Panel("Rank of the features (RankMe)", {"rankme": ""}),
     _Panel("Mean cosine of the features", {"mean_cosine": ""}),
-    _Panel("Teacher entropy, nats", {"teacher_entropy": "of each", "target_marginal_entropy": "of mean"}),
+    _Panel("Teacher entropy, nats", {"teacher_entropy": "each", "target_marginal_entropy": "mean"}),
     _Panel("KL, teacher to student, nats", {"teacher_student_kl": ""}),
 )
+# in place of the throughput, which the published trainer does not log
+TIME_PANEL = _Panel("Seconds an iteration", {"iter_time": "all", "data_time": "data"})
 
 
 def draw_curves(runs: Mapping[str, pd.DataFrame]) -> Figure:
     """Draws all quantities that any of the runs has logged, one colour a run.
 
-    Thin vertical lines mark where a run was resumed or extended and where the gram teacher was updated, ticks at the
-    bottom where a step was skipped. Beyond 200 points a curve is the mean of as many bins, with the range of each bin
-    behind it.
+    Quantities that are not known here come last, under their names in the file, unless they never change. Thin
+    vertical lines mark where a run was resumed or extended and where the gram teacher was updated, ticks at the bottom
+    where a step was skipped or the total loss was no finite number. Beyond 200 points a curve is the mean of as many
+    bins, with the range of each bin behind it.
 
     Args:
         runs: Name of the run -> its metrics, as `dinoscope.train.metrics.read_metrics` gives them.
     """
-    known = set().union(*(frame.columns for frame in runs.values()))
-    panels = [panel for panel in PANELS if known & panel.columns.keys()]
+    panels = _panels(runs)
     num_rows = max(1, -(-len(panels) // NUM_COLUMNS))
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(14, 0.6 + 2.5 * num_rows), layout="constrained", facecolor="white")
@@ -105,7 +115,13 @@ def draw_curves(runs: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def save_curves(runs: Mapping[str, pd.DataFrame], output: str | os.PathLike[str]) -> None:
-    """Draws the curves into a file; its suffix (.png, .svg, .pdf) chooses the format."""
+    """Draws the curves into a file; its suffix (.png, .svg, .pdf) chooses the format.
+
+    Raises:
+        RunError: It has another suffix.
+    """
+    if Path(output).suffix not in FORMATS:
+        raise RunError(f"{output}: curves are drawn as {', '.join(FORMATS)}; end the file's name in one of them")
     with atomic_path(output) as temporary:
         if Path(output).suffix == ".svg":
             temporary.write_bytes(curves_svg(runs))
@@ -125,10 +141,10 @@ def bin_curve(curve: pd.Series, num_bins: int = MAX_POINTS) -> pd.DataFrame:
     """Bins of about equal numbers of points: their mean position `x`, and `mean`, `low` and `high` of the values.
 
     Args:
-        curve: Values by iteration; points that are not numbers are left out.
+        curve: Values by iteration; points that are no finite numbers are left out.
         num_bins: A curve of no more points is returned as it is.
     """
-    curve = curve.dropna()
+    curve = curve[np.isfinite(curve)]
     positions = np.arange(len(curve)) * min(num_bins, len(curve)) // max(len(curve), 1)
     table = pd.DataFrame({"x": curve.index.to_numpy(float), "value": curve.to_numpy(float)}).groupby(positions)
     return pd.DataFrame(
@@ -141,16 +157,45 @@ def bin_curve(curve: pd.Series, num_bins: int = MAX_POINTS) -> pd.DataFrame:
     )
 
 
+def _panels(runs: Mapping[str, pd.DataFrame]) -> list[_Panel]:
+    """What there is to draw of the runs."""
+    logged = {column for frame in runs.values() for column in frame if np.isfinite(frame[column]).any()}
+    panels = [panel for panel in PANELS if logged & panel.columns.keys()]
+    if any("iter_time" in frame and "samples_per_second" not in frame for frame in runs.values()):
+        panels.append(TIME_PANEL)
+    return panels + [_Panel(column, {column: ""}) for column in _others(runs)]
+
+
+def _others(runs: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Columns that no panel of ours shows, in the order of the files; a constant is told in words."""
+    known = {column for panel in (*PANELS, TIME_PANEL) for column in panel.columns}
+    others = dict.fromkeys(column for frame in runs.values() for column in frame if column not in known)
+    values = {
+        column: np.concatenate([frame[column] for frame in runs.values() if column in frame]) for column in others
+    }
+    finite = {column: found[np.isfinite(found)] for column, found in values.items() if np.isfinite(found).any()}
+    constant = [column for column, found in finite.items() if len(found) > 1 and np.ptp(found) == 0]
+    if constant:
+        _log.info("not drawn, as they never change: %s", ", ".join(f"{name} {finite[name][0]:g}" for name in constant))
+    changing = [column for column in finite if column not in constant]
+    if left_out := changing[MAX_OTHERS:]:
+        _log.warning("not drawn, beyond %d others: %s", MAX_OTHERS, ", ".join(left_out))
+    return changing[:MAX_OTHERS]
+
+
 def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, pd.DataFrame]) -> None:
     for number, (name, frame) in enumerate(runs.items()):
         color = RUN_COLORS[number % len(RUN_COLORS)]
         for style, column in zip(LINE_STYLES, panel.columns, strict=False):
-            if column in frame and frame[column].notna().any():
+            if column in frame and np.isfinite(frame[column]).any():
                 _draw_curve(axes, frame[column], color, style)
         if panel.columns.keys() & set(frame.columns):
             _draw_marks(axes, name, frame, color)
     axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("iteration", color="#555555")
+    shown = [frame for frame in runs.values() if panel.columns.keys() & set(frame.columns)]
+    last = max(1, *(frame.index.max() for frame in shown))
+    axes.set_xlim(-0.02 * last, 1.02 * last)  # a quantity that is logged later, or less often, is not drawn wider
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.tick_params(colors="#555555", labelsize=8)
@@ -188,6 +233,9 @@ def _draw_marks(axes: Axes, name: str, frame: pd.DataFrame, color: str) -> None:
                     alpha=0.65,
                     linewidth=0.9,
                     linestyle=mark.style,
+                    marker=mark.tip,
+                    markevery=[1],
+                    markersize=4,
                     gid=f"{kind}-{name}-{iteration}",
                 )
                 last = iteration
@@ -195,6 +243,8 @@ def _draw_marks(axes: Axes, name: str, frame: pd.DataFrame, color: str) -> None:
 
 def _marked(frame: pd.DataFrame, kind: str) -> list[int]:
     """Iterations of the events of one kind; after a restart some are in the file twice."""
+    if kind == "not finite":  # a line without any loss is of an iteration all of whose steps were skipped
+        return frame.index[~np.isfinite(frame["total_loss"])].tolist() if "total_loss" in frame else []
     events = frame.attrs.get("events", [])
     return sorted({int(event["iteration"]) for event in events if event["event"] == kind and "iteration" in event})
 
@@ -211,6 +261,6 @@ def _run_legend(runs: Mapping[str, pd.DataFrame]) -> list[Line2D]:
 
 
 def _mark_handle(mark: _Mark) -> Line2D:
-    if mark.height < 1:
-        return Line2D([], [], color="#555555", linestyle="none", marker="|", markersize=6, label=mark.label)
+    if mark.tip:
+        return Line2D([], [], color="#555555", linestyle="none", marker=mark.tip, markersize=6, label=mark.label)
     return Line2D([], [], color="#555555", linewidth=0.9, linestyle=mark.style, label=mark.label)

@@ -1,0 +1,219 @@
+"""Checkpoints of other trainers, of any number of ranks, turned into files that every tool loads."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from checkpoint_writer import SETTINGS, in_format, network, whole_state
+from dinoscope import load_backbone
+from dinoscope.errors import CheckpointError, WeightsError
+from dinoscope.export.convert import convert_checkpoint
+from dinoscope.files import read_json
+from dinoscope.models.registry import settings_from_config
+from dinoscope.models.weights import read_model_file, state_digest
+from dinoscope.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITER = ROOT / "tests" / "checkpoint_writer.py"
+
+
+def save(state: dict, folder: Path) -> Path:
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def written_by(ranks: int, folder: Path, dtype: str, teacher: str) -> Path:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, WRITER, folder, dtype, teacher], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(folder.glob("*.distcp"))) == ranks
+    return folder
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A run's folder with one checkpoint, as the published trainer writes it."""
+    save(whole_state(torch.float32, "teacher", 0), tmp_path / "theirs/ckpt/41")
+    return tmp_path / "theirs"
+
+
+def backbone_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name].float(), second[name].float())] == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "teacher"),
+    [(1, "bfloat16", "teacher"), (2, "float32", "model_ema"), (3, "bfloat16", "teacher")],
+)
+def test_any_number_of_ranks(ranks: int, dtype: str, teacher: str, tmp_path: Path) -> None:
+    folder = written_by(ranks, tmp_path / "run/ckpt/41_keep", dtype, teacher)
+    convert_checkpoint(folder, tmp_path / "out/teacher.pth")
+    wanted = backbone_of(in_format(network(1), getattr(torch, dtype)))
+    content = torch.load(tmp_path / "out/teacher.pth", weights_only=True)
+    assert_same(backbone_of(content["teacher"]), wanted)
+    assert {tensor.dtype for tensor in content["teacher"].values()} == {torch.float32}
+    assert_same(load_file(tmp_path / "out/teacher.safetensors"), wanted)
+    assert_same(load_backbone(tmp_path / "out/teacher.safetensors").state_dict(), wanted)
+    card = read_json(tmp_path / "out/model.json")
+    assert (card["iteration"], card["embed_dim"], card["backbone"]["ffn_layer"]) == (41, 96, "swiglu")
+    assert "DINOv3 License" in card["license_note"]
+    assert card["weights_sha256"] == state_digest(read_model_file(tmp_path / "out").backbone)
+
+
+def test_every_branch(published: Path, tmp_path: Path) -> None:
+    convert_checkpoint(published, tmp_path / "student/teacher.pth", "student", heads=True)
+    student = read_model_file(tmp_path / "student")
+    assert_same(student.backbone, backbone_of(network(0)))
+    assert sorted(student.heads) == ["dino_head", "ibot_head"]
+    assert read_json(tmp_path / "student/model.json")["branch"] == "student"
+    convert_checkpoint(published, tmp_path / "all/teacher.pth", "all")
+    content = torch.load(tmp_path / "all/teacher.pth", weights_only=True)
+    assert_same(content["teacher"], network(1))
+    assert_same(content["student"], network(0))
+    assert_same(read_model_file(tmp_path / "all").backbone, backbone_of(network(1)))
+    names = load_file(tmp_path / "all/teacher.safetensors").keys()
+    assert "student.ibot_head.last_layer.weight" in names
+
+
+def test_an_export_of_a_teacher_alone(tmp_path: Path) -> None:
+    state = {f"teacher.{name}": tensor for name, tensor in backbone_of(network(1)).items()}
+    bare = save(
+        {"teacher": {f"backbone.{n.removeprefix('teacher.')}": t for n, t in state.items()}}, tmp_path / "a/1/s"
+    )
+    convert_checkpoint(bare, tmp_path / "a.pth")
+    folder = tmp_path / "run/eval/training_1999/sharded_teacher_checkpoint"
+    save(network(1), folder)
+    convert_checkpoint(folder, tmp_path / "b/b.pth", heads=True)
+    for path in (tmp_path / "a.pth", tmp_path / "b/b.pth"):
+        assert_same(read_model_file(path).backbone, backbone_of(network(1)))
+    assert read_json(tmp_path / "b/model.json")["iteration"] == 1999
+    with pytest.raises(CheckpointError, match="holds no student backbone; it has teacher"):
+        convert_checkpoint(folder, tmp_path / "c.pth", "student")
+
+
+def test_names_that_wrappers_changed(tmp_path: Path) -> None:
+    state = {
+        f"_orig_mod.teacher.{name.replace('blocks.1.', 'blocks.1._checkpoint_wrapped_module.')}": tensor
+        for name, tensor in network(1).items()
+    }
+    save({"model": state}, tmp_path / "run/ckpt/3")
+    convert_checkpoint(tmp_path / "run/ckpt/3", tmp_path / "t.pth")
+    assert_same(read_model_file(tmp_path / "t.pth").backbone, backbone_of(network(1)))
+
+
+def test_settings_beside_count(published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = {"student": {"arch": "vit_small", "norm_layer": "layernorm", "n_storage_tokens": 4}}
+    recipe["crops"] = {"rgb_mean": [0.7, 0.5, 0.6]}
+    (published / "config.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(WeightsError, match="lacks tensors for a vit_small backbone"):
+        convert_checkpoint(published, tmp_path / "t.pth")
+    assert not list(tmp_path.glob("*.pth"))
+    (published / "config.yaml").write_text("student: {no_such_key: 1}")
+    convert_checkpoint(published, tmp_path / "t.pth")
+    assert "config.yaml of the run cannot be read" in caplog.text
+    settings = settings_from_config(load_recipe(ROOT / "config/runs/tiny.yaml").student)
+    state = {f"backbone.{name}": t for name, t in _backbone(settings).items()}
+    save({"model": {f"teacher.{name}": t for name, t in state.items()}}, tmp_path / "tiny/ckpt/1")
+    shutil.copy(ROOT / "config/runs/tiny.yaml", tmp_path / "tiny/config.yaml")
+    convert_checkpoint(tmp_path / "tiny", tmp_path / "tiny.pth")
+    assert read_json(tmp_path / "model.json")["backbone"]["arch"] == settings.arch
+
+
+def _backbone(settings: object) -> dict[str, torch.Tensor]:
+    return backbone_of(network(0, settings))
+
+
+def test_refusals(published: Path, tmp_path: Path) -> None:
+    folder = published / "ckpt/41"
+
+    def refused(change: object, match: str, **options: object) -> None:
+        state = whole_state(torch.float32, "teacher", 0)
+        change(state["model"])
+        shutil.rmtree(folder)
+        save(state, folder)
+        with pytest.raises((CheckpointError, WeightsError), match=match):
+            convert_checkpoint(folder, tmp_path / "out/t.pth", **options)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+    gamma, head = "teacher.backbone.blocks.2.ls1.gamma", "teacher.dino_head.mlp.2.weight"
+    refused(lambda model: model.pop("teacher.backbone.norm.weight"), "lacks tensors .*norm.weight")
+    refused(lambda model: model.update({"teacher.backbone.extra": torch.ones(2)}), "unknown tensors .*extra")
+    refused(lambda model: model[gamma].mul_(0), "blocks.2.ls1.gamma is all zero")
+    refused(lambda model: model[gamma].fill_(float("nan")), "blocks.2.ls1.gamma holds values that are not finite")
+    refused(lambda model: model.pop(head), "dino_head.*mlp.2", heads=True)
+    refused(lambda model: model["teacher.ibot_head.last_layer.weight"].fill_(float("inf")), "not finite", branch="all")
+    refused(
+        lambda model: [model.pop(name) for name in list(model) if name.startswith("teacher")],
+        "no teacher",
+        branch="all",
+    )
+
+
+class Harmful:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("harm_done"),))
+
+
+def test_code_in_a_checkpoint_is_never_run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = published / "ckpt/41"
+    metadata = folder / ".metadata"
+    whole = pickle.loads(metadata.read_bytes())
+    whole.planner_data = Harmful()
+    metadata.write_bytes(pickle.dumps(whole))
+    with pytest.raises(CheckpointError, match=r"it names pathlib\.Path\.touch|it names .*getattr"):
+        convert_checkpoint(folder, tmp_path / "t.pth")
+    metadata.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(CheckpointError, match="an object of type dict"):
+        convert_checkpoint(folder, tmp_path / "t.pth")
+    torch.save({"teacher": Harmful()}, tmp_path / "teacher.pth")
+    with pytest.raises(WeightsError, match="holds code"):
+        load_backbone(tmp_path / "teacher.pth")
+    assert not Path("harm_done").exists()
+
+
+def test_memory_goes_with_what_is_written(tmp_path: Path) -> None:
+    """A backbone of 61 MB in a checkpoint of over 1 GB."""
+    import dataclasses
+
+    settings = dataclasses.replace(SETTINGS, embed_dim=384, num_heads=6, ffn_hidden=1024, depth=8)
+    save(whole_state(torch.float32, "teacher", 700, settings), tmp_path / "run/ckpt/41")
+    stored = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.distcp"))
+    script = (
+        "import sys, threading, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "peak = [0]\n"
+        "def watch():\n"
+        "    while True:\n"
+        "        lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "        peak[0] = max(peak[0], *(int(l.split()[1]) for l in lines if l.startswith('RssAnon')))\n"
+        "        time.sleep(0.005)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "from dinoscope.export.convert import convert_checkpoint\n"
+        "convert_checkpoint(Path(sys.argv[2]), Path(sys.argv[3]))\n"
+        "print(peak[0] * 1024)\n"
+    )
+    arguments = [ROOT / "workflow_scripts", tmp_path / "run", tmp_path / "teacher.pth"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, size = int(done.stdout), (tmp_path / "teacher.pth").stat().st_size
+    print(f"peak {peak / 1e6:.0f} MB, file {size / 1e6:.0f} MB, checkpoint {stored / 1e6:.0f} MB")
+    assert stored > 12 * size
+    assert peak < 1.3 * size + 350e6
