@@ -343,8 +343,9 @@ def test_the_workflow_is_found_without_its_own_folder(folder):
 
 
 def test_every_rule_logs_and_quotes():
+    start = re.compile(r"^ *(?:use rule .* with|rule ?\w*):", re.MULTILINE)
     for path in (REPOSITORY / "rules").glob("*.smk"):
-        for rule in re.split(r"^ *rule ?\w*:", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        for rule in start.split(path.read_text(encoding="utf-8"))[1:]:
             if "shell:" not in rule:
                 continue
             assert "log:" in rule
