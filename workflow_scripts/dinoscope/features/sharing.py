@@ -91,9 +91,8 @@ class SharedSlide:
 
     def receipt(self, made_with: MadeWith) -> dict[str, Any]:
         """What its features depend on, as far as that can be told without loading anything."""
-        from dinoscope.slides.manifest import (
-            manifest_digest,  # pyarrow takes its time, and planning imports this module
-        )
+        # here, because pyarrow takes its time and planning imports this module
+        from dinoscope.slides.manifest import manifest_digest
 
         return asdict(made_with) | {
             "version": EXTRACTION_VERSION,
