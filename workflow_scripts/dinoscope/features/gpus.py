@@ -5,11 +5,8 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 __all__ = ["take_free_gpu"]
-
-_held: list[TextIO] = []  # locks last as long as their files are open: until this process ends
 
 
 def take_free_gpu(names: Sequence[str], folder: Path | None = None) -> int:
@@ -23,12 +20,14 @@ def take_free_gpu(names: Sequence[str], folder: Path | None = None) -> int:
     """
     folder = folder or Path(tempfile.gettempdir())
     for index, name in enumerate(names):
-        file = open(folder / f"dinoscope-{os.getuid()}-gpu-{name}.lock", "a", encoding="utf-8")  # noqa: SIM115
+        # never closed: the lock lasts until this process ends
+        lock = os.open(
+            folder / f"dinoscope-{os.getuid()}-gpu-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
-            continue
-        _held.append(file)
-        return index
+            os.close(lock)
+        else:
+            return index
     return os.getpid() % len(names)
