@@ -3,7 +3,7 @@
 snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
 snakemake --cores all inspect          a look at all slides before anything expensive starts
-snakemake --cores all pretrain         one training run; likewise tiles, manifest, gram, export, features, pca, report
+snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, viewer, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
 """
 
@@ -25,6 +25,8 @@ include: "rules/train.smk"
 include: "rules/export.smk"
 include: "rules/features.smk"
 include: "rules/feature_exports.smk"
+include: "rules/pictures.smk"
+include: "rules/viewer.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 
@@ -34,6 +36,7 @@ rule all:
     input:
         rules.report.output,
         pca_maps,
+        viewer_page,
         rules.slide_table.output,
         exports,
         exported_features,

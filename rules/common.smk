@@ -16,6 +16,7 @@ os.environ.update(
 from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
+from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
 
@@ -24,6 +25,7 @@ PLAN = one_sentence(make_plan)(
 )
 SLIDES = SlideJobs(PLAN)
 FEATURES = FeatureJobs(PLAN)
+PICTURES = PictureJobs(PLAN)
 
 if workflow.is_main_process:
     os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
@@ -209,6 +211,20 @@ def run_packed(wildcards):
     return kept_by_finished(f"<results>/packed/{run.tile_set}/index.json", wildcards)
 
 
+@one_sentence
+def sampled_features(wildcards):
+    """Features that the viewer's sample of tiles is drawn from."""
+    slides = PLAN.sampled_slides(wildcards.model)
+    return expand(
+        "<results>/features/{model}/{slide}.h5", model=wildcards.model, slide=slides
+    )
+
+
+def viewer_page(wildcards):
+    """The slide viewer, where it is wanted."""
+    return ["<results>/viewer/index.html"] if PLAN.config["viewer"]["enabled"] else []
+
+
 def run_weights(wildcards):
     """What the run starts from, unless it continues another."""
     return kept_by_finished("<results>/models/base/teacher.pth", wildcards)
@@ -299,6 +315,11 @@ def feature_tiles(wildcards):
     return FEATURES.tiles(wildcards.model)
 
 
+def feature_tiles_folder(wildcards):
+    """The folder of these tiles."""
+    return f"{PLAN.results}/tiles/{FEATURES.tile_set(wildcards.model)}"
+
+
 def encoder_files(wildcards):
     """The files of the model; features are made anew when they change."""
     return FEATURES.encoder_files(wildcards.model)
@@ -327,6 +348,111 @@ def exported_features(wildcards):
 
 onstart:
     FEATURES.write_wanted(workflow.dag.needrun_jobs(), Path("logs/extract_features"))
+
+
+def of_models(pattern):
+    """A file of each model, in their order."""
+    return expand(pattern, model=PLAN.models)
+
+
+@one_sentence
+def pictures(wildcards):
+    """All that rules/pictures.smk makes for people to look at."""
+    comparisons = expand("<results>/pca/compare/{slide}.png", slide=PLAN.feature_slides)
+    regions = expand(
+        "<results>/pca/regions/{region}/{picture}.png",
+        region=PICTURES.regions if PLAN.own_models else [],
+        picture=["colors", "similarity"],
+    )
+    return [*comparisons, *regions, *cluster_pictures(wildcards)]
+
+
+@one_sentence
+def cluster_pictures(wildcards):
+    """Maps of the clusters of all slides, and examples by all models."""
+    if PLAN.config["pca"]["clusters"] is None:
+        return []
+    maps = expand("<results>/clusters/maps/{slide}.png", slide=PLAN.feature_slides)
+    return [*maps, *of_models("<results>/clusters/{model}/examples.png")]
+
+
+def viewer_clusters(wildcards):
+    """Clusters of a slide's tiles by a model, and their colours; nothing where none are made."""
+    if PLAN.config["pca"]["clusters"] is None:
+        return []
+    return [
+        f"<results>/clusters/{wildcards.model}/labels/{wildcards.slide}.npz",
+        f"<results>/clusters/{wildcards.model}/clusters.json",
+    ]
+
+
+def viewer_cluster_options(wildcards, input):
+    """The same for the command line."""
+    return (
+        ["--clusters", input.clusters[0], "--cluster-legend", input.clusters[1]]
+        if input.clusters
+        else []
+    )
+
+
+@one_sentence
+def shown_regions(wildcards):
+    """Names of the regions that are shown at the scale of cells."""
+    return list(PICTURES.regions) if PLAN.own_models else []
+
+
+def of_region(function):
+    """The same input function for the slide of a region."""
+    return one_sentence(
+        lambda wildcards: function(PICTURES.wildcards(wildcards.region))
+    )
+
+
+@one_sentence
+def region_slide_id(wildcards):
+    """The slide that the region lies on."""
+    return PICTURES.region(wildcards.region).slide
+
+
+def region_slide_argument(wildcards, resources):
+    """The slide for the command line; no trigger, since the input is one."""
+    return slide_argument(PICTURES.wildcards(wildcards.region), resources)
+
+
+@one_sentence
+def region_tiles(wildcards):
+    """The tiles that tell where the slide's tissue is, for a region that is looked for."""
+    region = PICTURES.region(wildcards.region)
+    tiles = f"<results>/tiles/{PLAN.config['features']['set']}/{region.slide}.parquet"
+    return tiles if region.x is None else []
+
+
+@one_sentence
+def region_thumbnail(wildcards):
+    """The picture of the whole slide."""
+    return f"<results>/slides/{PICTURES.region(wildcards.region).slide}.jpg"
+
+
+@one_sentence
+def region_options(wildcards, resources):
+    """Arguments whose change redoes nothing: reader of other slides, and how errors are taken."""
+    slide = PICTURES.region(wildcards.region).slide
+    return [*SLIDES.options(slide), "--on-error", PLAN.config["slides"]["on_error"]]
+
+
+@one_sentence
+def region_arguments(wildcards, input):
+    """Arguments that say where to look."""
+    tiles = ["--tiles", str(input.tiles)] if input.tiles else []
+    return [*tiles, *PICTURES.arguments(wildcards.region)]
+
+
+def named_weights(wildcards, input):
+    """NAME=FILE of each model."""
+    return [
+        f"{model}={file}"
+        for model, file in zip(PLAN.own_models, input.weights, strict=True)
+    ]
 
 
 onsuccess:

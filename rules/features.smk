@@ -79,9 +79,10 @@ rule pca_fit:
         script=SCRIPTS / "pca.py",
         folder=subpath(output.basis, parent=True),
         seed=PLAN.config["pca"]["seed"],
+        background=PLAN.config["pca"]["background"],
     shell:
         "python {params.script:q} fit --features @{input.list:q} --basis {params.folder:q} --seed {params.seed}"
-        " > {log:q} 2>&1"
+        " --background {params.background:q} > {log:q} 2>&1"
 
 
 rule pca_map:

@@ -34,6 +34,8 @@ rule report:
         cards=expand("<results>/models/{model}/model.json", model=PLAN.own_models),
         curves=expand("<results>/plots/{run}.png", run=PLAN.trained_runs),
         maps=pca_maps,
+        pictures=pictures,
+        viewer=viewer_page,
     output:
         page="<results>/report.html",
     log:
@@ -47,6 +49,7 @@ rule report:
         config=config_file(),
         models=PLAN.models,
         runs=PLAN.trained_runs,
+        regions=shown_regions,
     shell:
         "python {params.script:q} --results {params.results:q} --models {params.models:q} --runs {params.runs:q}"
-        " --workflow-config {params.config:q} --output {output.page:q} > {log:q} 2>&1"
+        " --regions {params.regions:q} --workflow-config {params.config:q} --output {output.page:q} > {log:q} 2>&1"

@@ -9,6 +9,7 @@ localrules:
     features,
     export_features,
     pca,
+    clusters,
 
 
 rule inspect:
@@ -54,6 +55,12 @@ rule export_features:
 rule pca:
     input:
         pca_maps,
+        pictures,
+
+
+rule clusters:
+    input:
+        cluster_pictures,
 
 
 # Each run under its own name: training and the model that comes out of it.

@@ -21,6 +21,7 @@ def main() -> None:
     add("--results", type=Path, required=True, help="folder of the results")
     add("--models", nargs="*", default=[], help="models in the order of their maps, e.g. base pretrain gram")
     add("--runs", nargs="*", default=[], help="training runs, e.g. pretrain gram")
+    add("--regions", nargs="*", help="regions shown at the scale of cells; all that there are when not given")
     add("--workflow-config", type=Path, help="config.yaml of the workflow, shown without its paths")
     add("--max-slides", type=int, default=MAX_SLIDES_SHOWN, help="slides shown with pictures, evenly chosen")
     add("--output", type=Path, required=True, help="the HTML file to write")
@@ -34,6 +35,7 @@ def main() -> None:
         arguments.output,
         workflow_config=arguments.workflow_config,
         max_slides=arguments.max_slides,
+        regions=arguments.regions,
     )
 
 

@@ -196,6 +196,15 @@ def test_the_words_say_what_happened(page, whole):
     assert "480" in page.words and "torch" in page.words and "Python" in page.words
 
 
+def test_the_viewer_is_linked_where_there_is_one(tmp_path, results):
+    build_report(results, MODELS, RUNS, tmp_path / "report.html")
+    assert not any("viewer" in reference for reference in Page(tmp_path / "report.html").references)
+    (results / "viewer").mkdir()
+    (results / "viewer" / "index.html").touch()
+    build_report(results, MODELS, RUNS, tmp_path / "report.html")
+    assert "viewer/index.html" in Page(tmp_path / "report.html").references
+
+
 def test_no_path_or_name_gets_in(page, whole):
     text = (whole.parent / "report.html").read_text()
     for secret in (*SECRETS, str(whole), str(Path.home())):
@@ -237,6 +246,34 @@ def test_even_an_empty_folder_gives_a_page(tmp_path):
     build_report(tmp_path / "results", [], [], tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert "No slide has been inspected yet." in page.words and not page.images
+
+
+def write_page(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((900, 2400, 3), value, np.uint8)).save(path)
+
+
+def test_regions_and_clusters_are_shown_where_they_belong(tmp_path, results):
+    write_page(results / "clusters" / "maps" / f"{SLIDES[1]}.png", 60)
+    for value, name in ((90, "old_auto"), (120, "B [1]_auto")):
+        write_page(results / "pca" / "regions" / name / "colors.png", value)
+        write_page(results / "pca" / "regions" / name / "similarity.png", value + 10)
+    write_page(results / "clusters" / "base" / "examples.png", 200)
+    output = tmp_path / "report.html"
+    build_report(results, MODELS, RUNS, output, regions=["B [1]_auto"])
+    page = Page(output)
+    alts = [image["alt"] for image in page.images]
+    assert alts[8:10] == ["B [1], clusters", f"{SLIDES[2]}, tiling"]
+    assert alts[-4:] == [
+        "B [1]_auto, patches", "B [1]_auto, similarity", "Clusters, base", "Curves of the training runs",
+    ]  # fmt: skip
+    for image, value in zip([page.images[8], *page.images[-4:-1]], (60, 120, 130, 200), strict=True):
+        with Image.open(io.BytesIO(decoded(image)[1])) as picture:
+            assert picture.width == 1900
+            np.testing.assert_allclose(np.asarray(picture), value, atol=3)
+    assert {"regions", "clusters"} <= set(page.ids) and "old_auto" not in output.read_text()
+    build_report(results, MODELS, RUNS, output)  # all that are there
+    assert "old_auto" in output.read_text()
 
 
 def test_slides_without_a_table_are_found(tmp_path, results):

@@ -4,6 +4,7 @@ The slides are real ones where ../shared/data has them (H&E, and fluorescence on
 two of the demo's.
 """
 
+import json
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from dinoscope.files import read_json
 from dinoscope.models.weights import load_backbone
 from dinoscope.slides.manifest import read_metadata, read_tiles
 from dinoscope.train.metrics import read_metrics
+from dinoscope.visualize.viewer.scripts import read_script
 from snakemake_runs import COMMAND, plan, snakemake
 
 pytestmark = pytest.mark.slow
@@ -190,7 +192,10 @@ def test_pictures_show_something(finished, slide_id):
     results = finished / "results"
     pictures = [results / "slides" / f"{slide_id}.jpg", results / "tiles" / f"{slide_id}.jpg"]
     pictures += [results / "pca" / model / f"{slide_id}.png" for model in MODELS]
-    for path in pictures:
+    region = results / "pca" / "regions" / f"{slide_id}_auto"
+    further = [results / "pca" / "compare" / f"{slide_id}.png", results / "clusters" / "maps" / f"{slide_id}.png"]
+    further += [region / "colors.png", region / "similarity.png", results / "clusters" / "base" / "examples.png"]
+    for path in [*pictures, *further]:
         image = cv2.imread(str(path))
         assert min(image.shape[:2]) > 100
         assert image.std() > 5
@@ -198,13 +203,41 @@ def test_pictures_show_something(finished, slide_id):
     assert any(maps[0].shape != other.shape or (maps[0] != other).any() for other in maps[1:])
 
 
+@pytest.mark.parametrize("slide_id", SLIDES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_tile_has_a_cluster(finished, model, slide_id):
+    folder = finished / "results" / "clusters" / model
+    document = json.loads((folder / f"{slide_id}.geojson").read_text(encoding="utf-8"))
+    names = [feature["properties"]["classification"]["name"] for feature in document["features"]]
+    tiles = read_tiles(finished / "results" / "tiles" / "features" / f"{slide_id}.parquet")
+    with np.load(folder / "labels" / f"{slide_id}.npz") as arrays:
+        assert names == [f"Cluster {label + 1}" for label in arrays["labels"]]
+    assert len(names) == tiles.num_rows
+
+
 def test_the_report_is_self_contained(finished):
     page = (finished / "results" / "report.html").read_text(encoding="utf-8")
     for model in MODELS:
         assert model in page
-    pictures = len(SLIDES) * (1 + len(MODELS)) + 1
+    slides, regions = len(SLIDES) * (2 + len(MODELS)), 2 * 2
+    pictures = slides + regions + len(MODELS) + 1
     assert len(re.findall(r'src="data:image/', page)) == pictures
-    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert not re.search(r'(src|href)="(?!data:|#|viewer/index.html")', page)
+
+
+def test_the_viewer_has_all_slides_and_models(finished):
+    viewer = finished / "results" / "viewer"
+    page = (viewer / "index.html").read_text(encoding="utf-8")
+    contents = json.loads(re.search(r"const CONTENTS = (.*);", page).group(1))
+    assert contents["slides"] == [[slide, list(range(len(MODELS)))] for slide in SLIDES]
+    assert {model["name"] for model in contents["models"]} == set(MODELS)
+    for slide in SLIDES:
+        pyramid = read_script(viewer / "slides" / slide / "pyramid.js")[2]
+        assert pyramid["present"][0] == "1" and (viewer / "slides" / slide / "tiles" / "0" / "0_0.jpg").is_file()
+        for model in MODELS:
+            tiles = read_script(viewer / "models" / model / "slides" / f"{slide}.js")[2]
+            with h5py.File(finished / "results" / "features" / model / f"{slide}.h5") as file:
+                assert tiles["count"] == len(file["coords"])
 
 
 def test_results_tell_nothing_of_where_they_were_made(finished):

@@ -19,7 +19,15 @@ from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
 WHOLE_DEMO = {
     "demo_slides": 1, "inspect_slide": 5, "slides_report": 1, "tile_slide": 5, "split_slides": 1, "slide_table": 1,
     "merge_manifest": 1, "initial_weights": 1, "train": 2, "convert": 2, "extract_features": 15,
-    "list_features": 3, "pca_fit": 3, "pca_map": 15, "plot_metrics": 2, "report": 1, "all": 1,
+    "list_features": 3, "pca_fit": 3, "pca_map": 15, "pca_compare": 5, "pca_region": 2, "cluster_fit": 3,
+    "cluster_map": 5, "cluster_examples": 3, "plot_metrics": 2, "report": 1, "all": 1,
+    "viewer_pyramid": 5, "list_sampled": 3, "viewer_sample": 3, "viewer_tiles": 15, "viewer": 1,
+}  # fmt: skip
+VIEWER = ("viewer_pyramid", "list_sampled", "viewer_sample", "viewer_tiles", "viewer")
+# of a slide that comes to a finished demo
+OWN_JOBS = {
+    "inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3, "pca_compare": 1, "cluster_map": 1,
+    "viewer_pyramid": 1, "viewer_tiles": 3,
 }  # fmt: skip
 
 
@@ -47,6 +55,7 @@ def finished_once(tmp_path_factory):
     slides = [slide_id for slide_id in DEMO_SLIDES if slide_id != "demo_he_1"]
     for model in ("base", "pretrain", "gram"):
         write_json(folder / "results" / "pca" / model / "basis.json", {"slides": slides})
+        write_json(folder / "results" / "neighbours" / f"{model}.json", {"slides": list(DEMO_SLIDES)})
     snakemake(folder, "--touch", "--forceall")
     return folder
 
@@ -131,16 +140,42 @@ def test_what_changes_no_result_reruns_nothing(finished):
 
 def test_a_features_slide_plans_only_its_own_jobs(finished):
     add_slide(finished, "new [1]", "features")
-    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3}
-    assert plan(finished)[0] == own | {"slides_report": 1, "slide_table": 1, "report": 1, "all": 1}
+    joins = {"slides_report": 1, "slide_table": 1, "viewer": 1, "report": 1, "all": 1}
+    assert plan(finished)[0] == OWN_JOBS | joins
+
+
+def test_a_slide_named_sample_is_no_sample_of_tiles(finished):
+    """Rules of the viewer tell files of slides from files of models, whatever a slide is called."""
+    add_slide(finished, "sample", "features")
+    needed = {name: count for name, count in OWN_JOBS.items() if name not in ("pca_map", "pca_compare")}
+    assert plan(finished, "viewer")[0] == needed | {"viewer": 1}
+
+
+def test_a_slide_that_goes_leaves_the_sample_of_tiles(finished):
+    table = finished / "config" / "slides.tsv"
+    rows = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text("".join(row for row in rows if not row.startswith("demo_cyto_1")), encoding="utf-8")
+    jobs, _ = plan(finished, "results/viewer/models/base/slides/demo_he_1.js")
+    assert (jobs["list_sampled"], jobs["viewer_sample"], jobs["viewer_tiles"], jobs["viewer_pyramid"]) == (1, 1, 1, 0)
+
+
+def test_another_resolution_redoes_the_viewers_pictures_only(finished):
+    change_config(finished, **{"viewer.mpp": 4.0})
+    assert plan(finished, "viewer")[0] == {"viewer_pyramid": 5, "viewer": 1}
+
+
+def test_the_viewer_can_be_left_out(folder):
+    change_config(folder, **{"viewer.enabled": False})
+    jobs, _ = plan(folder)
+    assert jobs == {name: count for name, count in WHOLE_DEMO.items() if name not in VIEWER}
+    assert plan(folder, "viewer")[0]["viewer_tiles"] == 15
 
 
 def test_a_training_slide_leaves_finished_runs_and_colours_alone(finished):
     add_slide(finished, "new", "train,features")
     jobs, _ = plan(finished)
-    own = {"inspect_slide": 1, "tile_slide": 1, "extract_features": 3, "pca_map": 3}
-    joins = {"split_slides": 1, "merge_manifest": 1, "slides_report": 1, "slide_table": 1, "report": 1, "all": 1}
-    assert jobs == own | joins
+    joins = {"split_slides": 1, "merge_manifest": 1, "slides_report": 1, "slide_table": 1, "viewer": 1, "report": 1}
+    assert jobs == OWN_JOBS | joins | {"all": 1}
 
 
 def test_a_new_run_is_planned_together_with_the_manifest_that_it_is_for(finished):
@@ -163,6 +198,14 @@ def test_changed_pooling_redoes_features_and_maps(finished):
         "list_features": 3,
         "pca_fit": 3,
         "pca_map": 15,
+        "pca_compare": 5,
+        "cluster_fit": 3,
+        "cluster_map": 5,
+        "cluster_examples": 3,
+        "list_sampled": 3,
+        "viewer_sample": 3,
+        "viewer_tiles": 15,
+        "viewer": 1,
         "report": 1,
         "all": 1,
     }
@@ -226,8 +269,44 @@ def test_a_longer_run_goes_on_and_the_start_stays(finished):
     jobs, _ = plan(finished)
     assert jobs == {
         "train": 1, "convert": 1, "extract_features": 5, "list_features": 1, "pca_fit": 1, "pca_map": 5,
-        "plot_metrics": 1, "report": 1, "all": 1,
+        "pca_compare": 5, "pca_region": 2, "cluster_fit": 1, "cluster_map": 5, "cluster_examples": 1, "plot_metrics": 1,
+        "list_sampled": 1, "viewer_sample": 1, "viewer_tiles": 15, "viewer": 1, "report": 1, "all": 1,
     }  # fmt: skip
+
+
+def test_a_region_of_the_config_is_a_job_of_its_own(finished):
+    places = [{"slide": "demo_he_2", "x": 300, "y": 400, "size_px": 512, "points": [[320, 410], [500, 600]]}]
+    change_config(finished, **{"pca.regions": places})
+    jobs, text = plan(finished, "--printshellcmds")
+    assert jobs == {"pca_region": 1, "report": 1, "all": 1}
+    assert "--region 300 400 512 0.5 --point 320 410 --point 500 600" in text
+    assert "--slide results/demo/demo_he_2.tiff --slide-id demo_he_2" in text
+    change_config(finished, **{"pca.regions": [], "pca.auto_regions": 1, "pca.clusters": None})
+    tiles = {"viewer_tiles": 15, "viewer": 1}  # which show clusters no more
+    assert plan(finished)[0] == tiles | {"report": 1, "all": 1}
+
+
+def test_other_clusters_leave_colours_alone(finished):
+    change_config(finished, **{"pca.clusters": 5})
+    clusters = {"cluster_fit": 3, "cluster_map": 5, "cluster_examples": 3}
+    assert plan(finished)[0] == clusters | {"viewer_tiles": 15, "viewer": 1, "report": 1, "all": 1}
+    assert plan(finished, "clusters")[0] == clusters | {"clusters": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pca.regions": [{"slide": "demo_he_8", "x": 0, "y": 0}]}, "slide 'demo_he_8' is not in config/slides.tsv"),
+        ({"pca.regions": [{"slide": "demo_he_1", "x": 0}]}, "config: pca.regions.0.y is missing; give it: Upper edge"),
+        ({"pca.regions": 2 * [{"slide": "demo_he_1", "x": 0, "y": 1}]}, "lists demo_he_1_x0_y1_1024px twice"),
+        ({"pca.upsample": "featup"}, "pca.upsample is 'featup', but must be jbu, none or module:callable"),
+        ({"pca.clusters": 40}, "config: pca.clusters is 40, but must be at most 20"),
+        ({"runs.regions": {"recipe": "config/runs/tiny.yaml"}}, "runs.regions: this name is taken by a part of the"),
+    ],
+)
+def test_mistakes_about_pictures_are_explained(folder, changes, sentence):
+    change_config(folder, **changes)
+    assert_only_sentences(snakemake(folder, "--dry-run", check=False), sentence)
 
 
 def test_published_weights_are_an_input_of_the_start(finished):

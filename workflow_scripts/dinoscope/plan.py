@@ -324,6 +324,18 @@ class Plan:
         kept = [slide_id for slide_id in self.slides if slide_id in fitted]
         return kept or self.train_slides or self.feature_slides
 
+    def sampled_slides(self, model: str) -> list[str]:
+        """Slides whose tiles the viewer seeks neighbours among: those of the sample that exists, else all.
+
+        A sample is kept when slides come, so that no other slide's jobs run again; a slide that goes takes part
+        no more.
+        """
+        try:
+            sampled = set(read_json(self.results / "neighbours" / f"{model}.json")["slides"])
+        except (FileNotFoundError, KeyError, ValueError):
+            sampled = set()
+        return [slide_id for slide_id in self.feature_slides if slide_id in sampled] or self.feature_slides
+
     def is_packed(self, run: Run) -> bool:
         """Whether a run is trained on packed tiles: as it was begun, or else as the config says now."""
         if run.own_data is not None:

@@ -29,12 +29,15 @@ __all__ = [
 BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
-    "all", "convert", "demo_slides", "export", "export_features", "export_features_anndata", "export_features_clam",
-    "export_features_parquet", "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx",
-    "export_timm", "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features",
-    "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_fit", "pca_map", "plot_metrics", "report",
-    "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train",
+    "all", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "convert", "demo_slides", "export",
+    "export_features", "export_features_anndata", "export_features_clam", "export_features_parquet",
+    "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm",
+    "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled",
+    "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit", "pca_map",
+    "pca_region", "plot_metrics", "report", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles",
+    "train", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
 )  # fmt: skip
+_FOLDERS = ("compare", "maps", "regions")  # lie beside those of the models
 
 _CROPS = ("crops.global_crops_size", "crops.local_crops_size", "crops.gram_teacher_crops_size")
 
@@ -179,13 +182,13 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
         if name not in known:
             yield f"{key} is {name!r}, which is not defined{nearest(name, known)}; known are {', '.join(known)}"
     for name, run in runs.items():
-        if name in TARGETS or name == BASE:
+        if name in (*TARGETS, *_FOLDERS, BASE):
             yield f"runs.{name}: this name is taken by a part of the workflow; give the run another"
         teacher = run["gram_teacher"]
         if run["continues"] is None and (teacher == "last" or str(teacher).isdecimal()):
             yield f"runs.{name}.gram_teacher is {teacher}, but the run continues none: name a file or set `continues`"
     for name in encoders:
-        if name in TARGETS or name == BASE or name in runs:
+        if name in (*TARGETS, *_FOLDERS, BASE) or name in runs:
             taken_by = "a run" if name in runs else "a part of the workflow"
             yield f"features.encoders.{name}: this name is taken by {taken_by}; give the encoder another"
     taken_from = {"features.set": config["features"]["set"]}
@@ -196,6 +199,9 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
                 f"{key} is {tile_set}, which mixes several mpp ({', '.join(map(str, sets[tile_set]['mpp']))}), but "
                 "a feature file holds one kind of tiles; name a set with one mpp"
             )
+    upsample = config["pca"]["upsample"]
+    if upsample not in ("jbu", "none") and not user_code.is_class_name(upsample):
+        yield f"pca.upsample is {upsample!r}, but must be jbu, none or module:callable, e.g. my_code:featup"
     if config["tissue"]["method"] == "annotations" and config["tissue"]["annotations"] is None:
         yield "tissue.method is annotations, but tissue.annotations names no folder; give one with SLIDE.geojson files"
     yield from _circle_problems(runs)

@@ -30,8 +30,11 @@ class FeatureJobs:
 
     def tiles(self, model: str) -> str:
         """Pattern of the tile manifests that a model's features are taken from."""
-        tile_set = self._encoder(model).get("set") or self._settings["set"]
-        return f"<results>/tiles/{tile_set}/{{slide}}.parquet"
+        return f"<results>/tiles/{self.tile_set(model)}/{{slide}}.parquet"
+
+    def tile_set(self, model: str) -> str:
+        """The tile set that they are of."""
+        return self._encoder(model).get("set") or self._settings["set"]
 
     def pooling(self, model: str) -> str:
         """What is taken of a tile with this model."""

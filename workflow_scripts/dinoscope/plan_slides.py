@@ -73,6 +73,11 @@ class SlideJobs:
             arguments += ["--on-error", "skip", "--skip-records", str(self._records_folder)]
         return arguments
 
+    def reading_options(self) -> list[str]:
+        """Arguments of jobs that find slides in the table: what the config says of all of them."""
+        pairs = (("--slide-mpp", self._settings["mpp"]), ("--slide-reader", self._settings["reader"]))
+        return [part for option, value in pairs if value is not None for part in (option, str(value))]
+
     def attempt(self, slide_id: str, stage: str = _TILES) -> int:
         """Number of the attempt at a stage of a slide: a new one where a skipped slide is to be tried again.
 

@@ -15,7 +15,7 @@ from dinoscope.slides.grid import Grid, TileSet
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.tissue import Tissue
 
-__all__ = ["brightened", "draw_overview", "placeholder", "save_jpeg", "scale_bar_mm"]
+__all__ = ["brightened", "draw_overview", "placeholder", "save_jpeg", "scale_bar_mm", "text_font"]
 
 _MAX_PX, _PANEL_PX, _MIN_WIDTH_PX = 1600, 1100, 760
 _MARGIN_PX, _LINE_PX, _TITLE_PX, _TEXT_PX = 16, 26, 24, 16
@@ -90,7 +90,7 @@ def placeholder(text: str) -> np.ndarray:
     """A grey card with a line of text, in place of a picture that cannot be made; uint8 (height, width, 3)."""
     card = Image.new("RGB", (512, 384), (225, 225, 225))
     draw = ImageDraw.Draw(card)
-    draw.text((256, 192), text, fill=_INK, font=_font(_TITLE_PX), anchor="mm")
+    draw.text((256, 192), text, fill=_INK, font=text_font(_TITLE_PX), anchor="mm")
     return np.asarray(card)
 
 
@@ -108,7 +108,7 @@ def scale_bar_mm(width_mm: float) -> float:
 
 
 @functools.cache
-def _font(size_px: int) -> ImageFont.FreeTypeFont:
+def text_font(size_px: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it (not imported: that takes long); Pillow's own font knows ASCII only."""
     found = importlib.util.find_spec("matplotlib")
     for folder in found.submodule_search_locations if found else []:
@@ -185,9 +185,9 @@ def _write_text(
     kept_colour: tuple[int, int, int],
     reasons: Sequence[str],
 ) -> None:
-    draw, font = ImageDraw.Draw(canvas), _font(_TEXT_PX)
+    draw, font = ImageDraw.Draw(canvas), text_font(_TEXT_PX)
     room = canvas.width - 2 * _MARGIN_PX
-    title = _font(_TITLE_PX)
+    title = text_font(_TITLE_PX)
     draw.text((_MARGIN_PX, _MARGIN_PX - 2), _fitted(draw, slide.slide_id, title, room), fill=_INK, font=title)
     size_mm = " × ".join(f"{pixels * slide.mpp / 1000:.2f}" for pixels in (slide.width, slide.height))
     facts = f"{slide.width} × {slide.height} px, {size_mm} mm, {slide.mpp:.4g} µm a pixel"
@@ -208,7 +208,7 @@ def _write_text(
 
 def _write_reasons(draw: ImageDraw.ImageDraw, y: int, reasons: Sequence[str]) -> None:
     """One line: left out, and why, each reason with its colour."""
-    font, x = _font(_TEXT_PX), _MARGIN_PX
+    font, x = text_font(_TEXT_PX), _MARGIN_PX
     for text, colour in [("left out:", None), *((_REASONS[reason][1], _REASONS[reason][0]) for reason in reasons)]:
         if colour is not None:
             pale = tuple(round(255 + (value - 255) * 0.6) for value in colour)
@@ -220,7 +220,7 @@ def _write_reasons(draw: ImageDraw.ImageDraw, y: int, reasons: Sequence[str]) ->
 
 def _draw_label(canvas: Image.Image, corner: tuple[int, int], tile_set: TileSet) -> None:
     """The set's name and resolution in the upper left of its picture."""
-    draw, font = ImageDraw.Draw(canvas), _font(_TEXT_PX)
+    draw, font = ImageDraw.Draw(canvas), text_font(_TEXT_PX)
     text = f"{tile_set.name}, {tile_set.mpp:g} µm a pixel"
     left, top = corner
     draw.rectangle((left, top, left + draw.textlength(text, font) + 16, top + 26), fill=_PAPER, outline=_INK)
@@ -251,7 +251,7 @@ def _draw_scale_bar(canvas: Image.Image, corner: tuple[int, int], picture_shape:
     height, width = picture_shape[:2]
     length_mm = scale_bar_mm(width * mpp / 1000)
     length = round(length_mm * 1000 / mpp)
-    draw, font = ImageDraw.Draw(canvas), _font(_TEXT_PX)
+    draw, font = ImageDraw.Draw(canvas), text_font(_TEXT_PX)
     text = f"{length_mm:g} mm"
     box_width = max(length, round(draw.textlength(text, font))) + 20
     right, bottom = corner[0] + width - 8, corner[1] + height - 8

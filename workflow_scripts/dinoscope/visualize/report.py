@@ -22,7 +22,7 @@ from dinoscope.visualize.report_data import ModelFacts, ReportData, RunFacts, co
 __all__ = ["build_report", "picture_uri"]
 
 MAX_SLIDES_SHOWN = 24
-LONGEST_PX = 1200
+LONGEST_PX, LONGEST_PAGE_PX = 1200, 1900
 LOSSES = {
     "total_loss": "total",
     "dino_global_crops_loss": "DINO, global",
@@ -51,6 +51,7 @@ def build_report(
     *,
     workflow_config: Path | None = None,
     max_slides: int = MAX_SLIDES_SHOWN,
+    regions: Sequence[str] | None = None,
 ) -> None:
     """Writes the report.
 
@@ -63,6 +64,7 @@ def build_report(
         output: The HTML file.
         workflow_config: The workflow's config.yaml, shown without its paths.
         max_slides: Slides shown with pictures, evenly chosen from the table.
+        regions: Names of the regions shown at the scale of cells; all that there are when not given.
     """
     data = collect(results, models, runs, workflow_config=workflow_config)
     shown = _evenly(data.slides, max_slides)
@@ -77,9 +79,15 @@ def build_report(
     environment.filters.update(thousands=_thousands, percent=_percent, number=_number, as_yaml=_as_yaml)
     html = environment.get_template("report.html.j2").render(
         data=data,
+        viewer="viewer/index.html" if (results / "viewer" / "index.html").is_file() else None,
         date=datetime.date.today().isoformat(),
         summary=summary_sentences(data),
-        rows=[(slide, _slide_pictures(results, slide.slide_id, data.models)) for slide in shown],
+        rows=[
+            (slide, _slide_pictures(results, slide.slide_id, data.models), _cluster_map(results, slide.slide_id))
+            for slide in shown
+        ],
+        regions=_region_pictures(results, regions),
+        examples=_cluster_examples(results, data.models),
         curves=Markup(_svg_uri(curves_svg(with_metrics))) if with_metrics else "",
         losses={key: label for key, label in LOSSES.items() if any(run.first_and_last(key) for run in data.runs)},
         run_colors={run.name: RUN_COLORS[number % len(RUN_COLORS)] for number, run in enumerate(data.runs)},
@@ -143,6 +151,54 @@ def _slide_pictures(results: Path, slide_id: str, models: Sequence[ModelFacts]) 
             with Image.open(path) as image:
                 pictures.append(Picture(model.name, picture_uri(without_title(image)), explained))
     return pictures
+
+
+def _page(path: Path, label: str, caption: str) -> list[Picture]:
+    """A picture that holds several, if it is there."""
+    if not path.is_file():
+        return []
+    with Image.open(path) as image:
+        return [Picture(label, picture_uri(image, LONGEST_PAGE_PX), caption)]
+
+
+def _cluster_map(results: Path, slide_id: str) -> list[Picture]:
+    caption = (
+        "the tiles in the colours of their clusters, by every model; equal numbers of different models mean nothing"
+    )
+    return _page(results / "clusters" / "maps" / f"{slide_id}.png", "clusters", caption)
+
+
+def _region_pictures(results: Path, regions: Sequence[str] | None) -> list[tuple[str, list[Picture]]]:
+    """Colours and similarities of each region that has them."""
+    folder = results / "pca" / "regions"
+    names = sorted(path.name for path in folder.glob("*") if path.is_dir()) if regions is None else regions
+    captions = {
+        "colors": (
+            "patches",
+            "the image and the features of its patches by every model: red, green and blue are three components of "
+            "this region's patches; above, a square a patch; below, brought to the pixels along the edges of the image",
+        ),
+        "similarity": (
+            "similarity",
+            "how alike every patch is to the one in the green ring (cosine of their features; bright is alike)",
+        ),
+    }
+    found = []
+    for name in names:
+        pages = [_page(folder / name / f"{file}.png", *words) for file, words in captions.items()]
+        if any(pages):
+            found.append((name, [picture for page in pages for picture in page]))
+    return found
+
+
+def _cluster_examples(results: Path, models: Sequence[ModelFacts]) -> list[Picture]:
+    pages = [
+        _page(
+            results / "clusters" / model.name / "examples.png", model.name, "the tiles nearest to each cluster's centre"
+        )
+        for model in models
+    ]
+    return [picture for page in pages for picture in page]
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:
