@@ -15,6 +15,7 @@ os.environ.update(
 
 from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
+from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
@@ -23,6 +24,7 @@ PLAN = one_sentence(make_plan)(
     config, Path(workflow.basedir), check_files=workflow.is_main_process
 )
 SLIDES = SlideJobs(PLAN)
+FEATURES = FeatureJobs(PLAN)
 PICTURES = PictureJobs(PLAN)
 
 if workflow.is_main_process:
@@ -308,6 +310,46 @@ def basis_features(wildcards):
     )
 
 
+def feature_tiles(wildcards):
+    """The tiles that the model's features are taken from."""
+    return FEATURES.tiles(wildcards.model)
+
+
+def feature_tiles_folder(wildcards):
+    """The folder of these tiles."""
+    return f"{PLAN.results}/tiles/{FEATURES.tile_set(wildcards.model)}"
+
+
+def encoder_files(wildcards):
+    """The files of the model; features are made anew when they change."""
+    return FEATURES.encoder_files(wildcards.model)
+
+
+def encoder_arguments(wildcards):
+    """Arguments that name the model."""
+    return FEATURES.encoder_arguments(wildcards.model)
+
+
+def feature_pooling(wildcards):
+    """What is taken of a tile with the model."""
+    return FEATURES.pooling(wildcards.model)
+
+
+def wanted_slides(wildcards, resources):
+    """The list of slides that jobs of this model may go on with; no trigger."""
+    return f"logs/extract_features/{wildcards.model}/.wanted.json"
+
+
+@one_sentence
+def exported_features(wildcards):
+    """Features of all slides by all models in the other formats that the config names."""
+    return expand(FEATURES.exports(), model=PLAN.models, slide=PLAN.feature_slides)
+
+
+onstart:
+    FEATURES.write_wanted(workflow.dag.needrun_jobs(), Path("logs/extract_features"))
+
+
 def of_models(pattern):
     """A file of each model, in their order."""
     return expand(pattern, model=PLAN.models)
@@ -319,7 +361,7 @@ def pictures(wildcards):
     comparisons = expand("<results>/pca/compare/{slide}.png", slide=PLAN.feature_slides)
     regions = expand(
         "<results>/pca/regions/{region}/{picture}.png",
-        region=PICTURES.regions,
+        region=PICTURES.regions if PLAN.own_models else [],
         picture=["colors", "similarity"],
     )
     return [*comparisons, *regions, *cluster_pictures(wildcards)]
@@ -356,7 +398,7 @@ def viewer_cluster_options(wildcards, input):
 @one_sentence
 def shown_regions(wildcards):
     """Names of the regions that are shown at the scale of cells."""
-    return list(PICTURES.regions)
+    return list(PICTURES.regions) if PLAN.own_models else []
 
 
 def of_region(function):
@@ -409,7 +451,7 @@ def named_weights(wildcards, input):
     """NAME=FILE of each model."""
     return [
         f"{model}={file}"
-        for model, file in zip(PLAN.models, input.weights, strict=True)
+        for model, file in zip(PLAN.own_models, input.weights, strict=True)
     ]
 
 
