@@ -361,7 +361,7 @@ def pictures(wildcards):
     comparisons = expand("<results>/pca/compare/{slide}.png", slide=PLAN.feature_slides)
     regions = expand(
         "<results>/pca/regions/{region}/{picture}.png",
-        region=PICTURES.regions if PLAN.own_models else [],
+        region=PICTURES.regions,
         picture=["colors", "similarity"],
     )
     return [*comparisons, *regions, *cluster_pictures(wildcards)]
@@ -398,7 +398,7 @@ def viewer_cluster_options(wildcards, input):
 @one_sentence
 def shown_regions(wildcards):
     """Names of the regions that are shown at the scale of cells."""
-    return list(PICTURES.regions) if PLAN.own_models else []
+    return list(PICTURES.regions)
 
 
 def of_region(function):
@@ -447,12 +447,17 @@ def region_arguments(wildcards, input):
     return [*tiles, *PICTURES.arguments(wildcards.region)]
 
 
-def named_weights(wildcards, input):
-    """NAME=FILE of each model."""
-    return [
-        f"{model}={file}"
-        for model, file in zip(PLAN.own_models, input.weights, strict=True)
-    ]
+def all_encoder_files(wildcards):
+    """The files of all models."""
+    return [file for model in PLAN.models for file in FEATURES.encoder_files(model)]
+
+
+def named_sources(wildcards, input):
+    """NAME=SOURCE of each model, and what the names of timm's models are where files do not tell."""
+    told = {model: FEATURES.architecture(model) for model in PLAN.models}
+    names = [f"{model}={name}" for model, name in told.items() if name is not None]
+    sources = [f"{model}={FEATURES.source(model)}" for model in PLAN.models]
+    return sources + (["--architecture", *names] if names else [])
 
 
 onsuccess:

@@ -36,7 +36,7 @@ rule pca_region:
         members=of_region(slide_members),
         tiles=region_tiles,
         thumbnail=region_thumbnail,
-        weights=expand("<results>/models/{model}/teacher.pth", model=PLAN.own_models),
+        encoders=all_encoder_files,
     output:
         colors=report(
             "<results>/pca/regions/{region}/colors.png",
@@ -67,7 +67,7 @@ rule pca_region:
         reader=of_region(own_reader),
         options=region_options,
         where=region_arguments,
-        models=named_weights,
+        models=named_sources,
         pictures=[
             "--upsample",
             PLAN.config["pca"]["upsample"],

@@ -13,6 +13,7 @@ from dinoscope.errors import FeaturesError, WeightsError
 from dinoscope.features.embedding import Embedder, choose_precision
 from dinoscope.features.encoders import load_encoder, weights_digest
 from dinoscope.models.weights import load_backbone
+from dinoscope.visualize.patches import dense_features, load_patch_encoder
 from other_libraries import randomize, require, save_transformers, timm_model, transformers_model
 
 CPU = torch.device("cpu")
@@ -266,3 +267,19 @@ def test_bfloat16_is_close_and_on_request(tmp_path):
     images = tiles(64)
     full, half = (features(tmp_path, images, precision=name)[0] for name in ("float32", "bfloat16"))
     assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.1 * full.abs().max()
+
+
+def test_patches_of_other_encoders_are_shown_beside_ours(tmp_path):
+    """DINOv2 at any size; encoders that take one size see windows of it; those without patches say so."""
+    theirs = hugging_face(tmp_path / "v2", "dinov2_with_registers", size={"height": 56, "width": 56})
+    encoder = load_patch_encoder("v2", tmp_path / "v2", "cpu")
+    image = np.random.default_rng(0).integers(0, 255, (84, 126, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        tokens = theirs(pixel_values=normalised(torch.from_numpy(image)[None])).last_hidden_state
+    found = dense_features(encoder, image)
+    assert (encoder.patch_px, encoder.window_px, found.shape) == (14, None, (6, 9, 48))
+    np.testing.assert_allclose(found.reshape(54, 48), tokens[0, 5:], atol=1e-5)
+    hugging_face(tmp_path / "vit", "vit", size={"height": 64, "width": 64})
+    assert load_patch_encoder("vit", tmp_path / "vit", "cpu").window_px == 64
+    (tmp_path / "mine.py").write_text("import torch\n\n\ndef flat():\n    return torch.nn.Flatten()\n")
+    assert not load_patch_encoder("mine", f"{tmp_path}/mine.py:flat", "cpu").gives_patches

@@ -55,6 +55,14 @@ class FeatureJobs:
             files = [source]
         return [*map(str, files), *encoder["files"]]
 
+    def source(self, model: str) -> str:
+        """Where the encoder is loaded from."""
+        return self.encoder_arguments(model)[1]
+
+    def architecture(self, model: str) -> str | None:
+        """timm's name of the encoder, where its file does not tell it."""
+        return self._encoder(model).get("architecture")
+
     def encoder_arguments(self, model: str) -> list[str]:
         """Arguments of extract_features.py that name the encoder."""
         if model not in self._plan.encoders:
