@@ -24,6 +24,7 @@ include: "rules/packing.smk"
 include: "rules/train.smk"
 include: "rules/export.smk"
 include: "rules/features.smk"
+include: "rules/feature_exports.smk"
 include: "rules/pictures.smk"
 include: "rules/viewer.smk"
 include: "rules/report.smk"
@@ -38,3 +39,4 @@ rule all:
         viewer_page,
         rules.slide_table.output,
         exports,
+        exported_features,

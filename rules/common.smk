@@ -15,6 +15,7 @@ os.environ.update(
 
 from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
+from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.train.seal import check_seal
@@ -23,6 +24,7 @@ PLAN = one_sentence(make_plan)(
     config, Path(workflow.basedir), check_files=workflow.is_main_process
 )
 SLIDES = SlideJobs(PLAN)
+FEATURES = FeatureJobs(PLAN)
 PICTURES = PictureJobs(PLAN)
 
 if workflow.is_main_process:
@@ -308,6 +310,46 @@ def basis_features(wildcards):
     )
 
 
+def feature_tiles(wildcards):
+    """The tiles that the model's features are taken from."""
+    return FEATURES.tiles(wildcards.model)
+
+
+def feature_tiles_folder(wildcards):
+    """The folder of these tiles."""
+    return f"{PLAN.results}/tiles/{FEATURES.tile_set(wildcards.model)}"
+
+
+def encoder_files(wildcards):
+    """The files of the model; features are made anew when they change."""
+    return FEATURES.encoder_files(wildcards.model)
+
+
+def encoder_arguments(wildcards):
+    """Arguments that name the model."""
+    return FEATURES.encoder_arguments(wildcards.model)
+
+
+def feature_pooling(wildcards):
+    """What is taken of a tile with the model."""
+    return FEATURES.pooling(wildcards.model)
+
+
+def wanted_slides(wildcards, resources):
+    """The list of slides that jobs of this model may go on with; no trigger."""
+    return f"logs/extract_features/{wildcards.model}/.wanted.json"
+
+
+@one_sentence
+def exported_features(wildcards):
+    """Features of all slides by all models in the other formats that the config names."""
+    return expand(FEATURES.exports(), model=PLAN.models, slide=PLAN.feature_slides)
+
+
+onstart:
+    FEATURES.write_wanted(workflow.dag.needrun_jobs(), Path("logs/extract_features"))
+
+
 def of_models(pattern):
     """A file of each model, in their order."""
     return expand(pattern, model=PLAN.models)
@@ -405,12 +447,17 @@ def region_arguments(wildcards, input):
     return [*tiles, *PICTURES.arguments(wildcards.region)]
 
 
-def named_weights(wildcards, input):
-    """NAME=FILE of each model."""
-    return [
-        f"{model}={file}"
-        for model, file in zip(PLAN.models, input.weights, strict=True)
-    ]
+def all_encoder_files(wildcards):
+    """The files of all models."""
+    return [file for model in PLAN.models for file in FEATURES.encoder_files(model)]
+
+
+def named_sources(wildcards, input):
+    """NAME=SOURCE of each model, and what the names of timm's models are where files do not tell."""
+    told = {model: FEATURES.architecture(model) for model in PLAN.models}
+    names = [f"{model}={name}" for model, name in told.items() if name is not None]
+    sources = [f"{model}={FEATURES.source(model)}" for model in PLAN.models]
+    return sources + (["--architecture", *names] if names else [])
 
 
 onsuccess:

@@ -24,7 +24,7 @@ rule export_hf:
         format="hf",
         folder=subpath(output.verification, parent=True),
     shell:
-        "python {params.script:q} --weights {input.weights:q} --format {params.format} --output {params.folder:q}"
+        "python {params.script:q} --weights {input.weights:q} --format {params.format:q} --output {params.folder:q}"
         " > {log:q} 2>&1"
 
 

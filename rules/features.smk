@@ -1,19 +1,22 @@
 """From models and tiles to features and PCA maps."""
 
 
+# One job a slide, so that a slide can be made alone and a new one plans nothing else. A job that has loaded the weights
+# goes on with slides that are wanted too, whose own jobs then find their features finished (dinoscope/features/sharing.py).
 rule extract_features:
     input:
         slide=slide_path,
         members=slide_members,
-        tiles=f"<results>/tiles/{PLAN.config['features']['set']}/{{slide}}.parquet",
-        weights="<results>/models/{model}/teacher.pth",
-        card="<results>/models/{model}/model.json",
+        tiles=feature_tiles,
+        encoder=encoder_files,
     output:
         features="<results>/features/{model}/{slide}.h5",
     log:
         "<logs>/extract_features/{model}/{slide}.log",
     benchmark:
         "<benchmarks>/extract_features/{model}/{slide}.tsv"
+    group:
+        "features"
     conda:
         "../envs/torch.yaml"
     threads: 8
@@ -27,15 +30,17 @@ rule extract_features:
         reader=own_reader,
         attempt=slide_attempt("features_{wildcards.model}"),
         options=slide_options("features_{wildcards.model}", many=True),
-        pooling=PLAN.config["features"]["pooling"],
+        encoder=encoder_arguments,
+        pooling=feature_pooling,
         dtype=PLAN.config["features"]["dtype"],
-        batch_size=not_a_trigger(PLAN.config["features"]["batch_size"]),
-        workers=not_a_trigger(PLAN.config["features"]["workers"]),
+        taken=FEATURES.taken(),
+        speed=not_a_trigger(FEATURES.speed()),
+        wanted=wanted_slides,
     shell:
-        "python {params.script:q} --weights {input.weights:q} --model-name {wildcards.model:q} --slide {params.slide:q}"
+        "python {params.script:q} {params.encoder:q} --model-name {wildcards.model:q} --slide {params.slide:q}"
         " {params.reader:q} {params.options:q} --attempt {params.attempt:q} --tiles {input.tiles:q}"
-        " --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype}"
-        " --batch-size {params.batch_size} --workers {params.workers} > {log:q} 2>&1"
+        " --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype} {params.taken:q}"
+        " {params.speed:q} --wanted {params.wanted:q} > {log:q} 2>&1"
 
 
 # In between, because Snakemake goes through all inputs of a job for each job that needs its output: through the

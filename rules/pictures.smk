@@ -36,7 +36,7 @@ rule pca_region:
         members=of_region(slide_members),
         tiles=region_tiles,
         thumbnail=region_thumbnail,
-        weights=of_models("<results>/models/{model}/teacher.pth"),
+        encoders=all_encoder_files,
     output:
         colors=report(
             "<results>/pca/regions/{region}/colors.png",
@@ -67,7 +67,7 @@ rule pca_region:
         reader=of_region(own_reader),
         options=region_options,
         where=region_arguments,
-        models=named_weights,
+        models=named_sources,
         pictures=[
             "--upsample",
             PLAN.config["pca"]["upsample"],
@@ -167,7 +167,7 @@ rule cluster_examples:
         folder=subpath(input.clusters, parent=True),
         slides=Path(PLAN.config["slides"]["source"]),
         reading=not_a_trigger(SLIDES.reading_options()),
-        tiles=f"{PLAN.results}/tiles/{PLAN.config['features']['set']}",
+        tiles=feature_tiles_folder,
     shell:
         "python {params.script:q} examples --clusters {params.folder:q} --slides {params.slides:q}"
         " {params.reading:q} --tiles {params.tiles:q} --output {output.picture:q} > {log:q} 2>&1"

@@ -31,7 +31,7 @@ rule report:
         splits=rules.split_slides.output.splits,
         overviews=of_slides("<results>/tiles/{slide}.jpg", PLAN.slides),
         finals=expand("<results>/runs/{run}/final.json", run=PLAN.trained_runs),
-        cards=expand("<results>/models/{model}/model.json", model=PLAN.models),
+        cards=expand("<results>/models/{model}/model.json", model=PLAN.own_models),
         curves=expand("<results>/plots/{run}.png", run=PLAN.trained_runs),
         maps=pca_maps,
         pictures=pictures,

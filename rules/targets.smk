@@ -7,6 +7,7 @@ localrules:
     manifest,
     export,
     features,
+    export_features,
     pca,
     clusters,
 
@@ -44,6 +45,11 @@ rule features:
             PLAN.feature_slides,
             model=PLAN.models,
         ),
+
+
+rule export_features:
+    input:
+        exported_features,
 
 
 rule pca:

@@ -4,26 +4,57 @@
         --slide slides/A.svs --tiles results/tiles/features/A.parquet --output results/features/gram/A.h5
 
 Several slides: give as many of --slide, --tiles and --output each; the weights load once. Long lists can stand in a
-file, one word a line: @list.txt. Takes a GPU when there is one (then in bf16), else the CPU (in float32).
+file, one word a line: @list.txt. Takes a GPU when there is one (then in bf16), else the CPU (in float32); of several
+GPUs one that no other extraction has taken.
+
+Other encoders: --weights takes a Hugging Face folder (ViT, DeiT, DINOv2, DINOv2 with registers, DINOv3), a timm
+folder, a timm file with --architecture, or a function of your own that returns a torch module: my_encoders.py:uni.
 """
 
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
+from dinoscope.features.sharing import MadeWith, SharedSlide, extract_shared, read_wanted
 from dinoscope.slides.skipping import Attempt
+from dinoscope.user_code import function_file, is_function_name
+
+if TYPE_CHECKING:
+    from dinoscope.features.extract import Extractor
 
 
 def main() -> None:
     """Extracts the features of the given slides."""
     arguments = parse_arguments()
     jobs = zip_jobs(arguments.slide, arguments.tiles, arguments.output)
+    attempts = numbered_attempts(arguments)
+    if arguments.slides_per_job is None:
+        # here, so that --help and mistakes in the arguments need not wait for torch
+        from dinoscope.features.extract import extract_slides
 
-    # here, so that --help and mistakes in the arguments need not wait for torch
-    from dinoscope.features.extract import Extractor, ExtractSettings, choose_device, extract_slides, weights_digest
-    from dinoscope.models.weights import load_backbone
+        extract_slides(load_extractor(arguments), jobs, keep_finished=arguments.keep_finished, attempts=attempts)
+        return
+    if len(jobs) != 1:
+        raise ConfigError(f"--slides-per-job is for the jobs of a workflow, which name one slide each, not {len(jobs)}")
+    own = SharedSlide(*jobs[0])
+    others = read_wanted(arguments.wanted, own)
+    extract_shared(
+        own,
+        others,
+        made_with(arguments),
+        lambda: load_extractor(arguments),
+        attempts[0],
+        at_most=arguments.slides_per_job,
+    )
+
+
+def load_extractor(arguments: argparse.Namespace) -> "Extractor":
+    """The encoder on its device, ready for slides."""
+    from dinoscope.features.encoders import load_encoder
+    from dinoscope.features.extract import Extractor, ExtractSettings, choose_device
 
     device = choose_device(arguments.device)
     settings = ExtractSettings(
@@ -33,11 +64,31 @@ def main() -> None:
         workers=arguments.workers,
         dense=arguments.dense,
         slide_reader=arguments.slide_reader,
+        precision=arguments.precision,
+        compile=arguments.compile,
     )
-    model = load_backbone(arguments.weights, device=device)
-    extractor = Extractor(model, arguments.model_name, weights_digest(arguments.weights), settings, device)
-    logging.info("model %s on %s, rows of %d numbers", arguments.model_name, device, extractor.feature_dim)
-    extract_slides(extractor, jobs, keep_finished=arguments.keep_finished, attempts=numbered_attempts(arguments))
+    encoder = load_encoder(arguments.weights, architecture=arguments.architecture, device=device)
+    extractor = Extractor(encoder.model, arguments.model_name, encoder.sha256, settings, device)
+    extractor.embedder.prepare()
+    logging.info(
+        "model %s (%s) on %s in %s, rows of %d numbers",
+        arguments.model_name,
+        encoder.kind,
+        device,
+        str(extractor.embedder.dtype).removeprefix("torch."),
+        extractor.feature_dim,
+    )
+    return extractor
+
+
+def made_with(arguments: argparse.Namespace) -> MadeWith:
+    """What decides whether features that are finished can be taken over."""
+    names = ("weights", "architecture", "encoder_version", "model_name", "pooling", "dtype", "dense", "precision")
+    settings = {name: getattr(arguments, name) for name in (*names, "slide_reader")}
+    source = Path(arguments.weights)
+    if is_function_name(arguments.weights) and not source.exists():
+        source = function_file(arguments.weights)
+    return MadeWith.of([*arguments.encoder_files, *([source] if source else [])], **settings)
 
 
 def numbered_attempts(arguments: argparse.Namespace) -> list[Attempt]:
@@ -57,7 +108,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, fromfile_prefix_chars="@")
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="teacher.pth, a published file, or a model's or run's folder")
+    add("--weights", required=True, help="teacher.pth, a published file, a model's or run's folder, or another encoder")
+    add("--architecture", help="timm's name of the model, where --weights is a timm checkpoint without a config.json")
+    add("--encoder-files", nargs="+", type=Path, default=[], help="further files that a function of your own reads")
+    add("--encoder-version", default="", help="anything; features that were made with another one are not taken over")
     add("--model-name", required=True, help="stored in the files, e.g. gram")
     add("--slide", nargs="+", type=Path, required=True, help="slides")
     add("--tiles", nargs="+", type=Path, required=True, help="their tile manifests (.parquet), in the same order")
@@ -67,12 +121,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=positive, default=64, help="tiles a forward pass")
     add("--workers", type=int, default=2, help="threads that read tiles ahead; 0 reads and embeds in turns")
     add("--dense", action="store_true", help="also store the features of every patch (large: h·w rows a tile)")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 on GPUs that have it",
+    )
+    add("--compile", action="store_true", help="compile the forward pass (a minute; pays on large slides)")
     add("--device", default="auto", help="auto, cpu, cuda:1 …")
     add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
     add("--on-error", choices=("fail", "skip"), default="fail", help="skip: a slide that cannot be read gets no rows")
     add("--skip-records", type=Path, metavar="DIR", help="where to write why slides were skipped")
     add("--attempt", nargs="+", type=int, help="number of this attempt, one a slide, for the records")
     add("--keep-finished", action="store_true", help="leave outputs alone that already hold the same")
+    add("--slides-per-job", type=positive, metavar="N", help="of a workflow: go on with up to N - 1 slides of --wanted")
+    add("--wanted", type=Path, metavar="F.json", help="slides whose features are wanted as well")
     return parser.parse_args()
 
 

@@ -49,7 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--input", type=Path, required=True, help="folder of images (searched with all it contains), image or video")
-    add("--models", nargs="+", type=named, required=True, metavar="[NAME=]FILE", help="models, from left to right")
+    add("--models", nargs="+", type=named, required=True, metavar="[NAME=]SOURCE", help="models, from left to "
+        "right: files, folders or module:function")  # fmt: skip
     add("--output", type=Path, required=True, help="folder for the pictures")
     add("--size-px", type=positive, default=896, help="longer side that images are brought to")
     add("--upsample", default="jbu", metavar="jbu|none|MODULE:CALLABLE", help="how features are brought to pixels")

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from dinoscope.cli import HelpFormatter, run_script
-from dinoscope.errors import ConfigError, SlideError
+from dinoscope.errors import ConfigError, FeaturesError, SlideError
 from dinoscope.files import atomic_path
 from dinoscope.slides.manifest import read_metadata
 from dinoscope.slides.reader import Slide
@@ -70,9 +70,14 @@ def draw(arguments: argparse.Namespace, region: Region, upsampler: object) -> No
     from dinoscope.visualize.patches import load_patch_encoder
 
     seen = []
-    for name, weights in arguments.model:
-        encoder, first = load_patch_encoder(name, weights, arguments.device), seen[0] if seen else None
-        seen.append(see(encoder, [image], reference=first, background=arguments.background))
+    for name, source in arguments.model:
+        encoder = load_patch_encoder(name, source, arguments.device, dict(arguments.architecture).get(name))
+        if not encoder.gives_patches:
+            logging.warning("warning: model %s gives no features of patches and is left out", name)
+            continue
+        seen.append(see(encoder, [image], reference=seen[0] if seen else None, background=arguments.background))
+    if not seen:
+        raise FeaturesError("none of the models gives features of patches, so there is nothing to show inside")
     about = {"title": f"{slide_id}, x {region.x}, y {region.y}", "um_per_px": region.mpp}
     draw_patch_colors(
         arguments.output,
@@ -116,7 +121,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--slide-id", help="its name in titles; the file's when not given")
     add("--slide-mpp", type=float, help="micrometres a level-0 pixel, in place of what the file says")
     add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
-    add("--model", nargs="+", type=named, required=True, metavar="NAME=FILE", help="models, from left to right")
+    add("--model", nargs="+", type=named, required=True, metavar="NAME=SOURCE", help="models, from left to right: "
+        "files, folders or module:function")  # fmt: skip
+    add("--architecture", nargs="*", type=named, default=[], metavar="NAME=ARCH", help="timm's name of a model, for a "
+        "timm checkpoint that does not tell it")  # fmt: skip
     add("--region", nargs=4, metavar=("X", "Y", "SIZE", "MPP"), help="level-0 pixels, px, micrometres a pixel")
     add("--tiles", type=Path, help="tile manifest of the slide (.parquet): the region with most tissue is taken")
     add("--size-px", type=int, default=1024, help="side of a region chosen by --tiles, px")
@@ -135,10 +143,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def named(text: str) -> tuple[str, str]:
-    """NAME=FILE as a pair."""
+    """NAME=VALUE as a pair."""
     name, equals, file = text.partition("=")
     if not (name and equals and file):
-        raise argparse.ArgumentTypeError(f"{text!r} does not read NAME=FILE")
+        raise argparse.ArgumentTypeError(f"{text!r} does not read NAME=VALUE")
     return name, file
 
 

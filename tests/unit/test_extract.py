@@ -1,3 +1,4 @@
+import copy
 import logging
 import subprocess
 import sys
@@ -239,6 +240,41 @@ def test_features_too_large_for_float16_say_what_to_do(tmp_path, model, slide_pa
     with pytest.raises(FeaturesError, match="overflow float16: use --dtype float32"):
         extract(large.eval(), slide_path, manifest, tmp_path / "A.h5", dtype="float16")
     assert extract(large, slide_path, manifest, tmp_path / "A.h5").features.max() > 9e5
+
+
+def test_patch_features_too_large_for_float16_say_so(tmp_path, model, slide_path, manifest):
+    large = DinoVisionTransformer(replace(model.settings, untie_cls_and_patch_norms=True))
+    cls_norm = {f"cls_norm.{key}": value for key, value in model.norm.state_dict().items()}
+    large.load_state_dict(model.state_dict() | cls_norm)
+    large.norm.bias.data[5] = 1e6
+    with pytest.raises(FeaturesError, match="patch features overflow float16: leave out --dense"):
+        extract(large.eval(), slide_path, manifest, tmp_path / "A.h5", dense=True)
+
+
+def test_compiled_features_are_the_same(tmp_path, model, slide_path, manifest, tokens, monkeypatch):
+    """The compiler itself is long; here it is replaced by one that only insists on one batch size, as it does."""
+    sizes = []
+
+    def compile_once(function, **options):
+        def run(images):
+            sizes.append(len(images))
+            return function(images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_once)
+    file = extract(model, slide_path, manifest, tmp_path / "A.h5", batch_size=33, compile=True)
+    np.testing.assert_allclose(file.features, np.stack([out["cls"] for out in tokens]), atol=1e-5)
+    assert sizes == [33, 33, 33]
+
+
+def test_rounding_the_weights_beforehand_changes_no_bit_of_bfloat16(model):
+    images = torch.randint(0, 255, (3, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = extractor_of(model, precision="bfloat16").embedder
+    prepared = extractor_of(copy.deepcopy(model), precision="bfloat16").embedder
+    prepared.prepare()
+    assert prepared.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(prepared.embed(images)[0], plain.embed(images)[0], atol=0, rtol=0)
 
 
 def test_storage_tokens_must_be_there(model):

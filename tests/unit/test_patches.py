@@ -280,6 +280,10 @@ def test_the_scripts_draw_regions_and_images(tmp_path, slide, backbone, monkeypa
             assert page.height == height
     with pytest.raises(ConfigError, match=r"point \(10, 110\) of slide 'A' is not in the region from \(100, 100\)"):
         run(pca_regions, *common, *outputs, "--region", 100, 100, 64, 0.5, "--point", 10, 110)
+    (tmp_path / "mine.py").write_text("import torch\n\n\ndef flat():\n    return torch.nn.Flatten()\n")
+    alone = ["--slide", slide.path, "--slide-id", "A", "--model", f"flat={tmp_path}/mine.py:flat"]
+    with pytest.raises(FeaturesError, match="none of the models gives features of patches"):
+        run(pca_regions, *alone, *outputs, "--tiles", tiles, "--size-px", 128)
     bare = write_tissue(tmp_path / "none.parquet", {})
     run(pca_regions, *common, *outputs, "--tiles", bare)
     with Image.open(tmp_path / "colors.png") as page:

@@ -157,6 +157,12 @@ def test_mixed_kinds_are_refused_naming_both(field, value):
         assert part in str(caught.value)
 
 
+def test_a_slide_given_twice_is_refused_naming_both():
+    other = replace(INFO, manifest_hash="d" * 64)
+    with pytest.raises(FeaturesError, match=r"^B\.h5: these are features of slide 'A', as are those of A\.h5"):
+        check_same_kind({"A.h5": INFO, "B.h5": other})
+
+
 def test_no_path_is_stored(tmp_path, rows):
     path = write_sample(tmp_path / "A.h5", rows[0], rows[1])
     assert str(tmp_path).encode() not in path.read_bytes()

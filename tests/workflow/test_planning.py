@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dinoscope.errors import ConfigError
 from dinoscope.files import write_json
-from dinoscope.plan import DEMO_SLIDES
+from dinoscope.plan import DEMO_SLIDES, make_plan
 from dinoscope.recipe import load_recipe
 from dinoscope.train.seal import seal_run
 from snakemake_runs import COMMAND, REPOSITORY, plan, snakemake
@@ -131,7 +132,8 @@ def test_nothing_is_done_twice(finished):
 
 
 def test_what_changes_no_result_reruns_nothing(finished):
-    changes = {"launch.processes": 3, "features.batch_size": 7, "features.workers": 0}
+    changes = {"launch.processes": 3, "features.batch_size": 7, "features.workers": 0, "features.slides_per_job": 1}
+    changes |= {"features.compile": True}
     change_config(finished, **changes)
     assert plan(finished)[0] == {}
 
@@ -207,6 +209,60 @@ def test_changed_pooling_redoes_features_and_maps(finished):
         "report": 1,
         "all": 1,
     }
+
+
+def test_another_encoder_plans_its_own_features_only_and_its_files_are_inputs(finished):
+    (finished / "dino").mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (finished / "dino" / name).write_text("{}")
+    (finished / "own.py").touch()
+    encoders = {"other": {"source": "dino", "set": "train", "pooling": "mean"}, "own": {"source": "own.py:model"}}
+    change_config(finished, **{"features.encoders": encoders})
+    jobs, text = plan(finished)
+    own = {"extract_features": 10, "list_features": 2, "pca_fit": 2, "pca_map": 10}
+    assert {name: jobs[name] for name in own} == own
+    assert jobs["pca_region"] == 2  # with two models more
+    assert not jobs.keys() & {"tile_slide", "train", "convert", "initial_weights"}
+    assert "input: results/demo/demo_he_1.tiff, results/tiles/train/demo_he_1.parquet, dino/config.json, " in text
+    assert "dino/model.safetensors" in text and "dino/README.md" not in text
+    assert "--weights own.py:model --model-name own" in text and "--weights dino --model-name other" in text
+    assert re.search(r"--model-name other .* --pooling mean", text)
+
+
+ENCODER_PROBLEMS = [
+    ({"base": {"source": "own.py:x"}}, "features.encoders.base: this name is taken by a part of the workflow"),
+    ({"gram": {"source": "own.py:x"}}, "features.encoders.gram: this name is taken by a run"),
+    (
+        {"a": {"source": "own.py:x", "set": "feature"}},
+        "encoders.a.set is 'feature', which is not defined",
+    ),
+    ({"a": {"source": "gone"}}, "features.encoders.a.source gone does not exist; give the file or folder of a model"),
+    ({"a": {"source": "gone.py:x"}}, "features.encoders.a.source gone.py:x: gone.py does not exist"),
+    ({"a": {"source": "own.py:x", "files": ["w.bin"]}}, "features.encoders.a.files: w.bin does not exist"),
+    ({"a": {"path": "own.py:x"}}, "features.encoders.a.source is missing"),
+]
+
+
+@pytest.mark.parametrize(("encoders", "sentence"), ENCODER_PROBLEMS)
+def test_encoders_that_cannot_be_are_explained(folder, monkeypatch, encoders, sentence):
+    (folder / "own.py").touch()
+    monkeypatch.chdir(folder)
+    change_config(folder, **{"features.encoders": encoders})
+    config = yaml.safe_load((folder / "config" / "config.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config, REPOSITORY)
+    assert sentence in str(caught.value)
+
+
+def test_exports_are_planned_where_asked_for(folder):
+    target = "results/exports/clam/base/pt_files/demo_ihc_1.pt"
+    assert plan(folder, target)[0] == {
+        "demo_slides": 1, "tile_slide": 1, "initial_weights": 1, "extract_features": 1, "export_features_clam": 1,
+    }  # fmt: skip
+    change_config(folder, **{"features.models": ["base"], "features.export": ["stamp", "wsidata"]})
+    jobs, text = plan(folder, "export_features")
+    assert (jobs["export_features_stamp"], jobs["export_features_wsidata"], jobs["export_features"]) == (5, 5, 1)
+    assert "output: results/exports/wsidata/base/demo_ihc_1.zarr" in text
 
 
 def test_a_longer_run_goes_on_and_the_start_stays(finished):
@@ -368,8 +424,9 @@ def test_the_workflow_is_found_without_its_own_folder(folder):
 
 
 def test_every_rule_logs_and_quotes():
+    start = re.compile(r"^ *(?:use rule .* with|rule ?\w*):", re.MULTILINE)
     for path in (REPOSITORY / "rules").glob("*.smk"):
-        for rule in re.split(r"^ *rule \w*:", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        for rule in start.split(path.read_text(encoding="utf-8"))[1:]:
             if "shell:" not in rule:
                 continue
             assert "log:" in rule

@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "atomic_path", "read_json", "sha256_file", "sync_folder", "write_json", "write_text"]
+from dinoscope.errors import DinoscopeError
+
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "atomic_paths",
+    "read_json",
+    "sha256_file",
+    "sync_folder",
+    "write_json",
+    "write_text",
+]
 
 
 @contextlib.contextmanager
@@ -29,6 +40,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
+    """`atomic_path` for files that belong together: all are whole and synced before the first gets its name."""
+    with contextlib.ExitStack() as stack:
+        temporary = [stack.enter_context(atomic_path(path)) for path in reversed(paths)]
+        yield temporary[::-1]
+        for path in temporary:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -72,8 +94,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads one JSON document."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Reads one JSON document.
+
+    Raises:
+        DinoscopeError: It is none, or cut short.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DinoscopeError(f"{path} cannot be read as JSON ({error}); put a good copy back, or delete it") from None
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -134,7 +134,17 @@ class Plan:
     def models(self) -> list[str]:
         """Models that features are extracted with."""
         chosen = self.config["features"]["models"]
-        return [BASE, *self.runs] if chosen is None else list(chosen)
+        return [BASE, *self.runs, *self.encoders] if chosen is None else list(chosen)
+
+    @property
+    def own_models(self) -> list[str]:
+        """Those of the models that are ours: the starting weights and runs."""
+        return [name for name in self.models if name not in self.encoders]
+
+    @property
+    def encoders(self) -> dict[str, dict[str, Any]]:
+        """Encoders of other origin, by name, with their settings."""
+        return self.config["features"]["encoders"]
 
     @property
     def base_run(self) -> Run:
@@ -146,7 +156,7 @@ class Plan:
         """Runs whose model is asked for, with all that they continue, in the order of the config."""
         wanted: set[str] = set()
         for name in self.models:
-            current = None if name == BASE else name
+            current = name if name in self.runs else None
             while current is not None:
                 wanted.add(current)
                 current = self.runs[current].continues

@@ -30,10 +30,12 @@ BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
     "all", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "convert", "demo_slides", "export",
-    "export_hf", "export_onnx", "export_timm", "extract_features", "features", "initial_weights", "inspect",
-    "inspect_slide", "list_features", "list_sampled", "manifest", "merge_manifest", "pack_index", "pack_slide", "pca",
-    "pca_compare", "pca_fit", "pca_map", "pca_region", "plot_metrics", "report", "slide_table", "slides_report",
-    "split_slides", "tile_slide", "tiles", "train", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
+    "export_features", "export_features_anndata", "export_features_clam", "export_features_parquet",
+    "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm",
+    "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled",
+    "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit", "pca_map",
+    "pca_region", "plot_metrics", "report", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles",
+    "train", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
 )  # fmt: skip
 _FOLDERS = ("compare", "maps", "regions")  # lie beside those of the models
 
@@ -109,6 +111,7 @@ def window_problems(plan: "Plan") -> Iterator[str]:
 def file_problems(plan: "Plan") -> Iterator[str]:
     """Weights, images and teachers that do not exist; slides are looked for when a job needs them (plan_slides.py)."""
     yield from _annotation_problems(plan)
+    yield from _encoder_problems(plan)
     weights = plan.base_run.settings.MODEL.WEIGHTS
     if weights and not Path(weights).exists():
         yield f"recipe {plan.base_run.recipe}: MODEL.WEIGHTS {weights} does not exist"
@@ -121,6 +124,24 @@ def file_problems(plan: "Plan") -> Iterator[str]:
             yield f"config: runs.{run.name}.gram_teacher {teacher} does not exist; give last, an iteration or a file"
         if run.distilled_file is not None and not run.distilled_file.exists():
             yield f"recipe {run.recipe}: distillation.checkpoint_path {run.distilled_file} does not exist"
+
+
+def _encoder_problems(plan: "Plan") -> Iterator[str]:
+    """Encoders whose files are not there."""
+    for name, encoder in plan.encoders.items():
+        source, key = encoder["source"], f"config: features.encoders.{name}"
+        if user_code.is_function_name(source) and not Path(source).exists():
+            file = user_code.function_file(source)
+            if file is not None and not file.is_file():
+                yield f"{key}.source {source}: {file} does not exist; give module:function or FILE.py:function"
+        elif not Path(source).exists():
+            yield (
+                f"{key}.source {source} does not exist; give the file or folder of a model, module:function or "
+                "FILE.py:function"
+            )
+        for file in encoder["files"]:
+            if not Path(file).exists():
+                yield f"{key}.files: {file} does not exist"
 
 
 def _annotation_problems(plan: "Plan") -> Iterator[str]:
@@ -152,7 +173,11 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
     references = [("features.set", config["features"]["set"], sets)]
     references += [(f"runs.{name}.tile_set", run["tile_set"], sets) for name, run in runs.items()]
     references += [(f"runs.{name}.continues", run["continues"], runs) for name, run in runs.items() if run["continues"]]
-    references += [("features.models", model, [BASE, *runs]) for model in config["features"]["models"] or ()]
+    encoders = config["features"]["encoders"]
+    models = [BASE, *runs, *encoders]
+    references += [("features.models", model, models) for model in config["features"]["models"] or ()]
+    own_sets = {name: encoder["set"] for name, encoder in encoders.items() if encoder["set"] is not None}
+    references += [(f"features.encoders.{name}.set", tile_set, sets) for name, tile_set in own_sets.items()]
     for key, name, known in references:
         if name not in known:
             yield f"{key} is {name!r}, which is not defined{nearest(name, known)}; known are {', '.join(known)}"
@@ -162,12 +187,18 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
         teacher = run["gram_teacher"]
         if run["continues"] is None and (teacher == "last" or str(teacher).isdecimal()):
             yield f"runs.{name}.gram_teacher is {teacher}, but the run continues none: name a file or set `continues`"
-    features = config["features"]["set"]
-    if features in sets and isinstance(sets[features]["mpp"], list):
-        yield (
-            f"features.set is {features}, which mixes several mpp ({', '.join(map(str, sets[features]['mpp']))}), but "
-            "a feature file holds one kind of tiles; name a set with one mpp"
-        )
+    for name in encoders:
+        if name in (*TARGETS, *_FOLDERS, BASE) or name in runs:
+            taken_by = "a run" if name in runs else "a part of the workflow"
+            yield f"features.encoders.{name}: this name is taken by {taken_by}; give the encoder another"
+    taken_from = {"features.set": config["features"]["set"]}
+    taken_from |= {f"features.encoders.{name}.set": tile_set for name, tile_set in own_sets.items()}
+    for key, tile_set in taken_from.items():
+        if tile_set in sets and isinstance(sets[tile_set]["mpp"], list):
+            yield (
+                f"{key} is {tile_set}, which mixes several mpp ({', '.join(map(str, sets[tile_set]['mpp']))}), but "
+                "a feature file holds one kind of tiles; name a set with one mpp"
+            )
     upsample = config["pca"]["upsample"]
     if upsample not in ("jbu", "none") and not user_code.is_class_name(upsample):
         yield f"pca.upsample is {upsample!r}, but must be jbu, none or module:callable, e.g. my_code:featup"

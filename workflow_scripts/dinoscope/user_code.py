@@ -1,15 +1,20 @@
-"""Classes of the user's own, named module:Class in config or recipe, and their errors in one line."""
+"""Classes and functions of the user's own, named module:Name or FILE.py:name, and their errors in one line."""
 
+import hashlib
 import importlib
+import importlib.util
 import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["is_class_name", "load_class", "told"]
+__all__ = ["function_file", "is_class_name", "is_function_name", "load_class", "load_function", "told"]
 
 _CLASS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_FUNCTION_OF_FILE = re.compile(r".+\.py:[^\W\d]\w*")
 
 
 def is_class_name(name: str) -> bool:
@@ -23,6 +28,39 @@ def load_class(name: str) -> type:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return getattr(importlib.import_module(module), class_name)
+
+
+def is_function_name(name: str) -> bool:
+    """Whether `name` reads module:function or path/to/file.py:function."""
+    return is_class_name(name) or bool(_FUNCTION_OF_FILE.fullmatch(name))
+
+
+def function_file(name: str) -> Path | None:
+    """The file that a function comes from, as far as that can be told without importing anything.
+
+    A module is looked for in the working directory alone; what is installed has a version of its own.
+    """
+    module, _, _ = name.rpartition(":")
+    if module.endswith(".py"):
+        return Path(module)
+    path = Path(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function of a module, or of a file, which gets a module name of its own. Raises whatever importing raises."""
+    module, _, function_name = name.rpartition(":")
+    if not module.endswith(".py"):
+        return load_class(name)
+    path = Path(module).resolve()
+    if str(path.parent) not in sys.path:  # files beside it can be imported
+        sys.path.insert(0, str(path.parent))
+    unique = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(unique, path)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = loaded
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, function_name)
 
 
 def told(error: Exception, called_from: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinoscope.errors import CheckpointError, ConfigError
 from dinoscope.files import read_json
+from dinoscope.models.tensor_files import listed
 from dinoscope.recipe import load_recipe
 from dinoscope.train.checkpoint_files import require_whole
 from dinoscope.train.dcp_files import stored_tensors
@@ -31,7 +32,7 @@ NETWORKS = ("teacher", "student", "gram_teacher")
 _CHILDREN = ("backbone.", "dino_head.", "ibot_head.")
 _ALIASES = {"teacher": ("teacher.", "model_ema.")}
 # What wrappers put into names: FSDP, torch.compile, activation checkpointing, DDP.
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.")
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class Source:
         """The settings of the run, None if there are none that we can read.
 
         Raises:
-            ConfigError: They are ours and damaged.
+            ConfigError, CheckpointError: They are ours, and damaged or gone.
         """
         path = self.run_dir / "config.yaml" if self.run_dir else None
         if path is None or not path.is_file():
+            if self.seal:
+                raise CheckpointError(f"{self.run_dir} has no config.yaml; put it back")
             return None
         try:
             return load_recipe(path)
@@ -76,7 +79,11 @@ class Source:
         return [network for network in NETWORKS if self.names(network)]
 
     def names(self, network: str) -> dict[str, str]:
-        """Name within a network, e.g. "backbone.cls_token" -> name in the folder; empty if it is not there."""
+        """Name within a network, e.g. "backbone.cls_token" -> name in the folder; empty if it is not there.
+
+        Raises:
+            CheckpointError: The network has a child that none of ours has.
+        """
         for alias in _ALIASES.get(network, (f"{network}.",)):
             if found := _below(alias, self._plain_names):
                 return found
@@ -86,7 +93,15 @@ class Source:
     @functools.cached_property
     def _plain_names(self) -> dict[str, str]:
         """Names without `model.` and what wrappers put into them -> names in the folder, of all tensors."""
-        return {_WRAPPERS.sub("", name).removeprefix("model."): name for name in stored_tensors(self.folder)}
+        plain: dict[str, str] = {}
+        for name in stored_tensors(self.folder):
+            short = _WRAPPERS.sub("", name).removeprefix("model.")
+            if short in plain and not name.startswith("optimizer."):
+                raise CheckpointError(
+                    f"checkpoint {self.folder} has both {plain[short]} and {name}; they mean the same"
+                )
+            plain[short] = name
+        return plain
 
 
 def locate(checkpoint: Path) -> Source:
@@ -99,10 +114,14 @@ def locate(checkpoint: Path) -> Source:
     Raises:
         CheckpointError: None of these, or damaged.
     """
+    checkpoint = checkpoint.expanduser().resolve()
     if checkpoint.name == "final.json" and checkpoint.is_file():
-        source = Source(checkpoint.parent / read_json(checkpoint)["checkpoint"], checkpoint.parent)
+        final = read_json(checkpoint)
+        if not isinstance(final, dict) or "checkpoint" not in final:
+            raise CheckpointError(f"{checkpoint} names no checkpoint; it is not what a finished run writes")
+        source = Source(checkpoint.parent / final["checkpoint"], checkpoint.parent)
     elif (checkpoint / ".metadata").is_file():
-        source = Source(checkpoint, _run_around(checkpoint.absolute()))
+        source = Source(checkpoint, _run_around(checkpoint))
     elif (newest := newest_checkpoint(checkpoint, "checksums")) is not None:
         return Source(newest[1], checkpoint)  # looked through already
     else:
@@ -122,4 +141,8 @@ def _run_around(folder: Path) -> Path | None:
 
 def _below(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
     children = tuple(prefix + child for child in _CHILDREN)
-    return {name.removeprefix(prefix): names[name] for name in names if name.startswith(children)}
+    found = {name.removeprefix(prefix): names[name] for name in names if name.startswith(children)}
+    unknown = [name for name in names if prefix and found and name.startswith(prefix) and not name.startswith(children)]
+    if unknown:
+        raise CheckpointError(f"{prefix.removesuffix('.')} has tensors that are unknown: {listed(unknown)}")
+    return found

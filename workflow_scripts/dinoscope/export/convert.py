@@ -5,6 +5,7 @@ with the optimizer states and heads that a checkpoint holds as well.
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,9 @@ from dinoscope.train.trainable import describe_trained
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["BRANCHES", "convert_checkpoint", "write_initial_weights"]
+__all__ = ["convert_checkpoint", "write_initial_weights"]
 
 _log = logging.getLogger(__name__)
-BRANCHES = ("teacher", "student", "all")
 _PERIODS = "rope_embed.periods"
 
 
@@ -58,7 +58,8 @@ def convert_checkpoint(checkpoint: Path, output: Path, branch: str = "teacher", 
     source = locate(checkpoint)
     held = source.networks()
     wanted = held if branch == "all" else [branch]
-    if (branch == "all" and "teacher" not in held) or branch not in (*NETWORKS, "all"):
+    assert branch in (*NETWORKS, "all"), branch
+    if branch == "all" and "teacher" not in held:
         raise CheckpointError(f"checkpoint {source.folder} holds no teacher; it has {', '.join(held) or 'no network'}")
     found = {network: _read_network(source, network, heads or branch == "all") for network in wanted}
     first = found[wanted[0]]
@@ -105,6 +106,11 @@ def _read_network(source: Source, network: str, heads: bool) -> dict[str, State]
         below = {name.removeprefix(f"{part}."): at for name, at in names.items() if name.startswith(f"{part}.")}
         if below:
             parts[part] = read_stored(source.folder, below)
+    if heads and len(parts) < 3:
+        missing = sorted({"dino_head", "ibot_head"} - parts.keys())
+        if len(missing) == 2:
+            raise CheckpointError(f"checkpoint {source.folder}: {network} has no heads; leave --heads out")
+        _log.warning("checkpoint %s: %s has no %s", source.folder, network, missing[0])
     trains_part = source.seal and source.config.student.trainable != "full"
     if trains_part and network != "gram_teacher":
         parts["backbone"] = merge_lora(_frozen(source.folder.with_name(FROZEN_NAME)) | parts["backbone"])
@@ -168,7 +174,7 @@ def _run_card(source: Source, branch: str) -> dict[str, Any]:
         "inputs_sha256": seal["inputs"],
         "run_config_sha256": sha256_file(run_dir / SEAL_NAME),
         **data,
-        "samples_seen": (iteration + 1) * seal["global_batch"],
+        "samples_seen": None if iteration is None else (iteration + 1) * seal["global_batch"],
         "gram_anchored": source.config.gram.use_loss,
         "trained": describe_trained(seal["settings"]),
     }
@@ -184,4 +190,4 @@ def _metrics_at(run_dir: Path | None, iteration: int | None) -> dict[str, float]
         return None
     if not len(lines):
         return None
-    return {name: value for name, value in lines.iloc[-1].items() if value == value}
+    return {name: value for name, value in lines.iloc[-1].items() if math.isfinite(value)}

@@ -4,17 +4,22 @@
 file holds the same tensors; a backbone alone has the names of the published files there, without `backbone.`.
 """
 
+import errno
 import logging
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoscope.files import atomic_path, write_json
-from dinoscope.models.weights import read_model_file, state_digest
+from dinoscope.errors import CheckpointError
+from dinoscope.files import atomic_paths, read_json, write_json
+from dinoscope.train.disk_errors import disk_error, in_words
 
 __all__ = ["State", "write_model"]
 
@@ -23,28 +28,62 @@ State = dict[str, Tensor]
 
 
 def write_model(output: Path, networks: Mapping[str, Mapping[str, State]], card: dict[str, Any]) -> None:
-    """Writes the files of a model and reads them back; each appears by rename.
+    """Writes the files of a model and reads them back; they appear by rename, when all are whole.
 
     Args:
         output: The torch file; a file of the same name with .safetensors, and model.json, appear beside it.
         networks: "teacher" first, and whatever else there is -> "backbone" and heads -> their tensors.
         card: Content of model.json, with the digest of the first backbone.
+
+    Raises:
+        CheckpointError: They cannot be written, or another file's card is in the way.
     """
     whole = {network: dict(_named(parts)) for network, parts in networks.items()}
     flat = {f"{network}.{name}": tensor for network, state in whole.items() for name, tensor in state.items()}
     if list(networks) == ["teacher"]:
         flat = networks["teacher"]["backbone"] if list(networks["teacher"]) == ["backbone"] else whole["teacher"]
-    with atomic_path(output.with_suffix(".safetensors")) as temporary:
-        save_file(flat, temporary, {"format": "pt", "weights_sha256": card["weights_sha256"]})
-    with atomic_path(output) as temporary:
-        torch.save(whole, temporary)
-    write_json(output.with_name("model.json"), card)
-    written = state_digest(read_model_file(output).backbone)
-    assert written == card["weights_sha256"], "what was written is not what was read"
+    _check_place(output)
+    try:
+        paths = (output.with_suffix(".safetensors"), output, output.with_name("model.json"))
+        with atomic_paths(*paths) as (plain, pickled, described):
+            save_file(flat, plain, {"format": "pt", "weights_sha256": card["weights_sha256"]})
+            torch.save(whole, pickled)
+            write_json(described, {"weights_file": output.name, **card})
+            shutil.copymode(pickled, plain)
+            _check_written(plain, flat, pickled)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (found := disk_error(error)) is None and not isinstance(error, SafetensorError):
+            raise
+        cause = in_words(found) if found else str(error)
+        raise CheckpointError(f"{output} cannot be written ({cause}); nothing was changed") from error
     _log.info(
         "%s: %s, %d values",
         *(output.name, card["backbone"]["arch"], sum(t.numel() for t in networks["teacher"]["backbone"].values())),
     )
+
+
+def _check_place(output: Path) -> None:
+    """Refuses names that would mislead, and a folder whose card is that of another file."""
+    if output.suffix not in (".pth", ".pt"):
+        raise CheckpointError(f"{output} is to be a torch file; give it a name that ends in .pth")
+    card = output.with_name("model.json")
+    if not card.is_file():
+        return
+    other = output.with_name(read_json(card).get("weights_file", output.name))
+    if other.name != output.name and other.is_file():
+        raise CheckpointError(f"{card} is the card of {other.name}; give {output.name} a folder of its own")
+
+
+def _check_written(plain: Path, tensors: State, pickled: Path) -> None:
+    """Reads both files again, one tensor at a time, before they get their names."""
+    with safe_open(plain, framework="pt", backend="pread") as file:
+        same = set(file.keys()) == tensors.keys() and all(
+            torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items()
+        )
+    with zipfile.ZipFile(pickled) as archive:
+        same = same and archive.testzip() is None
+    if not same:
+        raise OSError(errno.EIO, "what was read back is not what was written")
 
 
 def _named(parts: Mapping[str, State]) -> Iterator[tuple[str, Tensor]]:

@@ -5,21 +5,21 @@ Shapes: B tiles a batch, D embedding width, R storage tokens, P = h·w patches a
 
 import contextlib
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoscope.errors import DinoscopeError, FeaturesError, ManifestError, SlideError
+from dinoscope.features.embedding import POOLINGS, Embedder, choose_device, pool
+from dinoscope.features.encoders import Encoder, weights_digest
 from dinoscope.features.overlap import BackgroundThread, HostCopy
 from dinoscope.features.read_ahead import SlideTiles, load_tiles, read_batches
 from dinoscope.features.writers import FeatureInfo, FeatureWriter, open_features, write_features
-from dinoscope.models.weights import read_model_file, state_digest
 from dinoscope.progress import progress
 from dinoscope.slides.manifest import manifest_digest
 from dinoscope.slides.reader import Slide
@@ -36,7 +36,6 @@ __all__ = [
     "weights_digest",
 ]
 
-POOLINGS = ("cls", "mean", "cls+mean", "cls+storage")
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +50,8 @@ class ExtractSettings:
         workers: Threads that read tiles ahead; 0 reads in the main thread.
         dense: Also store the features of every patch, (N, h, w, D) float16.
         slide_reader: module:Class of a reader for formats that OpenSlide lacks.
+        precision: Number format of the matrix products: "auto" (`choose_precision`), "float32" or "bfloat16".
+        compile: Compile the forward pass with torch.compile, which takes a minute and pays on large slides.
     """
 
     pooling: str = "cls"
@@ -59,6 +60,8 @@ class ExtractSettings:
     workers: int = 2
     dense: bool = False
     slide_reader: str | None = None
+    precision: str = "auto"
+    compile: bool = False
 
 
 @dataclass
@@ -82,33 +85,31 @@ class Extractor:
     """Embeds the tiles of slides with one model.
 
     Args:
-        model: A backbone in evaluation mode on `device`, with `embed_dim`, `patch_size`, `num_storage_tokens`, `mean`,
-            `std` and `forward_features` (see `dinoscope.load_backbone`).
+        model: An encoder (encoders.py) in evaluation mode on `device`; `dinoscope.load_backbone` gives one.
         model_name: Stored in the feature files, e.g. "pretrain".
         weights_sha256: Digest of the weights file, stored as well.
         device: Where the model is.
     """
 
     def __init__(
-        self, model: nn.Module, model_name: str, weights_sha256: str, settings: ExtractSettings, device: torch.device
+        self, model: Encoder, model_name: str, weights_sha256: str, settings: ExtractSettings, device: torch.device
     ) -> None:
-        if settings.pooling == "cls+storage" and not model.num_storage_tokens:
-            raise FeaturesError(
-                f"model {model_name!r} has no storage tokens, so there is nothing to take for pooling 'cls+storage'; "
-                "use cls, mean or cls+mean"
-            )
-        self.model, self.model_name, self.weights_sha256 = model, model_name, weights_sha256
+        self.model_name, self.weights_sha256 = model_name, weights_sha256
         self.settings, self.device = settings, device
-        self._mean, self._std = (
-            torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-            for values in (model.mean, model.std)
+        self.embedder = Embedder(
+            model,
+            model_name,
+            settings.pooling,
+            device,
+            precision=settings.precision,
+            dense=settings.dense,
+            compile_for=settings.batch_size if settings.compile else None,
         )
 
     @property
     def feature_dim(self) -> int:
         """Length of a row of features."""
-        tokens = {"cls": 1, "mean": 1, "cls+mean": 2, "cls+storage": 1 + self.model.num_storage_tokens}
-        return self.model.embed_dim * tokens[self.settings.pooling]
+        return self.embedder.feature_dim
 
     def extract(self, slide_path: Path, tiles_path: Path, output: Path) -> ExtractStats:
         """Writes the features of one slide; the file appears whole or not at all.
@@ -144,8 +145,11 @@ class Extractor:
         try:
             with open_features(output) as (file, info):
                 features, is_dense = file["features"], "patch_features" in file
+                wanted = self._info(tiles, manifest_digest(tiles_path))
+                if self.settings.precision == "auto":  # it depends on the machine, and any will do
+                    wanted = replace(wanted, precision=info.precision)
                 return (
-                    info == self._info(tiles, manifest_digest(tiles_path))
+                    info == wanted
                     and features.shape == (len(tiles), self.feature_dim)
                     and features.dtype == self.settings.dtype
                     and is_dense == self.settings.dense
@@ -154,35 +158,20 @@ class Extractor:
             return False
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features of a batch of tiles, left on the device.
-
-        Args:
-            images: (B, H, W, 3) uint8.
-
-        Returns:
-            Pooled features (B, `feature_dim`) float32, and patch features (B, h, w, D) float16 or None.
-        """
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
-        with torch.inference_mode():
-            pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
-            with autocast:
-                out = self.model.forward_features((pixels - self._mean) / self._std)
-            pooled = pool(out, self.settings.pooling)
-            if not self.settings.dense:
-                return pooled, None
-            return pooled, out["patches"].unflatten(1, (images.shape[1] // self.model.patch_size, -1)).half()
+        """Features of a batch of tiles (`Embedder.embed`), left on the device."""
+        return self.embedder.embed(images)
 
     def _writing(
         self, tiles: SlideTiles, tiles_path: Path, output: Path, num_rows: int
     ) -> contextlib.AbstractContextManager[FeatureWriter]:
-        grid = self._patch_grid(tiles)
+        patch_shape = self.embedder.patch_shape(tiles.tile_px, tiles.slide_id)
         return write_features(
             output,
             self._info(tiles, manifest_digest(tiles_path)),
             num_rows,
             self.feature_dim,
             dtype=self.settings.dtype,
-            patch_shape=(grid, grid, self.model.embed_dim) if self.settings.dense else None,
+            patch_shape=patch_shape if self.settings.dense else None,
         )
 
     def _write_none(self, tiles: SlideTiles, tiles_path: Path, output: Path) -> None:
@@ -237,6 +226,9 @@ class Extractor:
         rows = features.to(getattr(torch, self.settings.dtype))
         if not rows.isfinite().all():
             self._refuse(slide_id, coords, rows.isfinite().all(dim=1), "they overflow float16: use --dtype float32")
+        if patches is not None and not patches.isfinite().all():
+            is_good = patches.isfinite().flatten(1).all(dim=1)
+            self._refuse(slide_id, coords, is_good, "its patch features overflow float16: leave out --dense")
         writer.append(rows.numpy(), coords, None if patches is None else patches.numpy())
 
     def _refuse(self, slide_id: str, coords: np.ndarray, is_good: Tensor, advice: str) -> None:
@@ -245,17 +237,6 @@ class Extractor:
             f"slide {slide_id!r}: the features of model {self.model_name!r} are not finite for the tile at ({x}, {y}); "
             + advice
         )
-
-    def _patch_grid(self, tiles: SlideTiles) -> int:
-        patch_size, tile_px = self.model.patch_size, tiles.tile_px
-        if tile_px % patch_size:
-            below = tile_px // patch_size * patch_size
-            fitting = " or ".join(f"{side} px" for side in (below, below + patch_size) if side)
-            raise FeaturesError(
-                f"slide {tiles.slide_id!r}: its tiles of {tile_px} px are no multiple of the {patch_size} px patches "
-                f"of model {self.model_name!r}; use a tile set of {fitting}"
-            )
-        return tile_px // patch_size
 
     def _info(self, tiles: SlideTiles, manifest_hash: str) -> FeatureInfo:
         return FeatureInfo(
@@ -271,35 +252,8 @@ class Extractor:
             level0_mpp=tiles.level0_mpp,
             level0_width=tiles.width,
             level0_height=tiles.height,
+            precision=str(self.embedder.dtype).removeprefix("torch."),
         )
-
-
-def pool(out: Mapping[str, Tensor], pooling: str) -> Tensor:
-    """One row a tile from the tokens of a backbone, in float32.
-
-    Args:
-        out: cls (B, D), storage (B, R, D) and patches (B, P, D).
-        pooling: One of `POOLINGS`; parts are concatenated.
-    """
-    parts = {
-        "cls": lambda: [out["cls"]],
-        "mean": lambda: [out["patches"].float().mean(dim=1)],
-        "cls+mean": lambda: [out["cls"], out["patches"].float().mean(dim=1)],
-        "cls+storage": lambda: [out["cls"], out["storage"].flatten(1)],
-    }
-    return torch.cat([part.float() for part in parts[pooling]()], dim=1)
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The accelerator that is there, else the CPU; or the device that `name` says, e.g. "cuda:1"."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def weights_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 over the backbone's tensors, the same whatever the file format; model.json holds it too."""
-    return state_digest(read_model_file(path).backbone)
 
 
 def extract_slides(

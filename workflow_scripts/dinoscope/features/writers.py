@@ -52,6 +52,7 @@ class FeatureInfo:
         level0_mpp: Micrometres a level-0 pixel.
         level0_width: Width of the slide in level-0 pixels.
         level0_height: Height of the slide in level-0 pixels.
+        precision: Number format that the model computed in.
     """
 
     slide_id: str
@@ -66,10 +67,11 @@ class FeatureInfo:
     level0_mpp: float
     level0_width: int
     level0_height: int
+    precision: str = "float32"
 
 
 # where each field of FeatureInfo lives; the names on the coords dataset are TRIDENT's
-_FILE_ATTRIBUTES = ("slide_id", "model", "weights_sha256", "manifest_hash", "pooling", "mpp")
+_FILE_ATTRIBUTES = ("slide_id", "model", "weights_sha256", "manifest_hash", "pooling", "mpp", "precision")
 _COORDS_ATTRIBUTES = {
     "patch_size": "tile_px",
     "overlap": "overlap_px",
@@ -223,7 +225,7 @@ def check_same_kind(infos: Mapping[str | os.PathLike[str], FeatureInfo]) -> None
         infos: Path -> what the file says about itself.
 
     Raises:
-        FeaturesError: Two files differ in model, weights, pooling, mpp or tile size.
+        FeaturesError: Two files differ in model, weights, pooling, mpp or tile size, or are of the same slide.
     """
     (first_path, first), *others = infos.items()
     names = {
@@ -233,7 +235,14 @@ def check_same_kind(infos: Mapping[str | os.PathLike[str], FeatureInfo]) -> None
         "mpp": "the micrometres a pixel",
         "tile_px": "the tile size in pixels",
     }
+    seen = {first.slide_id: first_path}
     for path, info in others:
+        if info.slide_id in seen:
+            raise FeaturesError(
+                f"{path}: these are features of slide {info.slide_id!r}, as are those of {seen[info.slide_id]}; give "
+                "one file a slide, from one manifest of its tiles"
+            )
+        seen[info.slide_id] = path
         for field, what in names.items():
             ours, theirs = getattr(first, field), getattr(info, field)
             if ours != theirs:

@@ -4,8 +4,10 @@ DCP's `.metadata` is a pickle, and unpickling imports and calls whatever a pickl
 classes that DCP itself writes are let through. The tensors are torch files, which DCP reads with `weights_only=True`.
 """
 
+import io
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from dinoscope.errors import CheckpointError
+from dinoscope.train.checkpoint_files import FILES_NAME
 
 __all__ = ["PlainReader", "read_stored", "stored_tensors"]
 
@@ -87,11 +90,40 @@ def read_stored(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     if missing := sorted(set(names.values()) - stored.keys()):
         raise CheckpointError(f"checkpoint {folder} lacks tensors: {', '.join(missing[:4])}")
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names.values()}
+    if not (folder / FILES_NAME).is_file():  # else its checksums were compared
+        _check_items(folder, set(names.values()))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
             dcp.load(state, storage_reader=PlainReader(folder), no_dist=True)
     except (Exception, dcp.api.CheckpointException) as error:  # cut short, missing or damaged shards
-        reason = " ".join(str(error).split())[-120:]
-        raise CheckpointError(f"checkpoint {folder} is damaged: its tensors cannot be read (… {reason})") from None
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: its tensors cannot be read ({_reason(error)}); use another one"
+        ) from None
     return {wanted: state.pop(name) for wanted, name in names.items()}
+
+
+def _check_items(folder: Path, names: set[str]) -> None:
+    """Compares the checksums that each stored piece of a tensor, a zip archive, has of its own."""
+    for index, place in PlainReader(folder).read_metadata().storage_data.items():
+        if index.fqn not in names or place.transform_descriptors:
+            continue
+        try:
+            with open(folder / place.relative_path, "rb") as file:
+                file.seek(place.offset)
+                with zipfile.ZipFile(io.BytesIO(file.read(place.length))) as archive:
+                    whole = archive.testzip() is None
+        except (OSError, zipfile.BadZipFile, EOFError):
+            whole = False
+        if not whole:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {place.relative_path} is missing, cut short or no longer what was "
+                f"written (tensor {index.fqn}); use another one"
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the traceback that DCP makes part of it."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:200] or type(error).__name__

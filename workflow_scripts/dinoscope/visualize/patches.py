@@ -58,9 +58,14 @@ class LoadedEncoder:
     window_px: int | None = None
 
     @property
+    def gives_patches(self) -> bool:
+        """Whether there is anything to see inside an image."""
+        return bool(self.model.patch_size)
+
+    @property
     def patch_px(self) -> int:
         """Side of a patch; raises FeaturesError where the model has none."""
-        if not self.model.patch_size:
+        if not self.gives_patches:
             raise FeaturesError(f"model {self.name!r} gives no features of patches, so there is nothing to show inside")
         return self.model.patch_size
 
@@ -77,21 +82,27 @@ class LoadedEncoder:
         return patches.unflatten(1, (images.shape[1] // self.patch_px, -1)).cpu().numpy()
 
 
-def load_patch_encoder(name: str, source: str | Path, device: str = "auto") -> PatchEncoder:
-    """Loads an encoder from a file or folder that `dinoscope.load_backbone` knows.
+def load_patch_encoder(
+    name: str, source: str | Path, device: str = "auto", architecture: str | None = None
+) -> LoadedEncoder:
+    """Loads an encoder of any kind that features can be taken with (features/encoders.py).
 
     Args:
         name: For titles.
-        source: The weights.
+        source: The weights, or module:function.
         device: "auto", "cpu", "cuda:1" …
+        architecture: timm's name of the model, for a timm checkpoint that does not tell it.
 
     Raises:
         WeightsError: It cannot be loaded.
     """
+    from dinoscope.features.encoders import load_encoder
     from dinoscope.features.extract import choose_device
-    from dinoscope.models.weights import load_backbone
 
-    return LoadedEncoder(name, load_backbone(source, choose_device(device)))
+    loaded = load_encoder(source, architecture=architecture, device=choose_device(device))
+    # DINOv2 interpolates its positions to images of any size, as it was trained to in the end
+    takes_any_size = loaded.kind.startswith("Hugging Face dinov2")
+    return LoadedEncoder(name, loaded.model, None if takes_any_size else loaded.image_px)
 
 
 def dense_features(encoder: PatchEncoder, image: np.ndarray) -> np.ndarray:
