@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="random networks; the first ones are trained")
     parser.add_argument("--trained", type=int, default=3, help="how many of them, by either recipe")
     parser.add_argument("--only", choices=RECIPES, help="one of the two measures")
-    parser.add_argument("--split", type=int, default=4, help="which split into halves; 0 chose the recipe")
+    parser.add_argument("--split", type=int, default=4, help="which split into halves; 0 and 1 chose the recipes")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of training and measuring")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
     arguments = parser.parse_args()
