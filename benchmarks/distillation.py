@@ -1,6 +1,6 @@
 """Does a small student take over what a larger teacher sees? With the teacher's own heads, and with made ones.
 
-    python benchmarks/learned_features.py --only tissue --out /tmp/learned                 # makes a teacher
+    python benchmarks/learned_features.py --only tissue --split 3 --out /tmp/learned student.arch=vit_micro  # a teacher
     python benchmarks/distillation.py --teacher /tmp/learned/split_3/runs/tissue_0 --split 3
 
 A vit_nano is trained on the training half of seg/dsb2018_histology, as the teacher was, and held to the teacher on the

@@ -40,12 +40,13 @@ def features_of(path: Path) -> Features:
     return lambda images: _in_batches(images, model, lambda batch: model.forward_features(batch))
 
 
-def dense_features_of(path: Path, last_blocks: int) -> Callable[[np.ndarray], np.ndarray]:
-    """An exported backbone as a function: images -> patches of its last blocks side by side (N, P, blocks · D)."""
+def dense_features_of(path: Path, last_blocks: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """An exported backbone as a function: images -> patches of its last blocks (None: all) side by side (N, P, D)."""
     model = load_backbone(path)
+    number = last_blocks or len(model.blocks)
 
     def of_batch(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"patches": torch.cat(model.get_intermediate_layers(batch, last_blocks), dim=-1)}
+        return {"patches": torch.cat(model.get_intermediate_layers(batch, number), dim=-1)}
 
     return lambda images: _in_batches(images, model, of_batch)["patches"]
 

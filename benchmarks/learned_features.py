@@ -2,14 +2,14 @@
 
     python benchmarks/learned_features.py --data ../shared/data
 
-Trainings of two recipes (learned_features.yaml and learned_features_cells.yaml), each from several seeds and on one
-half of the parent images, and two measures on the other half:
+Trainings of two recipes (learned_features_tissue.yaml and learned_features_cells.yaml), each from several seeds and on
+one half of the parent images, and two measures on the other half:
 
 - stained tissue (seg/dsb2018_histology, enlarged twice): nucleus or not, for each patch of 16 px, by a logistic
-  regression on the patches of the last four blocks; folds by image, all of them images that the training has not seen.
-  The network sees quarters of an image, so that a patch can be judged by the stain around it. Beside colour images:
-  grey copies; the same regressions asked about copies in other stains and of other brightness; and regressions from
-  one, two and five images, where what was learnt without labels must show.
+  regression on the patches of the last block; folds by image, all of them images that the training has not seen.
+  Trained on either half and asked about the other, so that all images count. The network sees quarters of an image, so
+  that a patch can be judged by the stain around it. Beside colour images: grey copies; the same regressions asked about
+  copies in other stains and of other brightness; and regressions from one, two and five images.
 - blood cells (tiles/bccd_cells: platelets, red and white cells, 96 px): k nearest neighbours by cosine, on grey copies,
   since in colour a histogram knows them already; never a neighbour from the query's own parent image.
 
@@ -46,9 +46,10 @@ from dinoscope.export.convert import write_initial_weights  # noqa: E402
 from dinoscope.recipe import load_recipe  # noqa: E402
 
 RECIPES = {
-    "tissue": Path(__file__).with_suffix(".yaml"),
+    "tissue": Path(__file__).with_name("learned_features_tissue.yaml"),
     "cells": Path(__file__).with_name("learned_features_cells.yaml"),
 }
+PUBLISHED = ("student.layerscale=1e-5",)
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="random networks; the first ones are trained")
     parser.add_argument("--trained", type=int, default=3, help="how many of them, by either recipe")
     parser.add_argument("--only", choices=RECIPES, help="one of the two measures")
-    parser.add_argument("--split", type=int, default=3, help="which split into halves; 0 and 1 chose the recipes")
+    parser.add_argument("--split", type=int, default=4, help="which split into halves; 0 and 1 chose the recipes")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of training and measuring")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
     arguments = parser.parse_args()
@@ -77,22 +78,34 @@ def _compare(arguments: argparse.Namespace, out: Path) -> None:
     started = time.perf_counter()
     cells = read_cells(arguments.data / "tiles/bccd_cells", arguments.split)
     tissue = read_tissue(arguments.data / "seg/dsb2018_histology", arguments.split)
-    write_training_images(tiles_of(tissue.images[tissue.training]), out / "images/tissue")
-    write_training_images(cells.images[cells.training], out / "images/cells")
+    images = {
+        "tissue": tiles_of(tissue.images[tissue.training]),
+        "tissue_reverse": tiles_of(tissue.images[~tissue.training]),
+        "cells": cells.images[cells.training],
+    }
+    for name, training in images.items():
+        write_training_images(training, out / "images" / name)
     reports = {
         "tissue": lambda networks: tissue_report(tissue, networks),
         "cells": lambda networks: cells_report(cells, networks),
     }
     for name in [arguments.only] if arguments.only else RECIPES:
-        begun = [random_network(name, out, seed, arguments.overrides) for seed in range(arguments.seeds)]
+        parts, seeds = [part for part in images if part.startswith(name)], range(arguments.seeds)
+        begun, published = (
+            [(random_network(name, out / kind, seed, [*arguments.overrides, *more]),) * len(parts) for seed in seeds]
+            for kind, more in (("random", ()), ("published", PUBLISHED))
+        )
         since = time.perf_counter()
-        trained = [train(name, out, seed, arguments) for seed in range(arguments.trained)]
-        seconds = (time.perf_counter() - since) / arguments.trained
-        networks = Networks(begun, trained)
-        print(f"```yaml\n{RECIPES[name].read_text()}```\n", *reports[name](networks), "", sep="\n")
-        print(*losses_report({run.name: run for run in trained}), f"\n{seconds:.0f} s a training\n", sep="\n")
+        trained = [tuple(train(part, out, seed, arguments) for part in parts) for seed in range(arguments.trained)]
+        seconds = (time.perf_counter() - since) / arguments.trained / len(parts)
+        networks = Networks(begun, trained, published)
+        print(f"```yaml\n{RECIPES[name].read_text()}```\n")
+        for line in reports[name](networks):
+            print(line, flush=True)
+        losses = losses_report({run.name: run for runs in trained for run in runs})
+        print("", *losses, f"\n{seconds:.0f} s a training\n", sep="\n")
         if name == "tissue":
-            draw_pca(tissue, begun[0], trained[0], out / "pca.png")
+            draw_pca(tissue, begun[0][0], trained[0][0], out / "pca.png")
     packages = ("torch", "numpy", "scikit-learn", "opencv-python-headless")
     print(
         f"{time.perf_counter() - started:.0f} s in all; {os.cpu_count()} CPU cores, {arguments.threads} threads; "
@@ -101,18 +114,18 @@ def _compare(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def random_network(name: str, out: Path, seed: int, overrides: list[str]) -> Path:
-    """The recipe's backbone as a training with this seed begins."""
-    folder = out / "random" / f"{name}_{seed}"
+    """The recipe's backbone as a training with this seed and these settings begins."""
+    folder = out / f"{name}_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     write_initial_weights(load_recipe(RECIPES[name], [*overrides, f"train.seed={seed}"]), folder / "teacher.pth")
     return folder
 
 
-def train(name: str, out: Path, seed: int, arguments: argparse.Namespace) -> Path:
+def train(part: str, out: Path, seed: int, arguments: argparse.Namespace) -> Path:
     """Trains on the images of that name, in a process of its own as the workflow does."""
-    run, scripts = out / "runs" / f"{name}_{seed}", ROOT / "workflow_scripts"
+    name, run, scripts = part.split("_")[0], out / "runs" / f"{part}_{seed}", ROOT / "workflow_scripts"
     launch = [sys.executable, scripts / "launch.py", "--processes", 1, "--threads", arguments.threads, "--"]
-    settings = [*arguments.overrides, f"train.seed={seed}", f"train.dataset_path={out / 'images' / name}"]
+    settings = [*arguments.overrides, f"train.seed={seed}", f"train.dataset_path={out / 'images' / part}"]
     command = [scripts / "pretrain.py", "--config", RECIPES[name], "--run-dir", run, *settings]
     if subprocess.run([str(part) for part in [*launch, *command]]).returncode:
         sys.exit(f"error: the training on {name} with seed {seed} failed; the lines above say why")
