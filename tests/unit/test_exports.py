@@ -168,6 +168,7 @@ def test_rounded_periods_of_published_files_are_told(tmp_path: Path) -> None:
     found = report["by_rounded_rope_periods"]["cls"]["max_abs_difference"]
     assert found > 1e-4
     assert found == pytest.approx(apart, rel=0.05)
+    assert report["by_rounded_rope_periods"]["cls"]["max_relative_difference"] > 10 * report["tolerance"]  # as docs say
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
