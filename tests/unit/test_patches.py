@@ -259,6 +259,32 @@ def test_images_of_a_folder_become_pictures_of_their_names(tmp_path):
         draw_images(tmp_path / "empty", [encoder], tmp_path / "out")
 
 
+@pytest.mark.parametrize("where", ["in", "in/deeper", "link"])
+def test_images_are_not_written_over(tmp_path, where):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    image = tmp_path / "in" / "a.png"
+    Image.fromarray(halves()).save(image)
+    before = image.read_bytes()
+    with pytest.raises(ConfigError, match=r"the pictures would lie among the images of .*in; give a folder outside it"):
+        draw_images(tmp_path / "in", [MeanColours()], tmp_path / where)
+    assert image.read_bytes() == before and list((tmp_path / "in").iterdir()) == [image]
+
+
+def test_one_image_is_not_written_over(tmp_path):
+    """Whether it is named itself, or through a link among the images of another folder."""
+    Image.fromarray(halves()).save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.png").symlink_to(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", tmp_path / "links"):
+        with pytest.raises(
+            ConfigError, match=r"a picture would be written over the image .*a\.png; give another folder"
+        ):
+            draw_images(source, [MeanColours()], tmp_path)
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
 def test_the_scripts_draw_regions_and_images(tmp_path, slide, backbone, monkeypatch):
     """With a real backbone from a file; run in this process, because torch takes long to import."""
     weights = {}

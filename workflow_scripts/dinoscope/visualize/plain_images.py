@@ -80,7 +80,7 @@ def draw_images(
         The pictures.
 
     Raises:
-        ConfigError: There is no image, or two have the same name.
+        ConfigError: There is no image, two have the same name, or pictures would lie among the images.
         DinoscopeError: An image cannot be read, or its features cannot be shown.
     """
     paths = find_images(source)
@@ -89,6 +89,7 @@ def draw_images(
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
         raise ConfigError(f"{source} has several images that would become {twice}; rename one of them")
+    _check_apart(source, paths, output, outputs)
 
     def image(number: int) -> np.ndarray:
         return fitted(read_image(root, str(paths[number].relative_to(root))), settings.longest_px)
@@ -161,6 +162,17 @@ def draw_video(
         closing.close()  # the file is whole when the writer is released
         _check_written(temporary, written, output)
     return written
+
+
+def _check_apart(source: Path, paths: Sequence[Path], output: Path, outputs: Sequence[Path]) -> None:
+    """Refuses to write over the images, and into their folder, where the next run would take pictures for images."""
+    folder, target = source.resolve(), output.resolve()
+    if source.is_dir() and target.is_relative_to(folder):
+        raise ConfigError(f"the pictures would lie among the images of {source}; give a folder outside it as --output")
+    images = {path.resolve() for path in paths}
+    over = next((path for path in outputs if path.resolve() in images), None)
+    if over is not None:
+        raise ConfigError(f"a picture would be written over the image {over}; give another folder as --output")
 
 
 def _evenly(count: int) -> list[int]:
