@@ -1,6 +1,6 @@
 """PCA maps of tile features.
 
-Fits one colour space over all slides of a model, then colours each slide's tiles by it:
+Fits one colour space over slides of a model (in the workflow, the training slides), then colours tiles by it:
     python workflow_scripts/pca.py fit --features results/features/gram --basis results/pca/gram
     python workflow_scripts/pca.py map --features results/features/gram/A.h5 --basis results/pca/gram \\
         --thumbnail results/slides/A.jpg --slide-name A --output results/pca/gram/A.png

@@ -196,6 +196,21 @@ def test_the_words_say_what_happened(page, whole):
     assert "480" in page.words and "torch" in page.words and "Python" in page.words
 
 
+def test_captions_say_what_colours_and_clusters_were_fitted_on(tmp_path, results):
+    """On the training slides, as `Plan.basis_slides` has it: on all slides only where none trains."""
+    write_page(results / "clusters" / "base" / "examples.png", 200)
+    build_report(results, MODELS, RUNS, tmp_path / "report.html")
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    folder = Path(__file__).parents[2] / "report"
+    texts = {path.stem: " ".join(path.read_text().split()) for path in folder.glob("*.rst")}
+    truth = re.compile(r"training slides[^.]* \(o[fn] all slides, if none was to be trained on\)")
+    maps, clusters = page.split('id="maps"')[1], page.split('id="clusters"')[1]
+    for caption in (maps, clusters, texts["cluster_map"], texts["cluster_examples"], texts["pca_map"]):
+        assert truth.search(caption[:1500])
+    for wrong in ("all tiles' features", "share of all tiles", "features of all slides", "tiles of all slides"):
+        assert not any(wrong in caption for caption in (page, texts["cluster_map"], texts["cluster_examples"]))
+
+
 def test_the_viewer_is_linked_where_there_is_one(tmp_path, results):
     build_report(results, MODELS, RUNS, tmp_path / "report.html")
     assert not any("viewer" in reference for reference in Page(tmp_path / "report.html").references)

@@ -72,7 +72,7 @@ def draw_examples(
     page.text(MARGIN_PX, 34, f"Clusters of model {info['model']}", 13, room, weight="bold")
     about = (
         f"k-means on the principal components of {info['num_tiles_fitted']:,} tiles; the tiles nearest to each centre, "
-        "from as many slides as there are"
+        "from as many of their slides as there are"
     )
     page.text(MARGIN_PX, 72, about, 9.5, room, color="#444444")
     for number, (kind, row) in enumerate(zip(info["clusters"], examples, strict=True)):
@@ -81,7 +81,7 @@ def draw_examples(
         share = 100 * kind["num_tiles_fitted"] / info["num_tiles_fitted"]
         slides = f"{kind['num_slides']} slide" + ("" if kind["num_slides"] == 1 else "s")
         page.text(MARGIN_PX + 28, top + 60, kind["name"], 11, LABEL_PX - 40, weight="bold")
-        page.text(MARGIN_PX + 28, top + 90, f"{share:.0f} % of the tiles", 9, LABEL_PX - 40, color="#444444")
+        page.text(MARGIN_PX + 28, top + 90, f"{share:.0f} % of these tiles", 9, LABEL_PX - 40, color="#444444")
         page.text(MARGIN_PX + 28, top + 114, f"on {slides}", 9, LABEL_PX - 40, color="#444444")
         for column, (pixels, _) in enumerate(row):
             page.picture(MARGIN_PX + LABEL_PX + column * step, top, fitted(pixels, EXAMPLE_PX))

@@ -95,7 +95,7 @@ def fit_clusters(
     seed: int = 0,
     max_tiles: int = MAX_TILES,
 ) -> Clusters:
-    """Finds the kinds of tiles of all slides of a model.
+    """Finds the kinds of tiles of the slides that are given, of one model.
 
     Args:
         paths: Feature files, those that the basis was fitted on.

@@ -1,7 +1,7 @@
 """PCA maps: the tiles of a slide, coloured by the first three principal components of their features.
 
-One basis a model, fitted once over all slides and kept, so that a colour means the same on every slide of that model
-(but not from model to model: each has components of its own). Red, green and blue are components 1, 2 and 3.
+One basis a model, fitted once over the training slides and kept, so that a colour means the same on every slide of that
+model (but not from model to model: each has components of its own). Red, green and blue are components 1, 2 and 3.
 
 Shapes: N tiles, D feature dimensions, K components.
 """
@@ -35,7 +35,7 @@ MAX_VALUES = 2**28  # 1 GiB of float32, whatever the width of the features
 def fit_basis(
     paths: Sequence[str | os.PathLike[str]], *, seed: int = 0, max_tiles: int = MAX_TILES, background: str = "keep"
 ) -> ColorBasis:
-    """Fits one basis over the features of all slides.
+    """Fits one basis over the features of the slides that are given.
 
     With more than `max_tiles` tiles a sample is taken, as equal as possible a slide, so that one large slide does not
     choose the colours of all. The result does not depend on the order of `paths`.
@@ -75,7 +75,7 @@ def fit_basis(
 def sample_features(
     paths: Sequence[str | os.PathLike[str]], seed: int, max_tiles: int
 ) -> tuple[FeatureInfo, dict[str, int], Iterator[FeatureFile]]:
-    """Opens the features of all slides of a model, at most `max_tiles` tiles of them, as equal as possible a slide.
+    """Opens the features of slides of one model, at most `max_tiles` tiles of them, as equal as possible a slide.
 
     Returns:
         What the first file says about itself, the number of tiles of every slide in the order of their ids, and the
