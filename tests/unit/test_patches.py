@@ -1,6 +1,7 @@
 """Patches: features, colours, similarity, regions of slides, plain images and videos."""
 
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.slides.reader import Slide
+from dinoscope.visualize import patch_pages, plain_images
 from dinoscope.visualize.color_basis import ColorBasis
 from dinoscope.visualize.patch_pages import colored, draw_patch_colors, see, upsampled_scores
 from dinoscope.visualize.patches import LoadedEncoder, agreeing_with, cosine_similarity, dense_features
@@ -92,6 +94,31 @@ def test_components_are_put_in_the_order_that_agrees():
     np.testing.assert_allclose(agreed.low, wanted.min(0), atol=1e-5)
     np.testing.assert_allclose(agreed.high, wanted.max(0), atol=1e-5)
     assert agreed.info["explained_variance_ratio"] == [0.3, 0.1, 0.5, 0.05]
+    assert agreed.info["order"] == [2, 3, 1]
+
+
+def test_pages_say_which_component_is_which_colour(tmp_path, monkeypatch):
+    """After reordering it is not 1, 2 and 3 for each model, and no key may say so."""
+    image, pages = halves(64, 96), []
+    monkeypatch.setattr(patch_pages, "save_panels", lambda output, rows, **about: pages.append((rows, about)))
+    first = see(MeanColours("first"), [image])
+    order = [2, 0, 1]
+    basis = replace(
+        first.basis,
+        components=first.basis.components[[*order, 3]],
+        low=first.basis.low[order],
+        high=first.basis.high[order],
+    )
+    other = see(MeanColours("second"), [image], reference=replace(first, basis=basis))
+    draw_patch_colors(tmp_path / "page.png", image, [first, other], title="t", subtitle="s", upsampler=None)
+    (rows, about), *_ = pages
+    words = [panel.subtitle for panel in rows[0][1:]]
+    assert "red, green, blue = components 1, 2, 3," in words[0] and "= components 3, 1, 2," in words[1]
+    assert not about.get("key")
+    Image.fromarray(image).save(tmp_path / "a.png")
+    monkeypatch.setattr(plain_images, "draw_patch_colors", lambda *given, **about: pages.append((given, about)))
+    draw_images(tmp_path / "a.png", [MeanColours("one"), MeanColours("two")], tmp_path / "out")
+    assert "order and signs of components as agrees best with one" in pages[-1][1]["subtitle"]
 
 
 def test_cosine_similarity_is_that_of_the_formula():

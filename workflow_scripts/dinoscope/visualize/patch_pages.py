@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoscope.errors import FeaturesError
 from dinoscope.visualize.color_basis import BACKGROUND_COLOR, ColorBasis
-from dinoscope.visualize.page import COMPONENT_KEY, Panel, fitted, save_panels
+from dinoscope.visualize.page import Panel, fitted, save_panels
 from dinoscope.visualize.patches import PatchEncoder, agreeing_with, cosine_similarity, dense_features, fit_patch_colors
 from dinoscope.visualize.upsampling import Upsampler, joint_bilateral, nearest_neighbour
 
@@ -142,15 +142,14 @@ def draw_patch_colors(
     for seen in models:
         plain = colored(nearest_neighbour(seen.scores(0), height, width), seen.basis)
         explained = 100 * seen.basis.info["explained_by_top_3"]
-        about = f"{seen.patch_px}-px patches; 3 components explain {explained:.0f} %"
+        order = ", ".join(map(str, seen.basis.info.get("order", (1, 2, 3))))
+        about = f"{seen.patch_px}-px patches; red, green, blue = components {order}, which explain {explained:.0f} %"
         panels.append(Panel(plain, seen.name, about))
         if upsampler is not None:
             scores = upsampled_scores(seen, 0, shown, None if upsampler == "jbu" else upsampler)
             below.append(Panel(_shown(colored(scores, seen.basis), height, width), "", _UPSAMPLED[upsampler == "jbu"]))
     rows = [panels] if upsampler is None and overview is None else [panels, below]
-    save_panels(
-        output, rows, title=title, subtitle=subtitle, key=COMPONENT_KEY, um_per_px=um_per_px and um_per_px / scale
-    )
+    save_panels(output, rows, title=title, subtitle=subtitle, um_per_px=um_per_px and um_per_px / scale)
 
 
 _UPSAMPLED = {True: "upsampled along the edges of the image", False: "upsampled"}

@@ -172,7 +172,10 @@ def agreeing_with(basis: ColorBasis, own: np.ndarray, reference: np.ndarray) -> 
     components[:3] = components[order] * signs[:, None]
     low, high = basis.low[order] * signs, basis.high[order] * signs
     ratios = basis.info["explained_variance_ratio"]
-    info = basis.info | {"explained_variance_ratio": [ratios[n] for n in order] + ratios[3:]}
+    info = basis.info | {
+        "explained_variance_ratio": [ratios[n] for n in order] + ratios[3:],
+        "order": [n + 1 for n in order],  # by variance, of red, green and blue
+    }
     return replace(basis, components=components, low=np.minimum(low, high), high=np.maximum(low, high), info=info)
 
 

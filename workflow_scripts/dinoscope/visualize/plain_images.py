@@ -99,7 +99,10 @@ def draw_images(
         for number, picture in enumerate(outputs):
             pixels = image(number)
             seen = [_look(encoder, model, pixels) for encoder, model in zip(encoders, models, strict=True)]
-            subtitle = f"PCA of patch features; one colour space a model for all {len(paths)} images"
+            subtitle = (
+                f"PCA of patch features; one colour space a model for all {len(paths)} images; order and signs of "
+                f"components as agrees best with {encoders[0].name}"
+            )
             about = {"title": paths[number].stem, "subtitle": subtitle, "upsampler": settings.upsampler}
             draw_patch_colors(picture, pixels, seen, **about)
             shown.advance(1)
