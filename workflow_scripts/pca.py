@@ -40,7 +40,7 @@ def main() -> None:
         "--background",
         choices=BACKGROUNDS,
         default="keep",
-        help="leave out what the first component sets apart: its low or its high side, or the more uniform one (auto)",
+        help="leave out a side of the first component: low or high, little or much red in the maps made with keep",
     )
     fit.set_defaults(run=run_fit)
     draw = commands.add_parser("map", help="colour the tiles of one slide", formatter_class=HelpFormatter)

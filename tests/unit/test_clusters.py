@@ -105,7 +105,7 @@ def test_background_is_in_no_cluster(tmp_path):
     rows, kinds = kinds_of_tiles([30, 30, 30], 3)
     rows = np.concatenate([rows + 60 * np.eye(24, dtype=np.float32)[0], 0.01 * rows[:20]])
     path = write_sample(tmp_path / "A.h5", rows)
-    basis = fit_basis([path], background="auto")
+    basis = fit_basis([path], background="low")
     labels = fit_clusters([path], basis, num_clusters=3).assign(rows, basis)
     assert (labels[90:] == -1).all() and (labels[:90] >= 0).all()
     assert len({(label, kind) for label, kind in zip(labels[:90], kinds, strict=True)}) == 3

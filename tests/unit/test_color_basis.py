@@ -1,11 +1,13 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from dinoscope.errors import FeaturesError
+from dinoscope.errors import ConfigError, FeaturesError
 from dinoscope.features.writers import read_features
-from dinoscope.visualize.color_basis import BACKGROUND_COLOR, fit_colors, otsu_threshold
+from dinoscope.visualize.color_basis import BACKGROUND_COLOR, BACKGROUNDS, fit_colors, otsu_threshold
 from dinoscope.visualize.pca import fit_basis, load_basis, save_basis
 from feature_samples import write_sample
 
@@ -20,6 +22,12 @@ def two_kinds(num_background=80, num_foreground=120, width=16, seed=0):
     is_background = np.arange(len(rows)) < num_background
     order = generator.permutation(len(rows))
     return (rows[order] + 3).astype(np.float32), is_background[order], np.stack(directions[:3])
+
+
+def side_of(rows, is_background):
+    """The side of the first component, as a map made with keep shows it, on which the background is."""
+    first = fit_colors(rows.copy(), "x").project(rows)[:, 0]
+    return "high" if first[is_background].mean() > first[~is_background].mean() else "low"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -39,7 +47,7 @@ def test_otsu_parts_where_the_variance_between_is_largest(seed):
 def test_background_is_left_out_and_colours_are_of_the_rest():
     rows, is_background, directions = two_kinds()
     kept = fit_colors(rows.copy(), "x")
-    basis = fit_colors(rows.copy(), "x", background="auto")
+    basis = fit_colors(rows.copy(), "x", background=side_of(rows, is_background))
     np.testing.assert_array_equal(basis.is_background(rows), is_background)
     assert not kept.is_background(rows).any()
     np.testing.assert_array_equal(basis.colors(rows)[is_background], BACKGROUND_COLOR)
@@ -52,38 +60,48 @@ def test_background_is_left_out_and_colours_are_of_the_rest():
 
 def test_low_and_high_are_the_sides_of_the_first_component():
     rows, is_background, _ = two_kinds()
-    first = fit_colors(rows.copy(), "x").project(rows)[:, 0]
-    side = "high" if first[is_background].mean() > first[~is_background].mean() else "low"
+    side = side_of(rows, is_background)
     named = fit_colors(rows.copy(), "x", background=side)
     np.testing.assert_array_equal(named.is_background(rows), is_background)
     other = fit_colors(rows.copy(), "x", background={"low": "high", "high": "low"}[side])
     np.testing.assert_array_equal(other.is_background(rows), ~is_background)
 
 
+def test_the_side_is_named_not_guessed():
+    rows, _, _ = two_kinds()
+    with pytest.raises(ConfigError, match=r"background 'auto' is none of keep, low, high"):
+        fit_colors(rows, "x", background="auto")
+    schema = yaml.safe_load((Path(__file__).parents[2] / "config" / "schemas" / "config.schema.yaml").read_text())
+    for key in ("background", "region_background"):
+        assert schema["properties"]["pca"]["properties"][key]["enum"] == list(BACKGROUNDS)
+
+
 def test_a_basis_without_background_is_saved_whole(tmp_path):
     rows, is_background, _ = two_kinds()
     path = write_sample(tmp_path / "A.h5", rows)
-    basis = fit_basis([path], background="auto")
+    basis = fit_basis([path], background=side_of(rows, is_background))
     save_basis(basis, tmp_path / "pca")
     loaded = load_basis(tmp_path / "pca")
     features = read_features(path).features
     np.testing.assert_array_equal(loaded.is_background(features), is_background)
     np.testing.assert_array_equal(loaded.colors(features), basis.colors(features))
-    assert basis.info["num_tiles_background"] == 80 and basis.info["background"] == "auto"
+    assert basis.info["num_tiles_background"] == 80 and basis.info["background"] in ("low", "high")
     np.testing.assert_allclose(basis.info["mean"], rows[~is_background].mean(axis=0, dtype=np.float64), atol=1e-5)
 
 
 def test_hardly_any_foreground_is_refused():
-    rows, _, _ = two_kinds(num_background=80, num_foreground=3)
+    rows, is_background, _ = two_kinds(num_background=80, num_foreground=3)
     with pytest.raises(FeaturesError, match=r"sets apart all but 3 rows as background"):
-        fit_colors(rows, "model 'gram'", background="auto")
+        fit_colors(rows, "model 'gram'", background=side_of(rows, is_background))
 
 
 def test_a_slide_twice_and_other_overlaps_are_refused(tmp_path):
     rows, _, _ = two_kinds()
     first = write_sample(tmp_path / "A.h5", rows)
     again = write_sample(tmp_path / "again" / "A.h5", rows, manifest_hash="c" * 64)
-    with pytest.raises(FeaturesError, match=r"again/A\.h5: slide 'A' is there twice, with other tiles in .*A\.h5"):
+    with pytest.raises(
+        FeaturesError, match=r"again/A\.h5: these are features of slide 'A', as are those of .*A\.h5; give one"
+    ):
         fit_basis([first, again])
     overlapping = write_sample(tmp_path / "B.h5", rows, overlap_px=112)
     with pytest.raises(FeaturesError, match=r"B\.h5: its tiles overlap by 112 px, those of .*A\.h5 by 0 px"):

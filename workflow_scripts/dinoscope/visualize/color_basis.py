@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoscope.errors import FeaturesError
+from dinoscope.errors import ConfigError, FeaturesError
 from dinoscope.features.writers import FeatureInfo
 
 __all__ = ["BACKGROUNDS", "DARKEST", "ColorBasis", "fit_colors", "kind_of", "otsu_threshold"]
 
-BACKGROUNDS = ("keep", "auto", "low", "high")
+BACKGROUNDS = ("keep", "low", "high")
 MAX_COMPONENTS = 50
 MIN_VARIANCE = 1e-10  # of component 3 beside component 1: below, it is rounding
 DARKEST = 36
@@ -111,15 +111,20 @@ def fit_colors(sample: np.ndarray, what: str, *, background: str = "keep") -> Co
     Args:
         sample: (N, D) float32; changed.
         what: What the rows are of, for messages, e.g. "model 'gram'".
-        background: "keep"; or which side of the first component is background and left out: "low", "high", or "auto",
-            the side on which the rows differ less from each other.
+        background: "keep"; or which side of the first component is background and left out, "low" or "high". Features
+            alone do not tell which: now glass, now tissue is the more uniform side, so the user has to look.
 
     Returns:
         The basis; its info holds numbers of rows and dimensions and the explained variance.
 
     Raises:
+        ConfigError: `background` is none of these.
         FeaturesError: The rows differ in fewer than three directions.
     """
+    if background not in BACKGROUNDS:
+        raise ConfigError(
+            f"background {background!r} is none of {', '.join(BACKGROUNDS)}; look at a map made with keep"
+        )
     # centred here, in float64, because the covariance solver loses digits when means are large beside the spread
     mean = sample.mean(axis=0, dtype=np.float64)
     sample -= mean.astype(np.float32)
@@ -169,9 +174,6 @@ def _background_gate(centred: np.ndarray, what: str, side: str) -> tuple[np.ndar
     gate = _with_fixed_signs(_principal_components(centred, what, 3).components_)[0].astype(np.float32)
     scores = centred @ gate
     threshold = otsu_threshold(scores)
-    if side == "auto":
-        spreads = [centred[part].var(axis=0).sum() for part in (scores < threshold, scores >= threshold)]
-        side = "low" if spreads[0] < spreads[1] else "high"
     if side == "high":
         gate, threshold, scores = -gate, -threshold, -scores
     if np.count_nonzero(scores >= threshold) < MIN_FOREGROUND:
