@@ -156,11 +156,14 @@ def test_features_that_cannot_be_fitted_together_are_refused(tmp_path, slides):
         fit_basis([*slides, write_sample(tmp_path / "NaN.h5", broken)])
 
 
-@pytest.mark.parametrize(("num_tiles", "message"), [(0, "hold no tile"), (3, r"only 3 tile\(s\)")])
+@pytest.mark.parametrize(("num_tiles", "message"), [(0, "holds no tile"), (3, r"holds only 3 tile\(s\)")])
 def test_too_few_tiles_are_refused(tmp_path, num_tiles, message):
     path = write_sample(tmp_path / "A.h5", structured(num_tiles, 0), np.zeros((num_tiles, 2), np.int64))
-    with pytest.raises(FeaturesError, match=message):
+    with pytest.raises(FeaturesError, match=rf"A\.h5 of model 'gram' {message}"):
         fit_basis([path])
+    empty = write_sample(tmp_path / "C.h5", structured(0, 0), np.zeros((0, 2), np.int64))
+    with pytest.raises(FeaturesError, match=r"A\.h5 and 1 more feature file\(s\) of model 'gram' hold "):
+        fit_basis([empty, path])
     assert fit_basis([path, write_sample(tmp_path / "B.h5", structured(4, 1))]).info["num_slides"] == 2
 
 

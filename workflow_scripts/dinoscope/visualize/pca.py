@@ -90,7 +90,7 @@ def sample_features(
     found = dict(sorted(found.items(), key=lambda item: item[1][0].slide_id))
     info, _, width = next(iter(found.values()))
     counts = {slide.slide_id: num_rows for slide, num_rows, _ in found.values()}
-    _check_enough(sum(counts.values()), info, len(found))
+    _check_enough(sum(counts.values()), info, [os.fspath(path) for path in found])
     quotas = balanced_quotas(list(counts.values()), min(max_tiles, MAX_VALUES // width))
     drawn = (
         read_features(path, _sampled_rows(count, quota, seed, slide.slide_id))
@@ -177,11 +177,13 @@ def _check_same_tiles(infos: Mapping[str | os.PathLike[str], FeatureInfo]) -> No
             )
 
 
-def _check_enough(num_tiles: int, info: FeatureInfo, num_slides: int) -> None:
+def _check_enough(num_tiles: int, info: FeatureInfo, paths: Sequence[str]) -> None:
     if num_tiles < 4:
         found = "no tile" if num_tiles == 0 else f"only {num_tiles} tile(s)"
+        others = f" and {len(paths) - 1} more feature file(s)" if len(paths) > 1 else ""
+        hold = "hold" if others else "holds"
         raise FeaturesError(
-            f"the {num_slides} feature file(s) of model {info.model!r} hold {found}, but three components need at "
+            f"{paths[0]}{others} of model {info.model!r} {hold} {found}, but three components need at "
             "least 4 tiles; check that tissue was found, or add slides"
         )
 
