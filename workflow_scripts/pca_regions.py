@@ -51,8 +51,17 @@ def chosen_region(arguments: argparse.Namespace) -> Region | None:
         raise ConfigError("give either --region X Y SIZE MPP or --tiles X.parquet, to say where to look")
     if arguments.region is None:
         return most_tissue(arguments.tiles, arguments.size_px, arguments.mpp, arguments.seed)
-    x, y, size_px, mpp = arguments.region
-    return Region(int(x), int(y), int(size_px), float(mpp))
+    try:
+        x, y, size_px = (int(value) for value in arguments.region[:3])
+        mpp = float(arguments.region[3])
+    except ValueError:
+        mpp = size_px = 0
+    if not (size_px > 0 and 0 < mpp < float("inf")):
+        raise ConfigError(
+            f"--region {' '.join(arguments.region)} is no place: X and Y are whole level-0 pixels, SIZE is a number of px, "
+            "MPP micrometres a pixel, both above 0, such as 12000 8000 1024 0.5"
+        )
+    return Region(x, y, size_px, mpp)
 
 
 def draw(arguments: argparse.Namespace, region: Region, upsampler: object) -> None:

@@ -1,5 +1,6 @@
 """Patches: features, colours, similarity, regions of slides, plain images and videos."""
 
+import argparse
 import sys
 from dataclasses import replace
 
@@ -152,6 +153,21 @@ def test_one_colour_space_for_all_images_of_a_model():
     rows = np.concatenate([each.reshape(-1, 5) for each in both.features])
     np.testing.assert_allclose(both.basis.mean, rows.mean(axis=0), atol=1e-3)
     assert len(both.features) == 2 and both.scores(1).shape == (4, 6, 4)
+
+
+@pytest.mark.parametrize(("image", "count"), [(halves(16, 16), "1 patch"), (np.full((32, 48, 3), 9, np.uint8), "6 p")])
+def test_too_few_patches_or_flat_ones_are_refused_in_their_words(image, count):
+    with pytest.raises(FeaturesError, match=rf"model 'means' \({count}.* take a larger region or image") as refused:
+        see(MeanColours(), [image])
+    assert "--pooling" not in str(refused.value) and "tile" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "region", [("a", "0", "256", "0.5"), ("0", "0", "256", "nan"), ("0", "0", "-8", "0.5"), ("0.5", "0", "8", "1")]
+)
+def test_a_region_that_is_none_is_refused_in_one_sentence(region):
+    with pytest.raises(ConfigError, match=rf"--region {' '.join(region)} is no place: X and Y are whole"):
+        pca_regions.chosen_region(argparse.Namespace(region=region, tiles=None))
 
 
 def test_upsamplers_of_ones_own_get_all_features_and_are_checked():

@@ -28,6 +28,7 @@ DARKEST = 36
 BACKGROUND_COLOR = 200
 LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.0
 MIN_FOREGROUND = 4
+TILES_HINT = "check the weights of this model, or take other features of tiles (--pooling mean, --dtype float32)"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def kind_of(info: FeatureInfo) -> dict[str, Any]:
     return {name: getattr(info, name) for name in ("model", "weights_sha256", "pooling", "mpp", "tile_px")}
 
 
-def fit_colors(sample: np.ndarray, what: str, *, background: str = "keep") -> ColorBasis:
+def fit_colors(sample: np.ndarray, what: str, *, background: str = "keep", hint: str = TILES_HINT) -> ColorBasis:
     """Fits a colour space on rows of features.
 
     Args:
@@ -113,6 +114,7 @@ def fit_colors(sample: np.ndarray, what: str, *, background: str = "keep") -> Co
         what: What the rows are of, for messages, e.g. "model 'gram'".
         background: "keep"; or which side of the first component is background and left out, "low" or "high". Features
             alone do not tell which: now glass, now tissue is the more uniform side, so the user has to look.
+        hint: What to do where the rows do not differ enough, for that message.
 
     Returns:
         The basis; its info holds numbers of rows and dimensions and the explained variance.
@@ -130,16 +132,16 @@ def fit_colors(sample: np.ndarray, what: str, *, background: str = "keep") -> Co
     sample -= mean.astype(np.float32)
     gate, gate_below = None, 0.0
     if background != "keep":
-        gate, gate_below = _background_gate(sample, what, background)
+        gate, gate_below = _background_gate(sample, what, background, hint)
         sample = sample[sample @ gate >= gate_below]
         shift = sample.mean(axis=0, dtype=np.float64)
         sample -= shift.astype(np.float32)
         mean, gate_below = mean + shift, gate_below - float(gate @ shift)
-    pca = _principal_components(sample, what, MAX_COMPONENTS)
+    pca = _principal_components(sample, what, MAX_COMPONENTS, hint)
     components = _with_fixed_signs(pca.components_)
     low, high = np.percentile(sample @ components[:3].T, [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
     if pca.explained_variance_[2] < MIN_VARIANCE * pca.explained_variance_[0] or not (high > low).all():
-        raise _too_flat(what)
+        raise _too_flat(what, hint)
     ratios = pca.explained_variance_ratio_.astype(float)
     return ColorBasis(
         mean=(mean + pca.mean_).astype(np.float32),
@@ -169,9 +171,9 @@ def otsu_threshold(values: np.ndarray) -> float:
     return float((ordered[split] + ordered[split + 1]) / 2)
 
 
-def _background_gate(centred: np.ndarray, what: str, side: str) -> tuple[np.ndarray, float]:
+def _background_gate(centred: np.ndarray, what: str, side: str, hint: str) -> tuple[np.ndarray, float]:
     """Direction and threshold below which rows are background."""
-    gate = _with_fixed_signs(_principal_components(centred, what, 3).components_)[0].astype(np.float32)
+    gate = _with_fixed_signs(_principal_components(centred, what, 3, hint).components_)[0].astype(np.float32)
     scores = centred @ gate
     threshold = otsu_threshold(scores)
     if side == "high":
@@ -179,27 +181,24 @@ def _background_gate(centred: np.ndarray, what: str, side: str) -> tuple[np.ndar
     if np.count_nonzero(scores >= threshold) < MIN_FOREGROUND:
         raise FeaturesError(
             f"the first component of {what} sets apart all but {np.count_nonzero(scores >= threshold)} rows as "
-            "background; keep the background (pca.background: keep)"
+            "background; keep the background (background: keep)"
         )
     return gate, threshold
 
 
-def _principal_components(centred: np.ndarray, what: str, most: int) -> Any:
+def _principal_components(centred: np.ndarray, what: str, most: int, hint: str) -> Any:
     from sklearn.decomposition import PCA
 
     num_rows, width = centred.shape
     num_components = min(most, num_rows - 1, width)
     if num_components < 3 or not centred.any():
-        raise _too_flat(what)
+        raise _too_flat(what, hint)
     solver = "covariance_eigh" if num_rows > width else "full"
     return PCA(num_components, svd_solver=solver).fit(centred)
 
 
-def _too_flat(what: str) -> FeaturesError:
-    return FeaturesError(
-        f"the features of {what} differ in fewer than 3 directions from tile to tile; check the weights of this model, "
-        "or take other features (--pooling mean, --dtype float32)"
-    )
+def _too_flat(what: str, hint: str) -> FeaturesError:
+    return FeaturesError(f"the features of {what} differ in fewer than 3 directions; {hint}")
 
 
 def _with_fixed_signs(components: np.ndarray) -> np.ndarray:

@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 MAX_PATCHES = 100_000  # that a basis is fitted on
+PATCHES_HINT = (
+    "take a larger region or image (--size-px) that shows more than one thing and has at least 4 patches, or "
+    "check the weights of this model"
+)
 
 
 class PatchEncoder(Protocol):
@@ -149,7 +153,8 @@ def fit_patch_colors(
     rows = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features])
     if len(rows) > MAX_PATCHES:
         rows = rows[np.sort(np.random.default_rng(seed).choice(len(rows), MAX_PATCHES, replace=False))]
-    return fit_colors(rows.astype(np.float32, copy=True), f"model {name!r} (its patches)", background=background)
+    what = f"model {name!r} ({len(rows)} patch{'' if len(rows) == 1 else 'es'})"
+    return fit_colors(rows.astype(np.float32, copy=True), what, background=background, hint=PATCHES_HINT)
 
 
 def agreeing_with(basis: ColorBasis, own: np.ndarray, reference: np.ndarray) -> ColorBasis:
