@@ -58,8 +58,8 @@ def chosen_region(arguments: argparse.Namespace) -> Region | None:
         mpp = size_px = 0
     if not (size_px > 0 and 0 < mpp < float("inf")):
         raise ConfigError(
-            f"--region {' '.join(arguments.region)} is no place: X and Y are whole level-0 pixels, SIZE is a number of px, "
-            "MPP micrometres a pixel, both above 0, such as 12000 8000 1024 0.5"
+            f"--region {' '.join(arguments.region)} is no place: X and Y are whole level-0 pixels, SIZE is a number of "
+            "px, MPP micrometres a pixel, both above 0, such as 12000 8000 1024 0.5"
         )
     return Region(x, y, size_px, mpp)
 
