@@ -116,6 +116,9 @@ def test_pages_say_which_component_is_which_colour(tmp_path, monkeypatch):
     words = [panel.subtitle for panel in rows[0][1:]]
     assert "red, green, blue = components 1, 2, 3," in words[0] and "= components 3, 1, 2," in words[1]
     assert not about.get("key")
+    tall = halves(96, 32)
+    draw_patch_colors(tmp_path / "tall.png", tall, [see(MeanColours(), [tall])], title="t", subtitle="s")
+    assert pages[-1][0][0][1].subtitle == "red, green, blue = components 1, 2, 3"  # whole where there is little room
     Image.fromarray(image).save(tmp_path / "a.png")
     monkeypatch.setattr(plain_images, "draw_patch_colors", lambda *given, **about: pages.append((given, about)))
     draw_images(tmp_path / "a.png", [MeanColours("one"), MeanColours("two")], tmp_path / "out")

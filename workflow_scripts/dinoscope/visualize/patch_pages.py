@@ -16,6 +16,7 @@ from dinoscope.visualize.upsampling import Upsampler, joint_bilateral, nearest_n
 __all__ = ["Seen", "colored", "draw_patch_colors", "draw_similarity", "see", "upsampled_scores"]
 
 COLORS_PX, SIMILARITY_PX = 768, 480
+WIDE_PX = 600
 MARKER = (0, 230, 118)
 
 
@@ -143,7 +144,9 @@ def draw_patch_colors(
         plain = colored(nearest_neighbour(seen.scores(0), height, width), seen.basis)
         explained = 100 * seen.basis.info["explained_by_top_3"]
         order = ", ".join(map(str, seen.basis.info.get("order", (1, 2, 3))))
-        about = f"{seen.patch_px}-px patches; red, green, blue = components {order}, which explain {explained:.0f} %"
+        about = f"red, green, blue = components {order}"
+        if width >= WIDE_PX:  # else the middle of the line would be left out
+            about = f"{seen.patch_px}-px patches; {about}, which explain {explained:.0f} %"
         panels.append(Panel(plain, seen.name, about))
         if upsampler is not None:
             scores = upsampled_scores(seen, 0, shown, None if upsampler == "jbu" else upsampler)
