@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -238,6 +239,26 @@ def test_the_viewer_has_all_slides_and_models(finished):
             tiles = read_script(viewer / "models" / model / "slides" / f"{slide}.js")[2]
             with h5py.File(finished / "results" / "features" / model / f"{slide}.h5") as file:
                 assert tiles["count"] == len(file["coords"])
+
+
+@pytest.mark.long
+def test_snakemakes_own_report_has_all_pictures(finished):
+    """report.zip: every picture under its category, with labels and a caption whose blanks are filled."""
+    snakemake(finished, "--report", "report.zip")
+    with zipfile.ZipFile(finished / "report.zip") as report:
+        page, names = report.read("report/report.html").decode(), set(report.namelist())
+    results = json.loads(re.search(r"var results = (\{.*\});?$", page, re.MULTILINE).group(1))
+    categories = json.loads(re.search(r"var categories = (\{.*\});?$", page, re.MULTILINE).group(1))
+    paths = {name: [path for part in parts.values() for path in part] for name, parts in categories.items()}
+    assert len(paths["PCA maps"]) == len(SLIDES) * (len(MODELS) + 1)
+    assert len(paths["Training"]) == len(RUNS)
+    assert sorted(path for part in paths.values() for path in part) == sorted(results)
+    for path, result in results.items():
+        assert result["labels"] and all(result["labels"].values()), path
+        assert result["caption"].strip() and "{{" not in result["caption"], path
+        assert f"report/{result['data_uri']}" in names, path
+    labels = [result["labels"] for result in results.values() if result["job_properties"]["rule"] == "pca_map"]
+    assert {(each["slide"], each["model"]) for each in labels} == {(s, m) for s in SLIDES for m in MODELS}
 
 
 def test_results_tell_nothing_of_where_they_were_made(finished):
