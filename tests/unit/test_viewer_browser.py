@@ -15,6 +15,7 @@ from viewer_samples import CLUSTER_COLORS, MPP, TILE, build_viewer
 ODD = "B [1] #2 50%41 + Ä'&"
 SLIDES = {"A": (36, 27), ODD: (7, 10), "empty": (0, 0), "bare": (3, 3), "broken": (0, 0)}
 MODELS = ("gram", "base")
+MPPS = {ODD: 2 * MPP}  # its tiles have half the side in level-0 pixels
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    return build_viewer(tmp_path_factory.mktemp("Jane"), SLIDES, MODELS)
+    return build_viewer(tmp_path_factory.mktemp("Jane"), SLIDES, MODELS, mpps=MPPS)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def place(browser, x, y):
 
 
 def middle(sample, slide, tile):
-    return sample.coords[slide][tile] + TILE / 2
+    return sample.coords[slide][tile] + sample.sides[slide] / 2
 
 
 def pixels(browser, tmp_path):
@@ -83,7 +84,11 @@ def visible_tiles(browser, sample, slide, count=25):
     found = []
     for tile in np.random.default_rng(1).permutation(len(sample.coords[slide])):
         x, y = place(browser, *middle(sample, slide, tile))
-        if browser.run(f"document.elementFromPoint({x}, {y}) === viewer.canvas"):
+        covered = (
+            "[...document.querySelectorAll('.card')].map(card => card.getBoundingClientRect())"  # some let clicks by
+            f".some(b => {x} > b.left - 3 && {x} < b.right + 3 && {y} > b.top - 3 && {y} < b.bottom + 3)"
+        )
+        if browser.run(f"document.elementFromPoint({x}, {y}) === viewer.canvas && !{covered}"):
             found.append(tile)
         if len(found) == count:
             break
@@ -116,7 +121,7 @@ def test_the_slide_and_each_overlay_have_their_colours_at_their_places(page, sam
     colors = {}
     for model in ("gram", "base"):
         page.click_on(f"#models input[value={model}] + span")
-        page.wait(f"viewer.model === '{model}' && viewer.tiles")
+        page.wait("viewer.model === '{model}' && viewer.tiles")
         features = read_features(sample.features[model, "A"]).features
         colors[model] = sample.bases[model].colors(features)[tiles].astype(float)
         np.testing.assert_allclose(seen_at(page, sample, "A", tiles, tmp_path), colors[model], atol=1)
@@ -244,6 +249,34 @@ def test_the_address_leads_to_the_place(page, sample):
     )
     show(page, sample, "#slide=nobody&model=none&x=a&zoom=-3&tile=x")
     assert page.run("[viewer.slide, viewer.model, viewer.held]") == ["A", "gram", -1]
+
+
+SHOWN = "[viewer.slide, viewer.model, Boolean(viewer.picture), viewer.tiles?.count, Boolean(viewer.sample)]"
+
+
+def test_a_changed_address_of_the_open_page_leads_there(page):
+    page.run(f"location.hash = '#slide=' + encodeURIComponent({ODD!r}) + '&model=base'")
+    page.wait("viewer.model === 'base' && viewer.tiles?.count === 70 && viewer.sample")
+    assert page.run(SHOWN) == [ODD, "base", True, 70, True]
+    wanted = page.run("[viewer.picture.width / 2, viewer.picture.height / 2, viewer.camera.fitting]")
+    assert page.run("[viewer.camera.x, viewer.camera.y, viewer.camera.scale]") == pytest.approx(wanted)
+
+
+def test_back_shows_what_is_no_longer_in_memory(page):
+    page.key("]")
+    page.wait("viewer.slide !== 'A' && viewer.tiles")
+    page.run("store.tiles.clear()")
+    page.run("history.back()")
+    page.wait("viewer.slide === 'A' && viewer.tiles?.count === 972")
+
+
+def test_shows_that_overtake_each_other_end_at_the_last(page):
+    for steps in ([ODD, ODD], [ODD, "A"], [ODD, "empty", ODD]):
+        page.run("store.tiles.clear(); store.sample.clear(); viewer.pictures.clear()")
+        page.run(f"Promise.all({steps!r}.map(slide => viewer.show({{ slide }})))")
+        count = 70 if steps[-1] == ODD else 972
+        assert page.run(SHOWN) == [steps[-1], "gram", True, count, True]
+        assert page.run("viewer.camera.slideWidth === viewer.picture.width")
 
 
 def test_wheel_drag_and_buttons(page, sample):
@@ -399,6 +432,52 @@ def test_hovering_finds_the_tile_among_overlapping_and_scattered_ones(page):
         })()"""
     )
     assert wrong == 0
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_background_is_not_painted(browser, tmp_path, close):
+    sample = build_viewer(tmp_path, {"A": (20, 14)}, ("gram",), background="auto")
+    browser.complaints.clear()
+    browser.size(1200, 800)
+    show(browser, sample)
+    set_opacity(browser, 100)
+    browser.run(f"viewer.camera.move(1200, 900, {0.9 if close else 0.16}); viewer.moved()")
+    settle(browser)
+    assert browser.run("viewer.tiles.step * viewer.camera.deviceScale >= CLOSE_PX") == close
+    features = read_features(sample.features["gram", "A"]).features
+    is_background, tiles = sample.bases["gram"].is_background(features), visible_tiles(browser, sample, "A")
+    assert 3 < is_background[tiles].sum() < len(tiles) - 3
+    colors = sample.bases["gram"].colors(features)
+    wanted = np.where(is_background[tiles, None], sample.colors["A"][tiles], colors[tiles])
+    np.testing.assert_allclose(seen_at(browser, sample, "A", tiles, tmp_path), wanted, atol=8)
+    assert f"Not painted: {is_background.sum()} of 280 tiles" in text(browser, "#legend")
+    for tile in tiles[:6]:
+        browser.run(f"viewer.hold({tile})")
+        settle(browser)
+        facts = text(browser, "#tile-facts")
+        assert ("background" in facts, "PCA" in facts) == (is_background[tile], not is_background[tile])
+    assert browser.complaints == []
+
+
+def test_one_cannot_go_to_a_slide_that_is_not_listed(browser, tmp_path):
+    sample = build_viewer(tmp_path, {"A": (4, 4), "gone": (4, 4)}, ("gram",), listed=("A",), max_tiles=20)
+    browser.complaints.clear()
+    show(browser, sample)
+    browser.run("viewer.hold(3)")
+    settle(browser)
+    assert "20 of the 32 tiles of 2 slides (at most 20, as equal" in text(browser, "#sampled")
+    buttons = browser.run(
+        "[...document.querySelectorAll('#neighbours button')].map((button, i) =>"
+        " [viewer.sample.tile(viewer.panel.found[i].number).slide, button.disabled, button.title])"
+    )
+    assert {slide for slide, _, _ in buttons} == {"A", "gone"}
+    for slide, disabled, title in buttons:
+        assert disabled == (slide == "gone") == ("not in this viewer" in title)
+    before = browser.run("[viewer.slide, viewer.held, viewer.camera.x, history.length]")
+    browser.run("document.querySelector('#neighbours button:disabled').click()")
+    settle(browser)
+    assert browser.run("[viewer.slide, viewer.held, viewer.camera.x, history.length]") == before
+    assert browser.complaints == []
 
 
 FRAMES = """(async () => {

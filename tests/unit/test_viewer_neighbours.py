@@ -116,14 +116,14 @@ def test_a_slide_that_came_later_finds_neighbours_in_the_old_sample(tmp_path):
 
 
 def test_a_sample_survives_the_disk(tmp_path):
-    sample = draw_sample(list(write_slides(tmp_path, {"A": 9, "Ü b": 4}).values()))
+    sample = draw_sample(list(write_slides(tmp_path, {"A": 9, "Ü b": 4}).values()), max_tiles=12)
     save_sample(sample, tmp_path / "neighbours" / "gram.npz")
     again = load_sample(tmp_path / "neighbours" / "gram.npz")
-    assert (again.slides, again.kind) == (sample.slides, sample.kind)
+    assert (again.slides, again.kind, again.max_tiles) == (sample.slides, sample.kind, 12)
     for name in ("sides", "counts", "slide", "coords", "features"):
         np.testing.assert_array_equal(getattr(again, name), getattr(sample, name))
     about = json.loads((tmp_path / "neighbours" / "gram.json").read_text())
-    assert about["slides"] == ["A", "Ü b"] and (about["num_tiles"], about["num_tiles_sampled"]) == (13, 13)
+    assert about["slides"] == ["A", "Ü b"] and (about["num_tiles"], about["num_tiles_sampled"]) == (13, 12)
 
 
 def test_bad_input_is_named(tmp_path):
@@ -174,7 +174,18 @@ def test_the_files_hold_what_the_page_shows(tmp_path, parts):
     write_sample_script(tmp_path / "sample.js", sample)
     kind, key, value = read_script(tmp_path / "sample.js")
     assert (kind, key, value["slides"], value["total"]) == ("sample", "gram", ["A", "B", "empty"], 105)
+    assert value["max_tiles"] == 50_000
     np.testing.assert_array_equal(unpacked(value["slide"], "i4"), np.repeat([0, 1], [60, 45]))
+
+
+def test_background_is_black_in_the_files(tmp_path, parts):
+    files, _, sample = parts
+    file, basis = read_features(files["A"]), fit_basis(list(files.values()), background="auto")
+    background = basis.is_background(file.features)
+    write_tiles_script(tmp_path / "A.js", file, basis, sample)
+    stored = unpacked(read_script(tmp_path / "A.js")[2]["colors"], "u1").reshape(-1, 3)
+    assert 0 < background.sum() < 60 and not stored[background].any()
+    np.testing.assert_array_equal(stored[~background], basis.colors(file.features)[~background])
 
 
 def test_a_slide_without_tiles_has_a_file_too(tmp_path, parts):
@@ -229,7 +240,8 @@ def test_the_script_does_each_step_and_names_what_is_missing(tmp_path, parts):
     listed.write_text("".join(f"{path}\n" for path in files.values()))
     done = run_script("sample", "--features", f"@{listed}", "--max-tiles", 40, "--output", npz, "--script", js)
     assert done.returncode == 0 and "model gram: 40 of 105 tiles of 3 slides" in done.stderr
-    assert load_sample(npz).coords.shape == (40, 2) and read_script(js)[2]["total"] == 105
+    assert load_sample(npz).coords.shape == (40, 2)
+    assert (read_script(js)[2]["total"], read_script(js)[2]["max_tiles"]) == (105, 40)
     common = ("tiles", "--features", files["A"], "--sample", npz, "--output", tmp_path / "A.js")
     done = run_script(*common, "--basis", tmp_path / "nowhere")
     assert done.returncode == 1 and "no whole PCA basis" in done.stderr and not (tmp_path / "A.js").exists()

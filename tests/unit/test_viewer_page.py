@@ -47,7 +47,7 @@ def bases(viewer, *models):
 def test_the_page_lists_what_there_is(viewer):
     write_page(viewer / "index.html", ["B & 'C'", "A"], bases(viewer, "base", "gram"), report="../report.html")
     found = contents(viewer / "index.html")
-    assert found["slides"] == [["B & 'C'", []], ["A", [1]]] and found["max_tiles"] == 50_000
+    assert found["slides"] == [["B & 'C'", []], ["A", [1]]]
     base, gram = found["models"]
     assert (base["name"], base["has_sample"], gram["name"], gram["has_sample"]) == ("base", False, "gram", True)
     info = json.loads((viewer.parents[1] / "pca" / "gram" / "basis.json").read_text())

@@ -10,6 +10,7 @@ class App {
     Object.assign(this, { slide: null, model: null, kind: "pca", lastKind: "pca", cluster: null, opacity: 0.6 });
     Object.assign(this, { picture: null, tiles: null, overlay: null, sample: null, hovered: -1, held: -1 });
     Object.assign(this, { flight: null, crosshair: false, pending: false, numShown: 0, frames: 0, pictures: new Map() });
+    Object.assign(this, { placed: null, loaded: null });  // the slide, and of which model, that have come: shows may overtake each other
     this.redraw = this.redraw.bind(this);
     this.panel = new Panel(this);
     this.minimap = new Minimap(document.getElementById("minimap"), this);
@@ -19,8 +20,7 @@ class App {
       matchMedia(query).addEventListener("change", () => this.resize());
     }
     this.resize();
-    addEventListener("popstate", () => this.show(this.stateOfAddress()));
-    addEventListener("hashchange", () => this.show(this.stateOfAddress()));
+    addEventListener("popstate", () => this.show(this.stateOfAddress()));  // comes with a changed hash, too
     this.ready = this.show(this.stateOfAddress());
   }
 
@@ -33,23 +33,25 @@ class App {
     const number = ++this.numShown, entry = CONTENTS.slides.find(([name]) => name === slide) ?? CONTENTS.slides[0];
     if (!CONTENTS.models.some(({ name }) => name === model)) model = CONTENTS.models[0]?.name ?? null;
     slide = entry[0];
-    const isNew = slide !== this.slide, other = isNew || model !== this.model;
+    const isNew = slide !== this.placed, other = isNew || model !== this.loaded;
     if (other) {
       const held = tile !== undefined ? tile : isNew ? null : this.tileCorner(this.held);
-      Object.assign(this, { slide, model, hovered: -1, held: -1, tiles: null, overlay: null, sample: null });
-      if (isNew) this.picture = null;
+      Object.assign(this, { slide, model, hovered: -1, held: -1, tiles: null, overlay: null, sample: null, loaded: null });
+      if (isNew) this.picture = this.placed = null;
       tile = held;
       this.showControls();
       this.redraw();
     }
     if (isNew) {
-      this.picture = await this.pictureOf(slide);
+      const picture = await this.pictureOf(slide);
       if (number !== this.numShown) return;
+      this.picture = picture;
       if (this.picture) {
         this.camera.setSlide(this.picture.width, this.picture.height, 5 / this.picture.grain);
         imageAt(this.picture.source(0, 0, 0), this.redraw);
         this.camera.fit();
       }
+      this.placed = slide;
     }
     if (x !== undefined && this.picture) {
       const scale = zoom === undefined ? this.camera.scale : this.picture.mpp / zoom;
@@ -59,6 +61,7 @@ class App {
     this.moved(remember);
     if (other && model !== null) await this.loadModel(entry, number);
     if (number !== this.numShown) return;
+    this.loaded = model;
     if (tile !== undefined) this.hold(tile && this.tiles ? this.tiles.grid.at(tile[0], tile[1]) : -1);
     this.showControls();
     this.redraw();
@@ -83,9 +86,9 @@ class App {
     return this.pictures.get(slide);
   }
 
-  /** Goes to a tile of any slide and holds it; the browser's Back leads back. */
-  goTo(slide, x, y) {
-    const side = this.tiles?.side ?? 0, middle = [x + side / 2, y + side / 2];
+  /** Goes to a tile of the sample and holds it; the browser's Back leads back. */
+  goTo(number) {
+    const { slide, x, y, side } = this.sample.tile(number), middle = [x + side / 2, y + side / 2];
     this.remember();
     const mpp = this.picture.mpp / this.camera.scale, large = this.tiles.tilePx * this.tiles.mpp / 90;
     this.held = -1;  // not hold(-1), which the address would remember

@@ -153,6 +153,8 @@ function drawLegend(app) {
     const names = ["red", "green", "blue"], colors = ["#d40000", "#009a00", "#2222e6"];
     list.append(...model.explained.map((ratio, i) => entry(colors[i], `${names[i]}: component ${i + 1}, ${percent(ratio)}`)));
     legend.append(list, paragraph(`Similar colour: similar to the model. The three hold ${percent(model.explained_by_top_3)} of the variance.`));
+    const left = app.tiles.numBackground;
+    if (left) legend.append(paragraph(`Not painted: ${whole.format(left)} of ${whole.format(app.tiles.count)} tiles, left out as background.`));
     if (model.note) legend.append(paragraph(model.note, "warn"));
     return;
   }

@@ -58,6 +58,7 @@ class Sample {
     this.slides = value.slides;
     this.sides = value.sides;
     this.total = value.total;
+    this.maxTiles = value.max_tiles;
     this.slide = unpacked(value.slide, Int32Array);
     this.coords = unpacked(value.coords, Int32Array);
     this.count = this.slide.length;
@@ -81,6 +82,11 @@ class Tiles {
     this.lists = { nearest: this.neighbourList(value.nearest), elsewhere: this.neighbourList(value.elsewhere) };
     this.grid = new TileGrid(this.coords, this.side);
     this.paints = new Map();
+  }
+
+  /** Number of tiles that the colours leave out as background. */
+  get numBackground() {
+    return this.paint("pca", null).reduce((number, color) => number + !color, 0);
   }
 
   neighbourList(value) {
@@ -110,7 +116,10 @@ class Tiles {
 
   pcaPaint() {
     const colors = new Uint32Array(this.count), rgb = this.rgb;
-    for (let i = 0, j = 0; i < this.count; i++, j += 3) colors[i] = (255 << 24 | rgb[j + 2] << 16 | rgb[j + 1] << 8 | rgb[j]) >>> 0;
+    for (let i = 0, j = 0; i < this.count; i++, j += 3) {
+      const color = rgb[j + 2] << 16 | rgb[j + 1] << 8 | rgb[j];
+      colors[i] = color ? (255 << 24 | color) >>> 0 : 0;  // black stands for background
+    }
     return colors;
   }
 

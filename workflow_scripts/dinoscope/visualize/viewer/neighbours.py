@@ -52,6 +52,7 @@ class TileSample:
         coords: (M, 2) top-left corners in level-0 pixels.
         features: (M, D) as stored in the feature files.
         kind: Model, weights, pooling, mpp and tile size of the features.
+        max_tiles: Upper bound of M that it was drawn with.
     """
 
     slides: list[str]
@@ -61,6 +62,7 @@ class TileSample:
     coords: np.ndarray
     features: np.ndarray
     kind: dict[str, str | float | int]
+    max_tiles: int = MAX_TILES
 
     def rows_of(self, slide_id: str) -> slice:
         """The rows of a slide's tiles; none for a slide that the sample does not know."""
@@ -111,7 +113,8 @@ def draw_sample(paths: Sequence[str | os.PathLike[str]], *, seed: int = 0, max_t
     check_same_kind({path: info for path, (info, _, _) in found.items()})
     found = dict(sorted(found.items(), key=lambda item: item[1][0].slide_id))
     infos, counts = [info for info, _, _ in found.values()], [count for _, count, _ in found.values()]
-    quotas = balanced_quotas(counts, min(max_tiles, MAX_TILES))
+    max_tiles = min(max_tiles, MAX_TILES)
+    quotas = balanced_quotas(counts, max_tiles)
     files = [
         read_features(path, _drawn_rows(count, quota, seed, info.slide_id))
         for (path, (info, count, _)), quota in zip(found.items(), quotas, strict=True)
@@ -124,6 +127,7 @@ def draw_sample(paths: Sequence[str | os.PathLike[str]], *, seed: int = 0, max_t
         coords=np.concatenate([file.coords for file in files]),
         features=np.concatenate([file.features for file in files]),
         kind={key: getattr(infos[0], key) for key in _KIND},
+        max_tiles=max_tiles,
     )
 
 
@@ -133,8 +137,9 @@ def save_sample(sample: TileSample, path: str | os.PathLike[str]) -> None:
     with atomic_path(path.with_suffix(".npz")) as temporary:
         arrays = {name: getattr(sample, name) for name in ("sides", "counts", "slide", "coords", "features")}
         kind = {f"kind_{key}": value for key, value in sample.kind.items()}
-        np.savez(temporary, slides=np.array(sample.slides, dtype=str), **arrays, **kind)
+        np.savez(temporary, slides=np.array(sample.slides, dtype=str), max_tiles=sample.max_tiles, **arrays, **kind)
     numbers = {"num_tiles": int(sample.counts.sum()), "num_tiles_sampled": len(sample.slide)}
+    numbers["max_tiles"] = sample.max_tiles
     write_json(path.with_suffix(".json"), {**sample.kind, **numbers, "slides": sample.slides})
 
 
@@ -150,6 +155,7 @@ def load_sample(path: str | os.PathLike[str]) -> TileSample:
                 slides=arrays["slides"].tolist(),
                 **{name: arrays[name] for name in ("sides", "counts", "slide", "coords", "features")},
                 kind={key: arrays[f"kind_{key}"].item() for key in _KIND},
+                max_tiles=int(arrays["max_tiles"]),
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise FeaturesError(f"{path}: no whole sample of tiles ({error}); run build_viewer.py sample again") from error

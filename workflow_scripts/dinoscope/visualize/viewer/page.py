@@ -20,7 +20,6 @@ import dinoscope
 from dinoscope.errors import ConfigError
 from dinoscope.files import write_text
 from dinoscope.visualize.pca import load_basis, rounding_note
-from dinoscope.visualize.viewer.neighbours import MAX_TILES
 from dinoscope.visualize.viewer.scripts import as_json
 
 __all__ = ["PROGRAM", "write_page"]
@@ -57,7 +56,6 @@ def write_page(
     contents = {
         "slides": [[slide_id, _models_of(viewer, slide_id, bases)] for slide_id in slides],
         "models": [_model(model, folder, viewer) for model, folder in bases.items()],
-        "max_tiles": MAX_TILES,
     }
     assets = Path(__file__).parent
     environment = jinja2.Environment(

@@ -36,7 +36,9 @@ class Panel {
     const { tiles, picture } = this.app, [x, y] = [tiles.coords[2 * tile], tiles.coords[2 * tile + 1]];
     const facts = document.getElementById("tile-facts"), mm = value => (value * picture.mpp / 1000).toFixed(2);
     const swatch = color => Object.assign(document.createElement("i"), { className: "swatch", style: `background: ${color}` });
-    facts.replaceChildren(`${Math.round(tiles.tilePx * tiles.mpp)} µm at ${mm(x)}, ${mm(y)} mm `, document.createElement("br"), swatch(cssColor(tiles.paint("pca", null)[tile])), " PCA");
+    facts.replaceChildren(`${Math.round(tiles.tilePx * tiles.mpp)} µm at ${mm(x)}, ${mm(y)} mm `, document.createElement("br"));
+    const color = tiles.paint("pca", null)[tile];
+    facts.append(...(color ? [swatch(cssColor(color)), " PCA"] : ["background"]));
     const label = tiles.labels ? tiles.labels[tile] : -1;
     if (label >= 0) facts.append(" · ", swatch(tiles.clusters[label].color), ` ${tiles.clusters[label].name}`);
     const canvas = document.getElementById("tile");
@@ -48,15 +50,16 @@ class Panel {
     const several = app.sample?.slides.length > 1;
     document.getElementById("elsewhere-field").hidden = !several;
     list.replaceChildren(...found.map(({ number, cosine }, i) => {
-      const { slide, x, y } = app.sample.tile(number), item = document.createElement("li"), button = document.createElement("button");
+      const { slide } = app.sample.tile(number), item = document.createElement("li"), button = document.createElement("button");
       const [likeness, name] = [document.createElement("b"), document.createElement("span")];
       const caption = document.createElement("span");
       likeness.textContent = cosine.toFixed(cosine > 0.995 ? 4 : 2);
       caption.append(`${i + 1} · `, likeness);
       name.textContent = slide === app.slide ? "this slide" : slide;
-      button.title = `similarity ${cosine.toFixed(4)}; go there: ${slide}`;
+      button.disabled = !CONTENTS.slides.some(([name]) => name === slide);
+      button.title = `similarity ${cosine.toFixed(4)}; ${button.disabled ? "not in this viewer, so one cannot go there" : "go there"}: ${slide}`;
       button.append(document.createElement("canvas"), caption, name);
-      button.addEventListener("click", () => app.goTo(slide, x, y));
+      button.addEventListener("click", () => app.goTo(number));
       item.append(button);
       return item;
     }));
@@ -81,7 +84,7 @@ class Panel {
     const slides = sample.slides.length === 1 ? "1 slide" : `${whole.format(sample.slides.length)} slides`;
     said.textContent = sample.count === sample.total
       ? `Similar tiles are sought among all ${whole.format(sample.total)} tiles of ${slides}, by the cosine of this model's features.`
-      : `Similar tiles are sought among a sample of ${whole.format(sample.count)} of the ${whole.format(sample.total)} tiles of ${slides} (at most ${whole.format(CONTENTS.max_tiles)}, as equal as possible a slide), by the cosine of this model's features.`;
+      : `Similar tiles are sought among a sample of ${whole.format(sample.count)} of the ${whole.format(sample.total)} tiles of ${slides} (at most ${whole.format(sample.maxTiles)}, as equal as possible a slide), by the cosine of this model's features.`;
     if (!tiles.sampled) said.textContent += " This slide came after the sample was drawn: its own tiles are not in it.";
   }
 }

@@ -38,7 +38,7 @@ def write_tiles_script(
         "count": len(file.coords),
         "coords": packed(file.coords.astype(np.int32)),
         **_sizes(info),
-        "colors": packed(basis.colors(file.features)) if len(file.coords) else "",
+        "colors": packed(_colors(file, basis)) if len(file.coords) else "",
         "neighbours": num_neighbours,
         "sampled": info.slide_id in sample.slides,
         "clusters": None,
@@ -63,8 +63,16 @@ def write_sample_script(output: str | os.PathLike[str], sample: TileSample) -> N
         "slide": packed(sample.slide.astype(np.int32)),
         "coords": packed(sample.coords.astype(np.int32)),
         "total": int(sample.counts.sum()),
+        "max_tiles": sample.max_tiles,
     }
     write_script(output, "sample", str(sample.kind["model"]), value)
+
+
+def _colors(file: FeatureFile, basis: ColorBasis) -> np.ndarray:
+    """RGB (N, 3) uint8 of the tiles; black, which no colour is, for background, which is not painted."""
+    colors = basis.colors(file.features)
+    colors[basis.is_background(file.features)] = 0
+    return colors
 
 
 def _sizes(info: FeatureInfo) -> dict[str, Any]:
