@@ -44,6 +44,7 @@ from dinoscope.train.ssl_step import SSLModel
 from sharded import whole
 from tiny_slides import write_manifest, write_slide
 
+pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "workflow_scripts"
 SMALL = [

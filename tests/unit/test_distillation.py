@@ -168,6 +168,7 @@ def test_targets_are_the_files_and_not_the_emas(teacher: Path) -> None:
     assert torch.allclose(targets.cls_BD, ema.cls_BD, atol=1e-5)
 
 
+@pytest.mark.long
 def test_only_the_student_learns_and_it_comes_nearer(teacher: Path) -> None:
     model, drawn = filled(teacher), batch()
     before = {name: tensor.clone() for name, tensor in model.distilled_teacher.state_dict().items()}
@@ -273,6 +274,7 @@ def test_a_made_head_whitens_and_is_as_sharp_as_it_says(bottleneck: int) -> None
         assert entropy_share(logits / temperature) == pytest.approx(sharpness(kept, prototypes), abs=0.03)
 
 
+@pytest.mark.long
 def test_what_made_heads_say_is_worth_learning_and_learnt(headless: Path, one_rank: World) -> None:
     """Heads that are merely random say the same of every token; made ones do not, and the student comes to agree."""
     config = recipe(STUDENT, {"student": {"layerscale": None}})

@@ -63,7 +63,7 @@ def test_unknown_formats_are_refused(folder: Path) -> None:
     assert "export.formats" in done.stderr and "tensorflow" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_snakemake_exports_for_both_libraries(folder: Path) -> None:
     environment = torchvision_in_subprocesses.environment(folder / "hook")
     targets = [f"results/models/base/{format}/verification.json" for format in ("hf", "timm")]

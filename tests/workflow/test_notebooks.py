@@ -123,7 +123,7 @@ def test_there_is_a_notebook_and_the_readme_tells_of_it() -> None:
     assert "notebooks/inspect_run.ipynb" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_looks_into_a_run_that_trains_and_into_one_that_was_stopped(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
