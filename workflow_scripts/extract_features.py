@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
-from dinoscope.features.sharing import MadeWith, SharedSlide, extract_shared, read_wanted
+from dinoscope.features.sharing import MadeWith, SharedSlide, cards_beside, extract_shared, read_wanted
 from dinoscope.slides.skipping import Attempt
 from dinoscope.user_code import function_file, is_function_name
 
@@ -67,7 +67,13 @@ def load_extractor(arguments: argparse.Namespace) -> "Extractor":
         precision=arguments.precision,
         compile=arguments.compile,
     )
-    encoder = load_encoder(arguments.weights, architecture=arguments.architecture, device=device)
+    encoder = load_encoder(
+        arguments.weights,
+        architecture=arguments.architecture,
+        device=device,
+        files=arguments.encoder_files,
+        version=arguments.encoder_version,
+    )
     extractor = Extractor(encoder.model, arguments.model_name, encoder.sha256, settings, device)
     extractor.embedder.prepare()
     logging.info(
@@ -88,7 +94,8 @@ def made_with(arguments: argparse.Namespace) -> MadeWith:
     source = Path(arguments.weights)
     if is_function_name(arguments.weights) and not source.exists():
         source = function_file(arguments.weights)
-    return MadeWith.of([*arguments.encoder_files, *([source] if source else [])], **settings)
+    files = [source, *cards_beside(source)] if source else []
+    return MadeWith.of([*arguments.encoder_files, *files], **settings)
 
 
 def numbered_attempts(arguments: argparse.Namespace) -> list[Attempt]:

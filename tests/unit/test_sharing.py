@@ -15,7 +15,15 @@ import pytest
 
 from dinoscope.errors import SlideError
 from dinoscope.features.gpus import take_free_gpu
-from dinoscope.features.sharing import MadeWith, SharedSlide, claim, files_digest, read_wanted, write_wanted
+from dinoscope.features.sharing import (
+    MadeWith,
+    SharedSlide,
+    cards_beside,
+    claim,
+    files_digest,
+    read_wanted,
+    write_wanted,
+)
 from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.slides.tiff_writer import encode_tiles, write_pyramid
 
@@ -158,6 +166,25 @@ def test_a_touched_encoder_is_loaded_and_its_features_kept(tmp_path, slides, ext
     os.utime(tmp_path / "counting.py", (1e9, 1e9))
     said, tiles = extract(slides[0], at_most=1)
     assert tiles == 0 and "A: finished before with the same weights, kept" in said
+
+
+def test_what_lies_beside_the_weights_is_looked_at(tmp_path):
+    weights = tmp_path / "teacher.pth"
+    weights.write_text("")
+    assert cards_beside(weights) == cards_beside(tmp_path / "gone.pth") == []
+    (tmp_path / "model.json").write_text("{}")
+    assert cards_beside(weights) == [tmp_path / "model.json"]
+    assert cards_beside(tmp_path) == []  # all that is in a folder is looked at anyhow
+
+
+def test_a_further_file_of_the_encoder_that_changes_makes_features_anew(tmp_path, slides, extract):
+    (tmp_path / "table.txt").write_text("1")
+    options = ["--encoder-files", "table.txt"]
+    assert extract(slides[0], *options, at_most=1)[1] == NUM_TILES
+    os.utime(tmp_path / "table.txt", (1e9, 1e9))
+    assert extract(slides[0], *options, at_most=1)[1] == 0
+    (tmp_path / "table.txt").write_text("2")
+    assert extract(slides[0], *options, at_most=1)[1] == NUM_TILES
 
 
 def test_another_slide_that_fails_is_left_to_its_own_job(tmp_path, slides, extract):

@@ -31,14 +31,24 @@ from dinoscope.slides.skipping import Attempt, files_signature
 if TYPE_CHECKING:
     from dinoscope.features.extract import Extractor
 
-__all__ = ["MadeWith", "SharedSlide", "claim", "extract_shared", "files_digest", "read_wanted", "write_wanted"]
+__all__ = [
+    "MadeWith",
+    "SharedSlide",
+    "cards_beside",
+    "claim",
+    "extract_shared",
+    "files_digest",
+    "read_wanted",
+    "write_wanted",
+]
 
 FINISHED = ".finished"
 MINUTES_FOR_OTHERS = 60  # of the two hours that the rule asks for: then no further slide is begun
 _LOOKED_AT = 4  # times as many slides as are wanted are looked at, since some are done or not ready
 _log = logging.getLogger(__name__)
 # Raise it when the same input gives other features than before, so that none of before are taken over.
-EXTRACTION_VERSION = 1
+EXTRACTION_VERSION = 2
+_CARDS = ("model.json", "config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,11 @@ def files_digest(files: Iterable[Path]) -> str:
                 status = file.stat()
                 digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def cards_beside(weights: Path) -> list[Path]:
+    """What lies beside a file of weights and tells how it is to be read: settings, mean and std."""
+    return [card for name in _CARDS if weights.is_file() and (card := weights.with_name(name)).is_file()]
 
 
 def write_wanted(folder: Path, slides: Iterable[tuple[str, Path, str, str]], tiles_to_come: Iterable[str]) -> None:

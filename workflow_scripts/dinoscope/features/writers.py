@@ -42,7 +42,7 @@ class FeatureInfo:
     Attributes:
         slide_id: Name of the slide; its path is never stored.
         model: Name of the model, e.g. "pretrain".
-        weights_sha256: Digest of the model's weights file.
+        weights_sha256: Digest of the model's weights and of what else changes its features (`LoadedEncoder.sha256`).
         manifest_hash: Digest of the tile manifest.
         pooling: Which tokens a row holds: "cls", "mean", "cls+mean" or "cls+storage".
         mpp: Micrometres a pixel of a tile.
