@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dinoscope.errors import DinoscopeError, SlideError
-from dinoscope.files import atomic_path, read_json, write_json, write_text
+from dinoscope.files import atomic_path, read_json, sha256_file, write_json, write_text
 from dinoscope.processes import snakemake_ancestor, still_alive
 from dinoscope.slides.skipping import Attempt, files_signature
+from dinoscope.train.lock import WITHOUT_FLOCK
 
 if TYPE_CHECKING:
     from dinoscope.features.extract import Extractor
@@ -110,15 +111,23 @@ class SharedSlide:
             "tiles": manifest_digest(self.tiles),
         }
 
-    def is_finished(self, made_with: MadeWith, *, whatever_weights: bool = False) -> bool:
-        """Whether its features lie there, made of the very same; or of the very same but for the weights."""
+    def is_finished(self, made_with: MadeWith, *, whatever_weights: bool = False, at_a_glance: bool = False) -> bool:
+        """Whether its features lie there as they were written, made of the very same; or of the same but for weights.
+
+        Args:
+            made_with: What they are to be made with.
+            whatever_weights: The files of the weights need not be the same.
+            at_a_glance: Compare only the size of what lies there, without reading it.
+        """
         try:
             kept, wanted = read_json(self._receipt_path), self.receipt(made_with)
+            size, content = kept.pop("size", None), kept.pop("content", None)
+            if whatever_weights:
+                kept, wanted = kept | {"weights": ""}, wanted | {"weights": ""}
+            is_whole = size == self.finished.stat().st_size
+            return kept == wanted and is_whole and (at_a_glance or content == sha256_file(self.finished))
         except (OSError, ValueError):
             return False
-        if whatever_weights:
-            kept, wanted = kept | {"weights": ""}, wanted | {"weights": ""}
-        return kept == wanted and self.finished.is_file()
 
     @contextlib.contextmanager
     def finishing(self, made_with: MadeWith) -> Iterator[None]:
@@ -128,7 +137,9 @@ class SharedSlide:
         for left in self.finished.parent.glob(f".{glob.escape(self.finished.stem)}.*.partial.h5"):
             left.unlink(missing_ok=True)  # by a process that was killed: nobody else is at this slide
         yield
-        write_json(self._receipt_path, receipt)
+        # the output is a link to it: whoever writes into that changes this
+        written = {"size": self.finished.stat().st_size, "content": sha256_file(self.finished)}
+        write_json(self._receipt_path, receipt | written)
 
     def publish(self) -> None:
         """Links the finished features to the output, or copies them where the file system has no links."""
@@ -155,7 +166,8 @@ def extract_shared(
 ) -> None:
     """Makes the features of one's own slide, or takes them over where they are finished, then those of others.
 
-    What goes wrong with another slide is logged and left to its own job.
+    What goes wrong with another slide is logged and left to its own job. After what is no fault of a slide (memory of
+    a GPU, a function of the user's) none is begun.
 
     Args:
         own: The slide whose output is wanted.
@@ -194,6 +206,12 @@ def extract_shared(
             left -= _finish_other(extractor, other, made_with)
         except (DinoscopeError, OSError) as error:
             _log.warning("%s: left to its own job, which will say more: %s", other.output.stem, error)
+        except Exception as error:  # whatever it is, the own slide is done
+            _log.warning(
+                "%s and those after it: left to their own jobs, which will say more: %s: %s",
+                *(other.output.stem, type(error).__name__, error),
+            )
+            return
 
 
 def _finish(extractor: "Extractor", slide: SharedSlide, made_with: MadeWith) -> None:
@@ -210,7 +228,7 @@ def _finish(extractor: "Extractor", slide: SharedSlide, made_with: MadeWith) -> 
 def _finish_other(extractor: "Extractor", other: SharedSlide, made_with: MadeWith) -> bool:
     """Whether there was something to do."""
     with claim(other, wait=False) as is_ours:
-        if not is_ours or not other.is_ready or other.is_finished(made_with):
+        if not is_ours or not other.is_ready or other.is_finished(made_with, at_a_glance=True):
             return False
         _finish(extractor, other, made_with)
         return True
@@ -220,6 +238,8 @@ def _finish_other(extractor: "Extractor", other: SharedSlide, made_with: MadeWit
 def claim(slide: SharedSlide, *, wait: bool) -> Iterator[bool]:
     """Whether no other process is at this slide; until the end none will be. A claim dies with its process.
 
+    On a file system without locks each job has its own slide and takes no other: yes to who would wait, else no.
+
     Args:
         wait: Wait until the other process has done it; else say no at once.
     """
@@ -228,10 +248,12 @@ def claim(slide: SharedSlide, *, wait: bool) -> Iterator[bool]:
     with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+            is_ours = True
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) and error.errno not in WITHOUT_FLOCK:
+                raise
+            is_ours = wait
+        yield is_ours
         # the file stays: to delete it would let two processes hold locks on two files of its name
 
 
