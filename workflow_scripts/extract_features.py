@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pooling", choices=("cls", "mean", "cls+mean", "cls+storage"), default="cls", help="tokens that make a row")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored features")
     add("--batch-size", type=positive, default=64, help="tiles a forward pass")
-    add("--workers", type=int, default=2, help="threads that read tiles ahead; 0 reads and embeds in turns")
+    add("--workers", type=not_negative, default=2, help="threads that read tiles ahead; 0 reads and embeds in turns")
     add("--dense", action="store_true", help="also store the features of every patch (large: h·w rows a tile)")
     add(
         "--precision",
@@ -153,11 +153,23 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """An integer of at least 0."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
+    return value
+
+
 def zip_jobs(slides: list[Path], tiles: list[Path], outputs: list[Path]) -> list[tuple[Path, Path, Path]]:
     """One (slide, tiles, output) a slide."""
     if not len(slides) == len(tiles) == len(outputs):
         raise ConfigError(
             f"{len(slides)} --slide, {len(tiles)} --tiles and {len(outputs)} --output: give as many of each"
+        )
+    places = [output.resolve() for output in outputs]
+    if twice := [output for number, output in enumerate(outputs) if places[number] in places[:number]]:
+        raise ConfigError(
+            f"--output {twice[0]} is given twice, and one slide would replace the other: give each its own"
         )
     return list(zip(slides, tiles, outputs, strict=True))
 

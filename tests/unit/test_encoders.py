@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import textwrap
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from dinoscope.errors import FeaturesError, WeightsError
 from dinoscope.features.embedding import Embedder, choose_precision
 from dinoscope.features.encoders import load_encoder
+from dinoscope.features.foreign_encoders import ForeignEncoder
 from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import load_backbone
@@ -231,6 +233,54 @@ def test_unknown_kinds_are_refused_with_the_list(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json is no JSON"):
         load_encoder(tmp_path)
+
+
+def test_the_list_of_kinds_stands_once_and_only_where_the_kind_is_unknown(tmp_path):
+    with pytest.raises(WeightsError) as caught:
+        load_encoder(tmp_path / "gone")
+    assert str(caught.value).count("a published DINOv3 file") == str(caught.value).count("module:function") == 1
+    model = DinoVisionTransformer(ViTSettings(embed_dim=48, depth=1, num_heads=3, ffn_hidden=96))
+    model.init_weights()
+    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items() if name != "norm.bias"}
+    torch.save({"teacher": state}, tmp_path / "teacher.pth")
+    with pytest.raises(WeightsError, match=r"lacks tensors .*norm\.bias") as caught:
+        load_encoder(tmp_path / "teacher.pth")
+    assert "module:function" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["transformers", "transformers lazily", "timm"])
+def test_a_library_that_cannot_be_imported_is_told(tmp_path, monkeypatch, library):
+    name = library.split()[0]
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    broken = "raise RuntimeError('built for another torch')\n"
+    code = f"def __getattr__(name):\n    {broken}" if "lazily" in library else broken
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    config = {"architecture": "vit_tiny_patch16_224"} if name == "timm" else {"model_type": "vit"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sentence = rf"package {name}, which is installed but cannot be imported \(RuntimeError: built for another torch\)"
+    with pytest.raises(WeightsError, match=sentence):
+        load_encoder(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)  # the broken one
+
+
+@pytest.mark.parametrize(("side", "sentence"), [(50, "50 px does not divide"), (60, "60 px does not divide")])
+def test_an_input_that_is_no_multiple_of_the_patch_is_told(tmp_path, side, sentence):
+    hugging_face(tmp_path, "dinov2", size={"height": side, "width": side})
+    with pytest.raises(WeightsError, match=f"{sentence} into patches of 14 px"):
+        load_encoder(tmp_path)
+
+
+def test_patches_of_ones_own_that_do_not_divide_the_input_are_told():
+    def tokens(model, images):
+        return {"cls": torch.zeros(1, 4), "patches": torch.zeros(1, 9, 4)}
+
+    with pytest.raises(WeightsError, match="50 x 50 px does not divide into its 3 x 3 patches"):
+        ForeignEncoder(torch.nn.Identity(), tokens, MEAN, STD, 50)
+    with pytest.raises(WeightsError, match="9 patch tokens|no square grid"):
+        ForeignEncoder(torch.nn.Identity(), lambda *_: tokens(*_) | {"patches": torch.zeros(1, 8, 4)}, MEAN, STD, 50)
 
 
 def test_tensors_that_are_missing_are_named(tmp_path):

@@ -12,7 +12,7 @@ import openslide
 import pytest
 import torch
 
-from dinoscope.errors import FeaturesError, ManifestError
+from dinoscope.errors import ConfigError, FeaturesError, ManifestError
 from dinoscope.features.encoders import load_encoder
 from dinoscope.features.extract import Extractor, ExtractSettings, choose_device, extract_slides
 from dinoscope.features.read_ahead import load_tiles, read_batches
@@ -333,6 +333,13 @@ def test_finished_slides_are_kept_only_if_nothing_changed(tmp_path, model, slide
     assert is_redone(dense=True)
 
 
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "cpu:x"])
+def test_devices_that_are_not_there_are_refused_in_one_line(name):
+    with pytest.raises(ConfigError, match=f"^there is no device '{name}' .*wanted is auto, cpu, or a GPU") as caught:
+        choose_device(name)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_device_is_what_is_there():
     expected = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     assert choose_device().type == expected and choose_device("cpu").type == "cpu"
@@ -371,5 +378,16 @@ def test_script_refuses_in_one_sentence(tmp_path, slide_path, weights, manifest)
     uneven = run_script(*common, "--tiles", manifest, manifest, "--output", tmp_path / "A.h5")
     assert uneven.returncode == 1
     assert uneven.stderr == "error: 1 --slide, 2 --tiles and 1 --output: give as many of each\n"
+    given = [*common, "--tiles", manifest, "--output", tmp_path / "A.h5"]
+    negative = run_script(*given, "--workers", -1)
+    assert negative.returncode == 2 and "argument --workers: -1 is not at least 0" in negative.stderr
+    device = run_script(*given, "--device", "foo")
+    assert device.returncode == 1
+    assert device.stderr.startswith("error: there is no device 'foo' (") and device.stderr.count("\n") == 1
+    again = tmp_path / "x" / ".." / "A.h5"
+    twice = run_script(
+        *given[:-1], tmp_path / "A.h5", again, "--slide", slide_path, slide_path, "--tiles", manifest, manifest
+    )
+    assert twice.returncode == 1 and twice.stderr.startswith(f"error: --output {again} is given twice")
     missing = run_script(*common, "--tiles", tmp_path / "gone.parquet", "--output", tmp_path / "A.h5")
     assert missing.returncode == 1 and "gone.parquet does not exist" in missing.stderr.splitlines()[-1]

@@ -26,6 +26,7 @@ from dinoscope import user_code
 from dinoscope.errors import WeightsError
 from dinoscope.features.foreign_encoders import ENCODER_KINDS, from_function, from_hugging_face, from_timm, timm_folder
 from dinoscope.files import read_json, sha256_file
+from dinoscope.models.tensor_files import KINDS
 from dinoscope.models.weights import load_backbone, state_digest
 
 __all__ = ["ENCODER_KINDS", "Encoder", "LoadedEncoder", "load_encoder"]
@@ -118,7 +119,7 @@ def _own_encoder(path: Path, device: str | torch.device, beside: list[str]) -> L
         model = load_backbone(path, device=device)
     except WeightsError as error:
         # the sentence of our kinds names them; a path that is none of ours may have been meant as another kind
-        raise WeightsError(f"{error}; or another encoder: {ENCODER_KINDS}") from None
+        raise WeightsError(str(error).replace(KINDS, ENCODER_KINDS)) from None
     kind = f"backbone {model.settings.arch}"
     # settings, mean and std come from the card, which may change while the tensors stay
     return LoadedEncoder(model, _digest(model, model.settings.as_dict(), *beside), kind)
