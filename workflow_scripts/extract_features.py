@@ -166,11 +166,11 @@ def zip_jobs(slides: list[Path], tiles: list[Path], outputs: list[Path]) -> list
         raise ConfigError(
             f"{len(slides)} --slide, {len(tiles)} --tiles and {len(outputs)} --output: give as many of each"
         )
-    places = [output.resolve() for output in outputs]
-    if twice := [output for number, output in enumerate(outputs) if places[number] in places[:number]]:
-        raise ConfigError(
-            f"--output {twice[0]} is given twice, and one slide would replace the other: give each its own"
-        )
+    seen = set()
+    for output in outputs:
+        if (place := output.resolve()) in seen:
+            raise ConfigError(f"--output {output} is given twice; one slide would replace the other: give each its own")
+        seen.add(place)
     return list(zip(slides, tiles, outputs, strict=True))
 
 

@@ -385,9 +385,8 @@ def test_script_refuses_in_one_sentence(tmp_path, slide_path, weights, manifest)
     assert device.returncode == 1
     assert device.stderr.startswith("error: there is no device 'foo' (") and device.stderr.count("\n") == 1
     again = tmp_path / "x" / ".." / "A.h5"
-    twice = run_script(
-        *given[:-1], tmp_path / "A.h5", again, "--slide", slide_path, slide_path, "--tiles", manifest, manifest
-    )
+    slides = ["--slide", slide_path, slide_path, "--tiles", manifest, manifest]
+    twice = run_script(*given, again, *slides)
     assert twice.returncode == 1 and twice.stderr.startswith(f"error: --output {again} is given twice")
     missing = run_script(*common, "--tiles", tmp_path / "gone.parquet", "--output", tmp_path / "A.h5")
     assert missing.returncode == 1 and "gone.parquet does not exist" in missing.stderr.splitlines()[-1]

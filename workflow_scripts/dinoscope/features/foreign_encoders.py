@@ -132,8 +132,8 @@ def from_hugging_face(folder: Path, config: Mapping[str, Any]) -> ForeignEncoder
     patch_px = model.config.patch_size
     if image_px is not None and isinstance(patch_px, int) and image_px % patch_px:
         raise WeightsError(
-            f"{folder}: the input side of {image_px} px does not divide into patches of {patch_px} px; correct the size "
-            "in preprocessor_config.json"
+            f"{folder}: the input side of {image_px} px does not divide into patches of {patch_px} px; correct the "
+            "size in preprocessor_config.json"
         )
 
     def tokens(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
