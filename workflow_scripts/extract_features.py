@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
-from dinoscope.features.sharing import MadeWith, SharedSlide, extract_shared, read_wanted
+from dinoscope.features.sharing import MadeWith, SharedSlide, cards_beside, extract_shared, read_wanted
 from dinoscope.slides.skipping import Attempt
 from dinoscope.user_code import function_file, is_function_name
 
@@ -67,7 +67,13 @@ def load_extractor(arguments: argparse.Namespace) -> "Extractor":
         precision=arguments.precision,
         compile=arguments.compile,
     )
-    encoder = load_encoder(arguments.weights, architecture=arguments.architecture, device=device)
+    encoder = load_encoder(
+        arguments.weights,
+        architecture=arguments.architecture,
+        device=device,
+        files=arguments.encoder_files,
+        version=arguments.encoder_version,
+    )
     extractor = Extractor(encoder.model, arguments.model_name, encoder.sha256, settings, device)
     extractor.embedder.prepare()
     logging.info(
@@ -88,7 +94,8 @@ def made_with(arguments: argparse.Namespace) -> MadeWith:
     source = Path(arguments.weights)
     if is_function_name(arguments.weights) and not source.exists():
         source = function_file(arguments.weights)
-    return MadeWith.of([*arguments.encoder_files, *([source] if source else [])], **settings)
+    files = [source, *cards_beside(source)] if source else []
+    return MadeWith.of([*arguments.encoder_files, *files], **settings)
 
 
 def numbered_attempts(arguments: argparse.Namespace) -> list[Attempt]:
@@ -119,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pooling", choices=("cls", "mean", "cls+mean", "cls+storage"), default="cls", help="tokens that make a row")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored features")
     add("--batch-size", type=positive, default=64, help="tiles a forward pass")
-    add("--workers", type=int, default=2, help="threads that read tiles ahead; 0 reads and embeds in turns")
+    add("--workers", type=not_negative, default=2, help="threads that read tiles ahead; 0 reads and embeds in turns")
     add("--dense", action="store_true", help="also store the features of every patch (large: h·w rows a tile)")
     add(
         "--precision",
@@ -146,12 +153,24 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """An integer of at least 0."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
+    return value
+
+
 def zip_jobs(slides: list[Path], tiles: list[Path], outputs: list[Path]) -> list[tuple[Path, Path, Path]]:
     """One (slide, tiles, output) a slide."""
     if not len(slides) == len(tiles) == len(outputs):
         raise ConfigError(
             f"{len(slides)} --slide, {len(tiles)} --tiles and {len(outputs)} --output: give as many of each"
         )
+    seen = set()
+    for output in outputs:
+        if (place := output.resolve()) in seen:
+            raise ConfigError(f"--output {output} is given twice; one slide would replace the other: give each its own")
+        seen.add(place)
     return list(zip(slides, tiles, outputs, strict=True))
 
 

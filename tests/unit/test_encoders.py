@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import textwrap
 
 import numpy as np
@@ -11,7 +12,10 @@ from PIL import Image
 
 from dinoscope.errors import FeaturesError, WeightsError
 from dinoscope.features.embedding import Embedder, choose_precision
-from dinoscope.features.encoders import load_encoder, weights_digest
+from dinoscope.features.encoders import load_encoder
+from dinoscope.features.foreign_encoders import ForeignEncoder
+from dinoscope.models.registry import ViTSettings
+from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import load_backbone
 from dinoscope.visualize.patches import dense_features, load_patch_encoder
 from other_libraries import randomize, require, save_transformers, timm_model, transformers_model
@@ -86,7 +90,7 @@ def test_tiles_are_resized_to_the_input_of_the_folder_as_its_own_processor_does(
 def test_dinov3_folders_and_our_files_are_read_as_backbones(tmp_path):
     save_transformers(transformers_model("vit_nano"), tmp_path / "hf")
     encoder = load_encoder(tmp_path / "hf")
-    assert encoder.sha256 == weights_digest(tmp_path / "hf") and encoder.image_px is None
+    assert encoder.image_px is None
     images = tiles(64)
     with torch.inference_mode():
         expected = load_backbone(tmp_path / "hf")(normalised(images, encoder.model.mean, encoder.model.std))
@@ -231,6 +235,54 @@ def test_unknown_kinds_are_refused_with_the_list(tmp_path):
         load_encoder(tmp_path)
 
 
+def test_the_list_of_kinds_stands_once_and_only_where_the_kind_is_unknown(tmp_path):
+    with pytest.raises(WeightsError) as caught:
+        load_encoder(tmp_path / "gone")
+    assert str(caught.value).count("a published DINOv3 file") == str(caught.value).count("module:function") == 1
+    model = DinoVisionTransformer(ViTSettings(embed_dim=48, depth=1, num_heads=3, ffn_hidden=96))
+    model.init_weights()
+    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items() if name != "norm.bias"}
+    torch.save({"teacher": state}, tmp_path / "teacher.pth")
+    with pytest.raises(WeightsError, match=r"lacks tensors .*norm\.bias") as caught:
+        load_encoder(tmp_path / "teacher.pth")
+    assert "module:function" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["transformers", "transformers lazily", "timm"])
+def test_a_library_that_cannot_be_imported_is_told(tmp_path, monkeypatch, library):
+    name = library.split()[0]
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    broken = "raise RuntimeError('built for another torch')\n"
+    code = f"def __getattr__(name):\n    {broken}" if "lazily" in library else broken
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    config = {"architecture": "vit_tiny_patch16_224"} if name == "timm" else {"model_type": "vit"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sentence = rf"package {name}, which is installed but cannot be imported \(RuntimeError: built for another torch\)"
+    with pytest.raises(WeightsError, match=sentence):
+        load_encoder(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)  # the broken one
+
+
+@pytest.mark.parametrize(("side", "sentence"), [(50, "50 px does not divide"), (60, "60 px does not divide")])
+def test_an_input_that_is_no_multiple_of_the_patch_is_told(tmp_path, side, sentence):
+    hugging_face(tmp_path, "dinov2", size={"height": side, "width": side})
+    with pytest.raises(WeightsError, match=f"{sentence} into patches of 14 px"):
+        load_encoder(tmp_path)
+
+
+def test_patches_of_ones_own_that_do_not_divide_the_input_are_told():
+    def tokens(model, images):
+        return {"cls": torch.zeros(1, 4), "patches": torch.zeros(1, 9, 4)}
+
+    with pytest.raises(WeightsError, match="50 x 50 px does not divide into its 3 x 3 patches"):
+        ForeignEncoder(torch.nn.Identity(), tokens, MEAN, STD, 50)
+    with pytest.raises(WeightsError, match="8 patch tokens for 50 x 50 px, which is no square grid"):
+        ForeignEncoder(torch.nn.Identity(), lambda *_: tokens(*_) | {"patches": torch.zeros(1, 8, 4)}, MEAN, STD, 50)
+
+
 def test_tensors_that_are_missing_are_named(tmp_path):
     hugging_face(tmp_path, "dinov2")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -254,6 +306,51 @@ def test_the_digest_knows_weights_settings_and_sources_but_no_place(tmp_path, fu
     source.write_text(source.read_text().replace("SCALE *", "3 * SCALE *"))
     digests.append(load_encoder(f"{functions}.py:Mean").sha256)
     assert digests[0] != digests[1]
+
+
+def test_the_digest_of_our_own_knows_the_card(tmp_path):
+    settings = ViTSettings(embed_dim=48, depth=1, num_heads=3, ffn_hidden=96)
+    model = DinoVisionTransformer(settings)
+    model.init_weights()
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "teacher.pth")
+    card = {"backbone": settings.as_dict(), "mean": MEAN, "std": STD}
+    cards = [card, card | {"mean": STD}, card | {"std": MEAN}]
+    cards.append(card | {"backbone": settings.as_dict() | {"rope_normalize_coords": "max"}})
+    digests = []
+    for content in [*cards, card]:
+        (tmp_path / "model.json").write_text(json.dumps(content))
+        digests.append(load_encoder(tmp_path / "teacher.pth").sha256)
+    assert len(set(digests)) == 4 and digests[0] == digests[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"num_attention_heads": 4}, True),
+        ({"hidden_act": "relu"}, True),
+        ({"_name_or_path": "/elsewhere", "transformers_version": "9", "torch_dtype": "float32"}, False),
+    ],
+)
+def test_the_digest_knows_the_whole_config(tmp_path, change, differs):
+    hugging_face(tmp_path, "dinov2")
+    first = load_encoder(tmp_path).sha256
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert (load_encoder(tmp_path).sha256 != first) == differs
+
+
+def test_the_digest_knows_further_files_and_a_version(tmp_path, functions):
+    folder, file = tmp_path / "data", tmp_path / "data" / "scale.txt"
+    folder.mkdir()
+    file.write_text("2")
+    source = f"{functions}:Mean"
+    digests = [load_encoder(source, **options).sha256 for options in ({}, {"files": [file]}, {"files": [folder]})]
+    digests.append(load_encoder(source, version="2").sha256)
+    file.write_text("3")
+    digests += [load_encoder(source, files=[path]).sha256 for path in (file, folder)]
+    assert len(set(digests)) == 6
+    with pytest.raises(WeightsError, match=r"gone\.txt, a file that the encoder reads, does not exist"):
+        load_encoder(source, files=[tmp_path / "gone.txt"])
 
 
 def test_the_number_format_follows_the_device():

@@ -12,8 +12,9 @@ import openslide
 import pytest
 import torch
 
-from dinoscope.errors import FeaturesError, ManifestError
-from dinoscope.features.extract import Extractor, ExtractSettings, choose_device, extract_slides, weights_digest
+from dinoscope.errors import ConfigError, FeaturesError, ManifestError
+from dinoscope.features.encoders import load_encoder
+from dinoscope.features.extract import Extractor, ExtractSettings, choose_device, extract_slides
 from dinoscope.features.read_ahead import load_tiles, read_batches
 from dinoscope.features.writers import open_features, read_features
 from dinoscope.files import write_json
@@ -332,6 +333,13 @@ def test_finished_slides_are_kept_only_if_nothing_changed(tmp_path, model, slide
     assert is_redone(dense=True)
 
 
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "cpu:x"])
+def test_devices_that_are_not_there_are_refused_in_one_line(name):
+    with pytest.raises(ConfigError, match=f"^there is no device '{name}' .*wanted is auto, cpu, or a GPU") as caught:
+        choose_device(name)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_device_is_what_is_there():
     expected = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     assert choose_device().type == expected and choose_device("cpu").type == "cpu"
@@ -360,7 +368,7 @@ def test_script_extracts_several_slides(tmp_path, model, slide_path, weights):
     assert done.returncode == 0, done.stderr
     assert "B [1]: 80 tiles in" in done.stderr
     file = read_features(outputs[1])
-    assert file.info.weights_sha256 == weights_digest(weights) == weights_digest(weights.parent)
+    assert file.info.weights_sha256 == load_encoder(weights).sha256 == load_encoder(weights.parent).sha256
     own = extract(model, slide_path, manifests[1], tmp_path / "own.h5", pooling="cls+mean", dtype="float16")
     np.testing.assert_allclose(file.features, own.features, atol=2e-3)
 
@@ -370,5 +378,15 @@ def test_script_refuses_in_one_sentence(tmp_path, slide_path, weights, manifest)
     uneven = run_script(*common, "--tiles", manifest, manifest, "--output", tmp_path / "A.h5")
     assert uneven.returncode == 1
     assert uneven.stderr == "error: 1 --slide, 2 --tiles and 1 --output: give as many of each\n"
+    given = [*common, "--tiles", manifest, "--output", tmp_path / "A.h5"]
+    negative = run_script(*given, "--workers", -1)
+    assert negative.returncode == 2 and "argument --workers: -1 is not at least 0" in negative.stderr
+    device = run_script(*given, "--device", "foo")
+    assert device.returncode == 1
+    assert device.stderr.startswith("error: there is no device 'foo' (") and device.stderr.count("\n") == 1
+    again = tmp_path / "x" / ".." / "A.h5"
+    slides = ["--slide", slide_path, slide_path, "--tiles", manifest, manifest]
+    twice = run_script(*given, again, *slides)
+    assert twice.returncode == 1 and twice.stderr.startswith(f"error: --output {again} is given twice")
     missing = run_script(*common, "--tiles", tmp_path / "gone.parquet", "--output", tmp_path / "A.h5")
     assert missing.returncode == 1 and "gone.parquet does not exist" in missing.stderr.splitlines()[-1]

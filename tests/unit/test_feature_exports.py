@@ -1,6 +1,7 @@
 """Exports, each read back by its format's own rules; where a tool's own reader is installed, by that too."""
 
 import importlib.util
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,29 @@ def test_a_slide_skipped_while_its_tiles_were_read_gives_empty_files(tmp_path, n
     else:
         with h5py.File(written) as file:
             assert file[{"clam": "features", "anndata": "X", "stamp": "feats"}[name]].shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", ["clam", "anndata", "stamp", "parquet"])
+@pytest.mark.parametrize("limit", [300, 70_000])
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_nothing(tmp_path, name, limit):
+    coords = grid_coords(500, 1, STEP)
+    columns = {"x": coords[:, 0], "y": 0, "level": 0, "read_px": STEP, "tile_px": 224, "mpp": 0.5}
+    table = tile_table("B", columns | {"footprint_px": STEP, "tissue_fraction": 1.0})
+    write_tiles(tmp_path / "B.parquet", table, {"slide_id": "B", "tile_set": "features"})
+    features = np.random.default_rng(0).normal(size=(500, 100)).astype(np.float32)
+    digest = manifest_digest(tmp_path / "B.parquet")
+    path = write_sample(tmp_path / "B.h5", features, coords, manifest_hash=digest)
+    words = [sys.executable, SCRIPT, "--format", name, "--features", path, "--tiles", tmp_path / "B.parquet"]
+    words += ["--output-dir", tmp_path / "out"]
+    done = subprocess.run(
+        list(map(str, words)),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1 and f"B ({name}) cannot be written (File too large); free" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_script_exports_many_slides(sample, tmp_path):

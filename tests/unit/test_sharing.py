@@ -1,5 +1,7 @@
 """Many slides in one process: what is finished is taken over, and only when nothing that it was made of has changed."""
 
+import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -15,7 +17,15 @@ import pytest
 
 from dinoscope.errors import SlideError
 from dinoscope.features.gpus import take_free_gpu
-from dinoscope.features.sharing import MadeWith, SharedSlide, claim, files_digest, read_wanted, write_wanted
+from dinoscope.features.sharing import (
+    MadeWith,
+    SharedSlide,
+    cards_beside,
+    claim,
+    files_digest,
+    read_wanted,
+    write_wanted,
+)
 from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.slides.tiff_writer import encode_tiles, write_pyramid
 
@@ -160,6 +170,25 @@ def test_a_touched_encoder_is_loaded_and_its_features_kept(tmp_path, slides, ext
     assert tiles == 0 and "A: finished before with the same weights, kept" in said
 
 
+def test_what_lies_beside_the_weights_is_looked_at(tmp_path):
+    weights = tmp_path / "teacher.pth"
+    weights.write_text("")
+    assert cards_beside(weights) == cards_beside(tmp_path / "gone.pth") == []
+    (tmp_path / "model.json").write_text("{}")
+    assert cards_beside(weights) == [tmp_path / "model.json"]
+    assert cards_beside(tmp_path) == []  # all that is in a folder is looked at anyhow
+
+
+def test_a_further_file_of_the_encoder_that_changes_makes_features_anew(tmp_path, slides, extract):
+    (tmp_path / "table.txt").write_text("1")
+    options = ["--encoder-files", "table.txt"]
+    assert extract(slides[0], *options, at_most=1)[1] == NUM_TILES
+    os.utime(tmp_path / "table.txt", (1e9, 1e9))
+    assert extract(slides[0], *options, at_most=1)[1] == 0
+    (tmp_path / "table.txt").write_text("2")
+    assert extract(slides[0], *options, at_most=1)[1] == NUM_TILES
+
+
 def test_another_slide_that_fails_is_left_to_its_own_job(tmp_path, slides, extract):
     (tmp_path / slides[1].slide).write_bytes(b"no slide")
     said, tiles = extract(slides[0])
@@ -174,6 +203,46 @@ def test_another_slide_that_fails_is_left_to_its_own_job(tmp_path, slides, extra
     (tmp_path / slides[1].slide).write_bytes((tmp_path / slides[0].slide).read_bytes())
     _, tiles = extract(slides[1], *skipping)
     assert tiles == NUM_TILES and json.loads((tmp_path / "skipped" / "B.json").read_text())["reason"] is None
+
+
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_a_damaged_finished_file_is_made_again(tmp_path, slides, extract, damage):
+    extract(slides[0], at_most=1)
+    before, output = features(tmp_path, slides[0]), tmp_path / slides[0].output
+    assert output.samefile(tmp_path / slides[0].finished)
+    if damage == "cut short":
+        os.truncate(output, output.stat().st_size - 1)
+    else:
+        with h5py.File(output, "r+") as file:
+            file["features"][0] = 7
+    output.unlink()
+    assert extract(slides[0], at_most=1)[1] == NUM_TILES
+    np.testing.assert_array_equal(features(tmp_path, slides[0]), before)
+    assert extract(slides[0], at_most=1)[1] == 0
+
+
+def test_an_error_that_is_no_fault_of_another_slide_ends_the_taking_of_others(tmp_path, slides, extract):
+    source = (tmp_path / "counting.py").read_text()
+    failing = "def forward(self, images):\n        if images.std() and Path('features/m/A.h5').exists():\n"
+    failing += "            raise RuntimeError('CUDA out of memory')\n"
+    (tmp_path / "counting.py").write_text(source.replace("def forward(self, images):\n", failing))
+    said, tiles = extract(slides[0])
+    assert tiles == NUM_TILES and features(tmp_path, slides[0]).shape == (NUM_TILES, 3)
+    assert "B and those after it: left to their own jobs, which will say more: RuntimeError: CUDA out of" in said
+    assert "C" not in said.split("B and those")[1].replace("CUDA", "")
+
+
+def test_without_locks_a_job_makes_its_own_slide_alone(tmp_path, slides, extract, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert extract(slides[0])[1] == NUM_TILES
+    assert [path.name for path in (tmp_path / slides[0].finished).parent.glob("*.h5")] == ["A.h5"]
+    for number, raised in ((errno.EOPNOTSUPP, None), (errno.EIO, OSError)):
+        monkeypatch.setattr("fcntl.flock", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "?")))
+        with pytest.raises(raised) if raised else contextlib.nullcontext(), claim(slides[0], wait=True) as is_ours:
+            assert is_ours
 
 
 def test_tiles_that_are_about_to_be_made_are_waited_for(tmp_path, slides, extract):

@@ -1,5 +1,10 @@
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -167,3 +172,58 @@ def test_no_path_is_stored(tmp_path, rows):
     path = write_sample(tmp_path / "A.h5", rows[0], rows[1])
     assert str(tmp_path).encode() not in path.read_bytes()
     assert str(tmp_path) not in json.dumps(asdict(read_info(path)[0]))
+
+
+FULL = """
+    import gc, resource, sys
+    import numpy as np
+    from dinoscope.errors import FeaturesError
+    from dinoscope.features.disk import new_h5
+    from dinoscope.features.writers import write_features
+    from feature_samples import INFO
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+    appended = 0
+    try:
+        with write_features(sys.argv[2], INFO, 20_000, 64) as writer:
+            for start in range(0, 20_000, 500):
+                writer.append(np.ones((500, 64)), np.zeros((500, 2), int))
+                appended += 1
+    except FeaturesError as error:
+        print(appended, error)
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 500, 5_000, 500_000, 2_000_000, 100_000_000])
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_nothing(tmp_path, limit):
+    """HDF5 alone ends such a process with a segmentation fault."""
+    folders = [Path(__file__).parents[2] / "workflow_scripts", Path(__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    command = [sys.executable, "-c", textwrap.dedent(FULL), str(limit), str(tmp_path / "A.h5")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    if limit == 100_000_000:
+        assert done.stdout == "" and read_features(tmp_path / "A.h5").features.shape == (20_000, 64)
+        return
+    appended, sentence = done.stdout.split(" ", 1)
+    assert sentence.startswith(f"{tmp_path / 'A.h5'} cannot be written (File too large); free space")
+    assert int(appended) < 40 and not list(tmp_path.iterdir())
+
+
+def test_a_place_that_is_no_folder_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(FeaturesError, match=r"file/A\.h5 cannot be written \(.*\); free space, or give a place"),
+        write_features(tmp_path / "file" / "A.h5", INFO, 0, 4),
+    ):
+        pass
+
+
+def test_an_error_of_what_is_read_meanwhile_stays_what_it_is(tmp_path):
+    with (
+        pytest.raises(ConnectionResetError, match="the server of slides"),
+        write_features(tmp_path / "A.h5", INFO, 1, 4),
+    ):
+        raise ConnectionResetError(104, "the server of slides")
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dinoscope.features.sharing import write_wanted
+from dinoscope.features.sharing import cards_beside, write_wanted
 from dinoscope.plan import Plan
 from dinoscope.user_code import function_file, is_function_name
 
@@ -52,7 +52,7 @@ class FeatureJobs:
         elif source.is_dir():
             files = sorted(path for path in source.iterdir() if path.suffix in _MODEL_SUFFIXES)
         else:
-            files = [source]
+            files = [source, *cards_beside(source)]
         return [*map(str, files), *encoder["files"]]
 
     def source(self, model: str) -> str:

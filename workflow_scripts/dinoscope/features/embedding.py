@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoscope.errors import FeaturesError
+from dinoscope.errors import ConfigError, FeaturesError
 from dinoscope.features.encoders import Encoder
 from dinoscope.features.gpus import take_free_gpu
 from dinoscope.features.packed_linear import can_pack, pack_linears
@@ -169,14 +169,29 @@ def choose_device(name: str = "auto") -> torch.device:
     """The accelerator that is there, else the CPU; or the device that `name` says, e.g. "cuda:1".
 
     Of several GPUs it is one that no other extraction on this machine has taken.
+
+    Raises:
+        ConfigError: There is no such device.
     """
     if name != "auto":
-        return torch.device(name)
+        return _device(name)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return device
     names = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
     return torch.device("cuda", take_free_gpu(names))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"there is no device {name!r} ({reason}); wanted is auto, cpu, or a GPU that torch sees, e.g. cuda:0"
+        ) from None
+    return device
 
 
 def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:

@@ -14,7 +14,7 @@ Shapes: B images, D width, R storage (register) tokens, P patches, row by row.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +26,10 @@ from dinoscope import user_code
 from dinoscope.errors import WeightsError
 from dinoscope.features.foreign_encoders import ENCODER_KINDS, from_function, from_hugging_face, from_timm, timm_folder
 from dinoscope.files import read_json, sha256_file
-from dinoscope.models.weights import load_backbone, read_model_file, state_digest
+from dinoscope.models.tensor_files import KINDS
+from dinoscope.models.weights import load_backbone, state_digest
 
-__all__ = ["ENCODER_KINDS", "Encoder", "LoadedEncoder", "load_encoder", "weights_digest"]
+__all__ = ["ENCODER_KINDS", "Encoder", "LoadedEncoder", "load_encoder"]
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +74,12 @@ class LoadedEncoder:
 
 
 def load_encoder(
-    source: str | Path, *, architecture: str | None = None, device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    architecture: str | None = None,
+    device: str | torch.device = "cpu",
+    files: Iterable[Path] = (),
+    version: str = "",
 ) -> LoadedEncoder:
     """Loads an encoder of any kind.
 
@@ -81,11 +87,13 @@ def load_encoder(
         source: A file or folder, or module:function or FILE.py:function.
         architecture: timm's name of the model, where the file is a timm checkpoint without a config.json.
         device: Where it shall live.
+        files: What else it reads, files or folders; their contents count for its digest.
+        version: Anything; counts for its digest as well.
 
     Raises:
-        WeightsError: No such file or function, none of the kinds, or it does not load.
+        WeightsError: No such file or function, one of `files` is missing, none of the kinds, or it does not load.
     """
-    path = Path(source).expanduser()
+    path, beside = Path(source).expanduser(), [version, *map(_content_digest, files)]
     if user_code.is_function_name(str(source)) and not path.exists():
         loaded, kind, further = from_function(str(source)), f"function {source}", _source_digest(str(source))
     elif architecture is not None:
@@ -95,31 +103,42 @@ def load_encoder(
             loaded, kind = from_timm(path), f"timm {config['architecture']}"
         else:
             loaded, kind = from_hugging_face(path, config), f"Hugging Face {config['model_type']}"
-        further = json.dumps({key: config.get(key) for key in _TELLING if key in config}, sort_keys=True)
+        further = {key: value for key, value in config.items() if key not in _SAYING_NOTHING}
     else:
-        return _own_encoder(path, device)
-    document = [loaded.image_px, list(loaded.mean), list(loaded.std), loaded.version, further]
-    digest = hashlib.sha256(json.dumps([state_digest(loaded.state_dict()), *document]).encode()).hexdigest()
+        return _own_encoder(path, device, beside)
+    digest = _digest(loaded, loaded.image_px, loaded.version, further, *beside)
     return LoadedEncoder(loaded.to(device).eval().requires_grad_(False), digest, kind, loaded.image_px)
 
 
-def weights_digest(path: str | Path) -> str:
-    """SHA-256 over a backbone's tensors, the same whatever the file format; model.json holds it too."""
-    return state_digest(read_model_file(path).backbone)
+# Of a foreign config.json, what changes no feature: a place, who wrote it, and the type of the tensors in the file.
+_SAYING_NOTHING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"}
 
 
-# Of a foreign config.json, what changes features besides tensors, mean, std and size.
-_TELLING = ("architecture", "model_type", "model_args", "hidden_act", "layer_norm_eps", "use_swiglu_ffn", "global_pool")
-
-
-def _own_encoder(path: Path, device: str | torch.device) -> LoadedEncoder:
+def _own_encoder(path: Path, device: str | torch.device, beside: list[str]) -> LoadedEncoder:
     try:
         model = load_backbone(path, device=device)
     except WeightsError as error:
         # the sentence of our kinds names them; a path that is none of ours may have been meant as another kind
-        raise WeightsError(f"{error}; or another encoder: {ENCODER_KINDS}") from None
+        raise WeightsError(str(error).replace(KINDS, ENCODER_KINDS)) from None
     kind = f"backbone {model.settings.arch}"
-    return LoadedEncoder(model, weights_digest(path), kind)
+    # settings, mean and std come from the card, which may change while the tensors stay
+    return LoadedEncoder(model, _digest(model, model.settings.as_dict(), *beside), kind)
+
+
+def _digest(model: Any, *further: Any) -> str:
+    """Of an encoder's tensors, its mean and std, and of what else changes its features."""
+    document = [state_digest(model.state_dict()), list(model.mean), list(model.std), *further]
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _content_digest(path: Path) -> str:
+    """Of a file, or of all files of a folder with their names in it."""
+    if not path.exists():
+        raise WeightsError(f"{path}, a file that the encoder reads, does not exist; correct its name or put it there")
+    if not path.is_dir():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return json.dumps([[str(file.relative_to(path)), sha256_file(file)] for file in files])
 
 
 def _foreign_config(path: Path) -> dict[str, Any] | None:

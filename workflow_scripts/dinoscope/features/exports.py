@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 
 from dinoscope import __version__
 from dinoscope.errors import FeaturesError
+from dinoscope.features.disk import new_h5, writing
 from dinoscope.features.writers import FeatureInfo, open_features
-from dinoscope.files import atomic_path
+from dinoscope.files import atomic_path, atomic_paths
 from dinoscope.slides.manifest import manifest_digest, read_tiles
 
 __all__ = ["FORMATS", "export_features"]
@@ -86,7 +87,8 @@ def export_features(
         The files written.
 
     Raises:
-        FeaturesError: The feature file is damaged, or of other tiles than the manifest; or a package is missing.
+        FeaturesError: The feature file is damaged, or of other tiles than the manifest; a package is missing; or the
+            files cannot be written.
         ManifestError: The manifest is missing or damaged.
     """
     table = read_tiles(tiles)
@@ -99,23 +101,30 @@ def export_features(
                 f"{features} holds the features of other tiles than {tiles} has; extract them again, or give the "
                 "manifest that they were made from"
             )
-        return FORMATS[format_name](_Source(features, file, info, table, slide), output_dir)
+        with writing(output_dir / f"{info.slide_id} ({format_name})"):
+            return FORMATS[format_name](_Source(features, file, info, table, slide), output_dir)
 
 
 def _clam(source: _Source, folder: Path) -> list[Path]:
     import torch
 
+    from dinoscope.train.disk_errors import disk_error
+
     name, (count, width) = source.info.slide_id, source.shape
     tensor_path, h5_path = folder / "pt_files" / f"{name}.pt", folder / "h5_files" / f"{name}.h5"
     whole = torch.empty(count, width)
-    with atomic_path(h5_path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_paths(tensor_path, h5_path) as (temporary, h5_temporary), new_h5(h5_temporary) as (file, check):
         file.create_dataset("coords", data=source.coords.astype(np.int32), maxshape=(None, 2))
         stored = file.create_dataset("features", (count, width), dtype="float32", maxshape=(None, width))
         for rows, features in source.rows():
             stored[rows] = features
+            check()
             whole[rows] = torch.from_numpy(features.astype(np.float32))
-    with atomic_path(tensor_path) as temporary:
-        torch.save(whole, temporary)
+        try:
+            with open(temporary, "wb") as opened:  # given a name, torch does not tell what the system said
+                torch.save(whole, opened)
+        except RuntimeError as error:  # torch's own, raised from the system's
+            raise disk_error(error) or error from None
     return [tensor_path, h5_path]
 
 
@@ -123,7 +132,7 @@ def _stamp(source: _Source, folder: Path) -> list[Path]:
     info, path = source.info, folder / f"{source.info.slide_id}.h5"
     if path.resolve() == source.path.resolve():
         raise FeaturesError(f"{path} would overwrite the features that are exported: give another --output-dir")
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_path(path) as temporary, new_h5(temporary) as (file, check):
         file.create_dataset("coords", data=(source.coords * info.level0_mpp).astype(np.float32))
         stored = file.create_dataset("feats", source.shape, dtype="float16")
         for rows, features in source.rows():
@@ -132,6 +141,7 @@ def _stamp(source: _Source, folder: Path) -> list[Path]:
             if not np.isfinite(half).all():
                 raise FeaturesError(f"{source.path}: features overflow float16, which is all that STAMP stores")
             stored[rows] = half
+            check()
         file.attrs.update(
             stamp_version=STAMP_VERSION,
             extractor=info.model,
@@ -159,11 +169,12 @@ def _parquet(source: _Source, folder: Path) -> list[Path]:
 
 def _anndata(source: _Source, folder: Path) -> list[Path]:
     path, count = folder / f"{source.info.slide_id}.h5ad", source.shape[0]
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_path(path) as temporary, new_h5(temporary) as (file, check):
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         stored = _array(file, "X", np.empty((0, source.shape[1]), np.float32), shape=source.shape)
         for rows, features in source.rows():
             stored[rows] = features
+            check()
         columns = {name: source.tiles[name].to_numpy() for name in source.tiles.column_names if name != "slide_id"}
         obs = _dataframe(file, "obs", [str(row) for row in range(count)], [*columns, "slide_id"])
         for name, values in columns.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinoscope.errors import DinoscopeError, FeaturesError, ManifestError, SlideError
 from dinoscope.features.embedding import POOLINGS, Embedder, choose_device, pool
-from dinoscope.features.encoders import Encoder, weights_digest
+from dinoscope.features.encoders import Encoder
 from dinoscope.features.overlap import BackgroundThread, HostCopy
 from dinoscope.features.read_ahead import SlideTiles, load_tiles, read_batches
 from dinoscope.features.writers import FeatureInfo, FeatureWriter, open_features, write_features
@@ -33,7 +33,6 @@ __all__ = [
     "choose_device",
     "extract_slides",
     "pool",
-    "weights_digest",
 ]
 
 _log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class Extractor:
     Args:
         model: An encoder (encoders.py) in evaluation mode on `device`; `dinoscope.load_backbone` gives one.
         model_name: Stored in the feature files, e.g. "pretrain".
-        weights_sha256: Digest of the weights file, stored as well.
+        weights_sha256: Digest of the encoder (`LoadedEncoder.sha256`), stored as well.
         device: Where the model is.
     """
 

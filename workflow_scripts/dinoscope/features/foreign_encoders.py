@@ -83,7 +83,12 @@ class ForeignEncoder(nn.Module):
         self.patch_size = None
         if "patches" in out:
             grid = round(out["patches"].shape[1] ** 0.5)
-            if grid * grid != out["patches"].shape[1] or side % grid:
+            if grid * grid == out["patches"].shape[1] and side % grid:
+                raise WeightsError(
+                    f"the encoder's input of {side} x {side} px does not divide into its {grid} x {grid} patches; give "
+                    "it a side that is a multiple of its patch size"
+                )
+            if grid * grid != out["patches"].shape[1]:
                 raise WeightsError(
                     f"the encoder gives {out['patches'].shape[1]} patch tokens for {side} x {side} px, which is no "
                     "square grid; give only patches as `patches`"
@@ -105,9 +110,12 @@ def from_hugging_face(folder: Path, config: Mapping[str, Any]) -> ForeignEncoder
         )
     library = _library("transformers", "a Hugging Face folder")
     classes = {"vit": "ViTModel", "deit": "DeiTModel", "dinov2": "Dinov2Model"}
-    factory = getattr(library, classes.get(kind, "Dinov2WithRegistersModel"))
     options = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
-    library.utils.logging.disable_progress_bar()
+    try:  # transformers imports only what is asked for
+        factory = getattr(library, classes.get(kind, "Dinov2WithRegistersModel"))
+        library.utils.logging.disable_progress_bar()
+    except Exception as error:
+        raise _not_importable("transformers", "a Hugging Face folder", error) from error
     try:
         model, told = factory.from_pretrained(
             str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
@@ -120,6 +128,13 @@ def from_hugging_face(folder: Path, config: Mapping[str, Any]) -> ForeignEncoder
     mean, std, image_px = _preprocessing(folder)
     if image_px is None and kind in ("vit", "deit"):  # positions are learned for one size
         image_px = model.config.image_size
+
+    patch_px = model.config.patch_size
+    if image_px is not None and isinstance(patch_px, int) and image_px % patch_px:
+        raise WeightsError(
+            f"{folder}: the input side of {image_px} px does not divide into patches of {patch_px} px; correct the "
+            "size in preprocessor_config.json"
+        )
 
     def tokens(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         own_size = images.shape[-1] == getattr(model.config, "image_size", None)
@@ -260,7 +275,17 @@ def _preprocessing(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...], 
 def _library(name: str, what: str) -> Any:
     if importlib.util.find_spec(name) is None:
         raise WeightsError(f"{what} needs the package {name}, which is not installed: pip install {name}")
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever it dies of, mostly of another version of torch than it wants
+        raise _not_importable(name, what, error) from error
+
+
+def _not_importable(name: str, what: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{what} needs the package {name}, which is installed but cannot be imported ({type(error).__name__}: "
+        f"{_in_one_line(error)}); install a version that fits the installed torch"
+    )
 
 
 def _in_one_line(error: Exception) -> str:

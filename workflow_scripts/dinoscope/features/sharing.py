@@ -24,21 +24,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dinoscope.errors import DinoscopeError, SlideError
-from dinoscope.files import atomic_path, read_json, write_json, write_text
+from dinoscope.features.disk import writing
+from dinoscope.files import atomic_path, read_json, sha256_file, write_json, write_text
 from dinoscope.processes import snakemake_ancestor, still_alive
 from dinoscope.slides.skipping import Attempt, files_signature
+from dinoscope.train.lock import WITHOUT_FLOCK
 
 if TYPE_CHECKING:
     from dinoscope.features.extract import Extractor
 
-__all__ = ["MadeWith", "SharedSlide", "claim", "extract_shared", "files_digest", "read_wanted", "write_wanted"]
+__all__ = [
+    "MadeWith",
+    "SharedSlide",
+    "cards_beside",
+    "claim",
+    "extract_shared",
+    "files_digest",
+    "read_wanted",
+    "write_wanted",
+]
 
 FINISHED = ".finished"
 MINUTES_FOR_OTHERS = 60  # of the two hours that the rule asks for: then no further slide is begun
 _LOOKED_AT = 4  # times as many slides as are wanted are looked at, since some are done or not ready
 _log = logging.getLogger(__name__)
 # Raise it when the same input gives other features than before, so that none of before are taken over.
-EXTRACTION_VERSION = 1
+EXTRACTION_VERSION = 2
+_CARDS = ("model.json", "config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -100,29 +112,41 @@ class SharedSlide:
             "tiles": manifest_digest(self.tiles),
         }
 
-    def is_finished(self, made_with: MadeWith, *, whatever_weights: bool = False) -> bool:
-        """Whether its features lie there, made of the very same; or of the very same but for the weights."""
+    def is_finished(self, made_with: MadeWith, *, whatever_weights: bool = False, at_a_glance: bool = False) -> bool:
+        """Whether its features lie there as they were written, made of the very same; or of the same but for weights.
+
+        Args:
+            made_with: What they are to be made with.
+            whatever_weights: The files of the weights need not be the same.
+            at_a_glance: Compare only the size of what lies there, without reading it.
+        """
         try:
             kept, wanted = read_json(self._receipt_path), self.receipt(made_with)
+            size, content = kept.pop("size", None), kept.pop("content", None)
+            if whatever_weights:
+                kept, wanted = kept | {"weights": ""}, wanted | {"weights": ""}
+            is_whole = size == self.finished.stat().st_size
+            return kept == wanted and is_whole and (at_a_glance or content == sha256_file(self.finished))
         except (OSError, ValueError):
             return False
-        if whatever_weights:
-            kept, wanted = kept | {"weights": ""}, wanted | {"weights": ""}
-        return kept == wanted and self.finished.is_file()
 
     @contextlib.contextmanager
     def finishing(self, made_with: MadeWith) -> Iterator[None]:
         """Features are written to `finished` within, under a claim; the receipt follows when that went well."""
         receipt = self.receipt(made_with)  # of what is read, not of what may have changed meanwhile
-        self._receipt_path.unlink(missing_ok=True)
-        for left in self.finished.parent.glob(f".{glob.escape(self.finished.stem)}.*.partial.h5"):
-            left.unlink(missing_ok=True)  # by a process that was killed: nobody else is at this slide
+        with writing(self.finished):
+            self._receipt_path.unlink(missing_ok=True)
+            for left in self.finished.parent.glob(f".{glob.escape(self.finished.stem)}.*.partial.h5"):
+                left.unlink(missing_ok=True)  # by a process that was killed: nobody else is at this slide
         yield
-        write_json(self._receipt_path, receipt)
+        # the output is a link to it: whoever writes into that changes this
+        written = {"size": self.finished.stat().st_size, "content": sha256_file(self.finished)}
+        with writing(self._receipt_path):
+            write_json(self._receipt_path, receipt | written)
 
     def publish(self) -> None:
         """Links the finished features to the output, or copies them where the file system has no links."""
-        with atomic_path(self.output) as temporary:
+        with writing(self.output), atomic_path(self.output) as temporary:
             try:
                 os.link(self.finished, temporary)
             except OSError:
@@ -145,7 +169,8 @@ def extract_shared(
 ) -> None:
     """Makes the features of one's own slide, or takes them over where they are finished, then those of others.
 
-    What goes wrong with another slide is logged and left to its own job.
+    What goes wrong with another slide is logged and left to its own job. After what is no fault of a slide (memory of
+    a GPU, a function of the user's) none is begun.
 
     Args:
         own: The slide whose output is wanted.
@@ -184,6 +209,12 @@ def extract_shared(
             left -= _finish_other(extractor, other, made_with)
         except (DinoscopeError, OSError) as error:
             _log.warning("%s: left to its own job, which will say more: %s", other.output.stem, error)
+        except Exception as error:  # whatever it is, the own slide is done
+            _log.warning(
+                "%s and those after it: left to their own jobs, which will say more: %s: %s",
+                *(other.output.stem, type(error).__name__, error),
+            )
+            return
 
 
 def _finish(extractor: "Extractor", slide: SharedSlide, made_with: MadeWith) -> None:
@@ -200,7 +231,7 @@ def _finish(extractor: "Extractor", slide: SharedSlide, made_with: MadeWith) -> 
 def _finish_other(extractor: "Extractor", other: SharedSlide, made_with: MadeWith) -> bool:
     """Whether there was something to do."""
     with claim(other, wait=False) as is_ours:
-        if not is_ours or not other.is_ready or other.is_finished(made_with):
+        if not is_ours or not other.is_ready or other.is_finished(made_with, at_a_glance=True):
             return False
         _finish(extractor, other, made_with)
         return True
@@ -210,18 +241,24 @@ def _finish_other(extractor: "Extractor", other: SharedSlide, made_with: MadeWit
 def claim(slide: SharedSlide, *, wait: bool) -> Iterator[bool]:
     """Whether no other process is at this slide; until the end none will be. A claim dies with its process.
 
+    On a file system without locks each job has its own slide and takes no other: yes to who would wait, else no.
+
     Args:
         wait: Wait until the other process has done it; else say no at once.
     """
     path = slide.finished.with_name(f".{slide.finished.stem}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        with writing(slide.output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+            is_ours = True
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) and error.errno not in WITHOUT_FLOCK:
+                raise
+            is_ours = wait
+        yield is_ours
         # the file stays: to delete it would let two processes hold locks on two files of its name
 
 
@@ -234,6 +271,11 @@ def files_digest(files: Iterable[Path]) -> str:
                 status = file.stat()
                 digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def cards_beside(weights: Path) -> list[Path]:
+    """What lies beside a file of weights and tells how it is to be read: settings, mean and std."""
+    return [card for name in _CARDS if weights.is_file() and (card := weights.with_name(name)).is_file()]
 
 
 def write_wanted(folder: Path, slides: Iterable[tuple[str, Path, str, str]], tiles_to_come: Iterable[str]) -> None:

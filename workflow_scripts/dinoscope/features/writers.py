@@ -10,7 +10,7 @@ it follows from a nominal magnification; here it is the true side of a tile in l
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 
 from dinoscope.errors import FeaturesError
+from dinoscope.features.disk import new_h5, writing
 from dinoscope.files import atomic_path
 
 __all__ = [
@@ -42,7 +43,7 @@ class FeatureInfo:
     Attributes:
         slide_id: Name of the slide; its path is never stored.
         model: Name of the model, e.g. "pretrain".
-        weights_sha256: Digest of the model's weights file.
+        weights_sha256: Digest of the model's weights and of what else changes its features (`LoadedEncoder.sha256`).
         manifest_hash: Digest of the tile manifest.
         pooling: Which tokens a row holds: "cls", "mean", "cls+mean" or "cls+storage".
         mpp: Micrometres a pixel of a tile.
@@ -100,8 +101,11 @@ class FeatureFile:
 class FeatureWriter:
     """Fills a feature file batch by batch; `write_features` makes one."""
 
-    def __init__(self, file: h5py.File, num_tiles: int) -> None:
+    def __init__(
+        self, file: h5py.File, num_tiles: int, path: str | os.PathLike[str], check: Callable[[], None]
+    ) -> None:
         self._file, self._num_tiles, self.num_written = file, num_tiles, 0
+        self._path, self._check = path, check
 
     def append(self, features: np.ndarray, coords: np.ndarray, patch_features: np.ndarray | None = None) -> None:
         """Writes the next rows: features (B, D), coords (B, 2) and, in a dense file, patch features (B, h, w, D)."""
@@ -112,6 +116,8 @@ class FeatureWriter:
         self._file["coords"][rows] = coords
         if patch_features is not None:
             self._file["patch_features"][rows] = patch_features
+        with writing(self._path):
+            self._check()  # here, so that a full disk does not show at the end alone
         self.num_written = rows.stop
 
 
@@ -133,13 +139,24 @@ def write_features(
         embed_dim: D, the length of a row.
         dtype: "float16" or "float32".
         patch_shape: (h, w, D) of the dense patch features, or None for none.
+
+    Raises:
+        FeaturesError: The file cannot be written.
     """
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        _make_datasets(file, num_tiles, embed_dim, dtype, patch_shape)
-        _write_attributes(file, info)
-        writer = FeatureWriter(file, num_tiles)
-        yield writer
-        assert writer.num_written == num_tiles, f"{writer.num_written} of {num_tiles} rows written"
+    read: OSError | None = None  # an error of what is read meanwhile, which is not the file's
+    try:
+        with writing(path), atomic_path(path) as temporary, new_h5(temporary) as (file, check):
+            _make_datasets(file, num_tiles, embed_dim, dtype, patch_shape)
+            _write_attributes(file, info)
+            writer = FeatureWriter(file, num_tiles, path, check)
+            try:
+                yield writer
+            except OSError as error:
+                read = error
+                raise
+            assert writer.num_written == num_tiles, f"{writer.num_written} of {num_tiles} rows written"
+    except FeaturesError as error:
+        raise (error if read is None else read) from None
 
 
 def _make_datasets(

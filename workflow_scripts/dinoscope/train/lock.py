@@ -35,14 +35,15 @@ from typing import Literal
 from dinoscope.errors import LockError
 from dinoscope.processes import still_alive
 
-__all__ = ["HeldLock", "file_system_type", "run_lock"]
+__all__ = ["WITHOUT_FLOCK", "HeldLock", "file_system_type", "run_lock"]
 
 _log = logging.getLogger(__name__)
 _LOCAL_FILE_SYSTEMS = {
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "bcachefs"),
     *("overlay", "tmpfs", "ramfs"),
 }
-_WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# What flock says on a file system that has none.
+WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _open_descriptors: set[int] = set()
 
 
@@ -165,7 +166,7 @@ def _what_decides(run_dir: Path) -> Literal["kernel", "heartbeat"]:
         try:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _WITHOUT_FLOCK:
+            if error.errno not in WITHOUT_FLOCK:
                 raise
             return "heartbeat"
     return "kernel"
