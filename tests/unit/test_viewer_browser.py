@@ -121,7 +121,7 @@ def test_the_slide_and_each_overlay_have_their_colours_at_their_places(page, sam
     colors = {}
     for model in ("gram", "base"):
         page.click_on(f"#models input[value={model}] + span")
-        page.wait("viewer.model === '{model}' && viewer.tiles")
+        page.wait(f"viewer.model === '{model}' && viewer.tiles")
         features = read_features(sample.features[model, "A"]).features
         colors[model] = sample.bases[model].colors(features)[tiles].astype(float)
         np.testing.assert_allclose(seen_at(page, sample, "A", tiles, tmp_path), colors[model], atol=1)
