@@ -170,13 +170,21 @@ def test_a_touched_encoder_is_loaded_and_its_features_kept(tmp_path, slides, ext
     assert tiles == 0 and "A: finished before with the same weights, kept" in said
 
 
-def test_what_lies_beside_the_weights_is_looked_at(tmp_path):
+def test_what_lies_beside_the_weights_is_looked_at(tmp_path, monkeypatch):
     weights = tmp_path / "teacher.pth"
     weights.write_text("")
     assert cards_beside(weights) == cards_beside(tmp_path / "gone.pth") == []
     (tmp_path / "model.json").write_text("{}")
     assert cards_beside(weights) == [tmp_path / "model.json"]
     assert cards_beside(tmp_path) == []  # all that is in a folder is looked at anyhow
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module(SCRIPT.stem)
+    needed = ["--weights", weights, "--model-name", "m", "--slide", "A", "--tiles", "A", "--output", "A"]
+    monkeypatch.setattr(sys, "argv", ["extract_features.py", *map(str, needed)])
+    before = script.made_with(script.parse_arguments())
+    (tmp_path / "model.json").write_text('{"mean": [0, 0, 0]}')
+    after = script.made_with(script.parse_arguments())
+    assert before.weights != after.weights and before.settings == after.settings
 
 
 def test_a_further_file_of_the_encoder_that_changes_makes_features_anew(tmp_path, slides, extract):
