@@ -436,7 +436,7 @@ def test_hovering_finds_the_tile_among_overlapping_and_scattered_ones(page):
 
 @pytest.mark.parametrize("close", [False, True])
 def test_background_is_not_painted(browser, tmp_path, close):
-    sample = build_viewer(tmp_path, {"A": (20, 14)}, ("gram",), background="auto")
+    sample = build_viewer(tmp_path, {"A": (20, 14)}, ("gram",), background="low")
     browser.complaints.clear()
     browser.size(1200, 800)
     show(browser, sample)

@@ -180,7 +180,7 @@ def test_the_files_hold_what_the_page_shows(tmp_path, parts):
 
 def test_background_is_black_in_the_files(tmp_path, parts):
     files, _, sample = parts
-    file, basis = read_features(files["A"]), fit_basis(list(files.values()), background="auto")
+    file, basis = read_features(files["A"]), fit_basis(list(files.values()), background="low")
     background = basis.is_background(file.features)
     write_tiles_script(tmp_path / "A.js", file, basis, sample)
     stored = unpacked(read_script(tmp_path / "A.js")[2]["colors"], "u1").reshape(-1, 3)
