@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from checkpoint_writer import SETTINGS, in_format, network, whole_state
 from dinoscope import load_backbone
@@ -23,6 +24,7 @@ from dinoscope.files import read_json
 from dinoscope.models.registry import settings_from_config
 from dinoscope.models.weights import read_model_file, state_digest
 from dinoscope.recipe import load_recipe
+from dinoscope.train.dcp_files import stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = ROOT / "tests" / "checkpoint_writer.py"
@@ -167,6 +169,16 @@ def test_refusals(published: Path, tmp_path: Path) -> None:
     )
 
 
+class Reduced:
+    """Unpickled by a call."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
 class Harmful:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("harm_done"),))
@@ -181,6 +193,14 @@ def test_code_in_a_checkpoint_is_never_run(published: Path, tmp_path: Path, monk
     metadata.write_bytes(pickle.dumps(whole))
     with pytest.raises(CheckpointError, match=r"it names pathlib\.Path\.touch|it names .*getattr"):
         convert_checkpoint(folder, tmp_path / "t.pth")
+    whole.planner_data = Reduced(getattr, (PosixPath, "touch"))
+    metadata.write_bytes(pickle.dumps(whole))
+    with pytest.raises(CheckpointError, match="it asks for touch of"):
+        convert_checkpoint(folder, tmp_path / "t.pth")
+    # as Python before 3.11.4 pickles what DCP stores
+    whole.planner_data = Reduced(getattr, (_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"))
+    metadata.write_bytes(pickle.dumps(whole))
+    assert stored_tensors(folder)
     metadata.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match="an object of type dict"):
         convert_checkpoint(folder, tmp_path / "t.pth")

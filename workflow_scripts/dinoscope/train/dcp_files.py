@@ -4,6 +4,7 @@ DCP's `.metadata` is a pickle, and unpickling imports and calls whatever a pickl
 classes that DCP itself writes are let through. The tensors are torch files, which DCP reads with `weights_only=True`.
 """
 
+import enum
 import io
 import pickle
 import warnings
@@ -32,6 +33,7 @@ _CLASSES = {
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    *(("pathlib._local", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
 }
 
 
@@ -53,8 +55,17 @@ class PlainReader(dcp.FileSystemReader):
         return metadata
 
 
+def _member(owner: Any, name: str) -> Any:
+    """In place of `getattr`, by which Python before 3.11.4 pickles the members of an enumeration."""
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"it asks for {name} of {owner!r}, which no checkpoint needs")
+
+
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _CLASSES:
             return super().find_class(module, name)
