@@ -18,10 +18,10 @@ from dinoscope.features.extract import Extractor, ExtractSettings, choose_device
 from dinoscope.features.read_ahead import load_tiles, read_batches
 from dinoscope.features.writers import open_features, read_features
 from dinoscope.files import write_json
-from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.slides.manifest import manifest_digest, tile_table, write_tiles
 from dinoscope.slides.tiff_writer import encode_tiles, write_pyramid
+from tiny_backbone import tiny_backbone
 
 SCRIPT = Path(__file__).parents[2] / "workflow_scripts" / "extract_features.py"
 WIDTH, HEIGHT, MPP, TILE = 640, 512, 0.5, 64
@@ -30,12 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    settings = ViTSettings(embed_dim=48, depth=2, num_heads=3, ffn_hidden=96, num_storage_tokens=3, layerscale=0.5)
-    model = DinoVisionTransformer(settings)
-    model.init_weights()
-    model.mean, model.std = (0.7, 0.5, 0.6), (0.2, 0.25, 0.15)
-    return model.eval()
+    return tiny_backbone()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinoscope.errors import RunError
-from dinoscope.train.metrics import append_metrics, best_iteration, read_events, read_metrics
+from dinoscope.train.metrics import append_metrics, best_iteration, metrics_at, read_events, read_metrics
 
 
 def test_the_later_line_of_an_iteration_counts_and_cut_lines_spoil_nothing(tmp_path: Path) -> None:
@@ -116,3 +116,13 @@ def test_the_best_of_some_iterations(tmp_path: Path) -> None:
     assert best_iteration(tmp_path, [5], "rankme") is None
     assert best_iteration(tmp_path, [9, 19], "accuracy") is None
     assert best_iteration(tmp_path / "none", [9], "rankme") is None
+
+
+def test_metrics_at_an_iteration_are_the_last_ones_known_then_and_finite(tmp_path: Path) -> None:
+    append_metrics(tmp_path, {"iteration": 4, "total_loss": 3.0, "lr": 0.5})
+    append_metrics(tmp_path, {"iteration": 9, "total_loss": float("inf"), "lr": 0.25, "rankme": float("nan")})
+    assert metrics_at(tmp_path, 8) == {"total_loss": 3.0, "lr": 0.5}
+    assert metrics_at(tmp_path) == metrics_at(tmp_path, 9) == {"lr": 0.25}
+    assert metrics_at(tmp_path, 3) == {}
+    with pytest.raises(RunError, match="does not exist"):
+        metrics_at(tmp_path / "none")

@@ -13,17 +13,16 @@ from PIL import Image
 import pca_images
 import pca_regions
 from dinoscope.errors import ConfigError, FeaturesError, SlideError
-from dinoscope.models.registry import ViTSettings
-from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.slides.manifest import tile_table, write_tiles
 from dinoscope.slides.reader import Slide
 from dinoscope.visualize import patch_pages, plain_images
 from dinoscope.visualize.color_basis import ColorBasis
 from dinoscope.visualize.patch_pages import colored, draw_patch_colors, see, upsampled_scores
-from dinoscope.visualize.patches import LoadedEncoder, agreeing_with, cosine_similarity, dense_features
+from dinoscope.visualize.patches import TorchPatchEncoder, agreeing_with, cosine_similarity, dense_features
 from dinoscope.visualize.plain_images import PictureSettings, draw_images, draw_video
 from dinoscope.visualize.regions import Region, distinct_places, most_tissue, read_region
 from synthetic_slides import texture, write_lossless
+from tiny_backbone import tiny_backbone
 
 
 class MeanColours:
@@ -42,17 +41,12 @@ class MeanColours:
 
 @pytest.fixture(scope="module")
 def backbone():
-    torch.manual_seed(0)
-    settings = ViTSettings(embed_dim=48, depth=2, num_heads=3, ffn_hidden=96, num_storage_tokens=3, layerscale=0.5)
-    model = DinoVisionTransformer(settings)
-    model.init_weights()
-    model.mean, model.std = (0.7, 0.5, 0.6), (0.2, 0.25, 0.15)
-    return model.eval()
+    return tiny_backbone()
 
 
 def test_dense_features_are_the_models_patches_row_by_row(backbone):
     image = texture(48, 80, seed=1)
-    features = dense_features(LoadedEncoder("b", backbone), image)
+    features = dense_features(TorchPatchEncoder("b", backbone), image)
     pixels = (torch.from_numpy(image).permute(2, 0, 1)[None] / 255 - torch.tensor(backbone.mean).view(1, 3, 1, 1)) / (
         torch.tensor(backbone.std).view(1, 3, 1, 1)
     )

@@ -218,7 +218,7 @@ def test_overlapping_tiles_are_painted_without_overlap(tmp_path):
         (np.zeros(5, np.int16), '{"colors": ["#010203"], "names": ["a", "b"]}', "as many"),
         (np.zeros(5, np.int16), '{"other": 1}', "no colours of clusters"),
         (np.zeros(5, np.int16), "{", "no colours of clusters"),
-        (None, '{"colors": ["#010203"]}', "no clusters of tiles"),
+        (None, '{"colors": ["#010203"]}', "no whole clusters of tiles"),
     ],
 )
 def test_clusters_that_do_not_fit_are_refused(tmp_path, labels, legend, problem):

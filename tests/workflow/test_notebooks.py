@@ -142,7 +142,7 @@ def test_the_notebook_looks_into_a_run_that_trains_and_into_one_that_was_stopped
     assert first <= iteration <= read_metrics(run).index.max()
     (shapes,) = outputs_of(running, "features")
     assert shapes.text == "slide_1@0,0: cls (64,), patches (8, 8, 64)\n"
-    for cell_id in ("curves", "similarity"):
+    for cell_id in ("curves", "colors", "similarity"):
         assert picture_of(running, cell_id).std() > 10
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     rng = np.random.default_rng(0)

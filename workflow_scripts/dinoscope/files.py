@@ -20,6 +20,7 @@ __all__ = [
     "sync_folder",
     "write_json",
     "write_text",
+    "writing",
 ]
 
 
@@ -80,6 +81,30 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], kind: type[DinoscopeError], *of_libraries: type[Exception]) -> Iterator[None]:
+    """Says in a sentence what keeps the system from writing: a full disk, no permission, a file in the way.
+
+    Args:
+        path: For the message.
+        kind: What is raised.
+        of_libraries: Exceptions in which a library passes on what the system said.
+
+    Raises:
+        DinoscopeError: Of that kind; names `path` and the reason.
+    """
+    try:
+        yield
+    except (OSError, *of_libraries) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not the system's, but raised by a library
+            raise
+        reason = os.strerror(error.errno) if isinstance(error, OSError) else str(error)
+        raise kind(
+            f"{path} cannot be written ({reason}); free space, or give a place that can be written; what was there is "
+            "left as it was"
+        ) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -5,7 +5,6 @@ with the optimizer states and heads that a checkpoint holds as well.
 """
 
 import logging
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from dinoscope.models.weights import load_strictly, read_model_file
 from dinoscope.train.checkpoint import FROZEN_NAME
 from dinoscope.train.checkpoint_files import require_whole
 from dinoscope.train.dcp_files import read_stored, stored_tensors
-from dinoscope.train.metrics import read_metrics
+from dinoscope.train.metrics import metrics_at
 from dinoscope.train.seal import SEAL_NAME
 from dinoscope.train.starting import fresh_backbone
 from dinoscope.train.trainable import describe_trained
@@ -185,9 +184,6 @@ def _metrics_at(run_dir: Path | None, iteration: int | None) -> dict[str, float]
     if run_dir is None or iteration is None:
         return None
     try:
-        lines = read_metrics(run_dir).loc[:iteration]
+        return metrics_at(run_dir, iteration) or None
     except RunError:
         return None
-    if not len(lines):
-        return None
-    return {name: value for name, value in lines.iloc[-1].items() if math.isfinite(value)}

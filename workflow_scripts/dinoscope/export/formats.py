@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from dinoscope.export.onnx_model import write_onnx
 from dinoscope.export.readme import SIGNATURE, write_readme
 from dinoscope.export.timm_model import write_timm
 from dinoscope.export.verify import require_library, verify
-from dinoscope.files import atomic_folder, read_json, write_json
+from dinoscope.files import atomic_folder, read_json, write_json, writing
 from dinoscope.models.tensor_files import find_weights
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.models.weights import ModelFile, read_model_file, state_digest
@@ -47,7 +46,7 @@ def export_model(weights: str | Path, format: str, output: str | Path) -> dict[s
             cannot be written.
     """
     output = Path(output)
-    with _named_errors(output):
+    with writing(output, ConfigError, SafetensorError):
         _refuse_other_contents(output)
     _refuse_the_weights(output, find_weights(Path(weights).expanduser()))
     file = read_model_file(weights)
@@ -56,7 +55,7 @@ def export_model(weights: str | Path, format: str, output: str | Path) -> dict[s
     for note in model.notes:
         _log.warning("%s: %s", file.path.name, note)
     ours = _reference(file, model)
-    with _named_errors(output), atomic_folder(output) as folder:
+    with writing(output, ConfigError, SafetensorError), atomic_folder(output) as folder:
         said = _write(format, model, ours, folder)
         exported = {"format": format, **said, "weights_sha256_before": state_digest(file.backbone)}
         write_json(folder / "model.json", model.card | {"export": exported})
@@ -118,17 +117,3 @@ def _refuse_the_weights(output: Path, weights: Path) -> None:
     for path in (weights.parent.resolve() / weights.name, weights.resolve()):
         if output.resolve() in path.parents:
             raise ConfigError(f"{output} holds the weights {weights} and would be replaced: give another folder")
-
-
-@contextlib.contextmanager
-def _named_errors(output: Path) -> Iterator[None]:
-    """Says in a sentence what keeps the system from writing: a full disk, no permission, a file in the way."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno is None:  # not the system's, but raised by another library
-            raise
-        raise ConfigError(
-            f"{output} cannot be written ({error}); free space, or give a folder that can be made; what was there is "
-            "left as it was"
-        ) from None

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoscope.errors import CheckpointError
-from dinoscope.files import atomic_paths, read_json, write_json
-from dinoscope.train.disk_errors import disk_error, in_words
+from dinoscope.files import atomic_paths, read_json, write_json, writing
+from dinoscope.train.disk_errors import disk_error
 
 __all__ = ["State", "write_model"]
 
@@ -43,19 +43,13 @@ def write_model(output: Path, networks: Mapping[str, Mapping[str, State]], card:
     if list(networks) == ["teacher"]:
         flat = networks["teacher"]["backbone"] if list(networks["teacher"]) == ["backbone"] else whole["teacher"]
     _check_place(output)
-    try:
-        paths = (output.with_suffix(".safetensors"), output, output.with_name("model.json"))
-        with atomic_paths(*paths) as (plain, pickled, described):
-            save_file(flat, plain, {"format": "pt", "weights_sha256": card["weights_sha256"]})
-            torch.save(whole, pickled)
-            write_json(described, {"weights_file": output.name, **card})
-            shutil.copymode(pickled, plain)
-            _check_written(plain, flat, pickled)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if (found := disk_error(error)) is None and not isinstance(error, SafetensorError):
-            raise
-        cause = in_words(found) if found else str(error)
-        raise CheckpointError(f"{output} cannot be written ({cause}); nothing was changed") from error
+    paths = (output.with_suffix(".safetensors"), output, output.with_name("model.json"))
+    with writing(output, CheckpointError, SafetensorError), atomic_paths(*paths) as (plain, pickled, described):
+        save_file(flat, plain, {"format": "pt", "weights_sha256": card["weights_sha256"]})
+        _save_torch(whole, pickled)
+        write_json(described, {"weights_file": output.name, **card})
+        shutil.copymode(pickled, plain)  # safetensors lets only the owner read
+        _check_written(plain, flat, pickled)
     _log.info(
         "%s: %s, %d values",
         *(output.name, card["backbone"]["arch"], sum(t.numel() for t in networks["teacher"]["backbone"].values())),
@@ -72,6 +66,13 @@ def _check_place(output: Path) -> None:
     other = output.with_name(read_json(card).get("weights_file", output.name))
     if other.name != output.name and other.is_file():
         raise CheckpointError(f"{card} is the card of {other.name}; give {output.name} a folder of its own")
+
+
+def _save_torch(content: Mapping[str, State], path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's own, while it handles the system's
+        raise disk_error(error) or error from error
 
 
 def _check_written(plain: Path, tensors: State, pickled: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the file system says when features cannot be written, in one sentence, whatever HDF5 makes of it."""
+"""HDF5 files on a disk that may be full."""
 
 import contextlib
 import os
@@ -6,30 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinoscope.errors import FeaturesError
-
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["new_h5", "writing"]
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Says in a sentence what keeps the system from writing: a full disk, no permission, a file in the way.
-
-    Raises:
-        FeaturesError: Names `path` and the reason.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # not the system's, but raised by another library
-            raise
-        raise FeaturesError(
-            f"{path} cannot be written ({os.strerror(error.errno)}); free space, or give a place that can be written; "
-            "what was there is left as it was"
-        ) from error
+__all__ = ["new_h5"]
 
 
 @contextlib.contextmanager

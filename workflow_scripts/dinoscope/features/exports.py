@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 
 from dinoscope import __version__
 from dinoscope.errors import FeaturesError
-from dinoscope.features.disk import new_h5, writing
+from dinoscope.features.disk import new_h5
 from dinoscope.features.writers import FeatureInfo, open_features
-from dinoscope.files import atomic_path, atomic_paths
+from dinoscope.files import atomic_path, atomic_paths, writing
 from dinoscope.slides.manifest import manifest_digest, read_tiles
 
 __all__ = ["FORMATS", "export_features"]
@@ -101,7 +101,7 @@ def export_features(
                 f"{features} holds the features of other tiles than {tiles} has; extract them again, or give the "
                 "manifest that they were made from"
             )
-        with writing(output_dir / f"{info.slide_id} ({format_name})"):
+        with writing(output_dir / f"{info.slide_id} ({format_name})", FeaturesError):
             return FORMATS[format_name](_Source(features, file, info, table, slide), output_dir)
 
 

@@ -23,9 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from dinoscope.errors import DinoscopeError, SlideError
-from dinoscope.features.disk import writing
-from dinoscope.files import atomic_path, read_json, sha256_file, write_json, write_text
+from dinoscope.errors import DinoscopeError, FeaturesError, SlideError
+from dinoscope.files import atomic_path, read_json, sha256_file, write_json, write_text, writing
 from dinoscope.processes import snakemake_ancestor, still_alive
 from dinoscope.slides.skipping import Attempt, files_signature
 from dinoscope.train.lock import WITHOUT_FLOCK
@@ -134,19 +133,19 @@ class SharedSlide:
     def finishing(self, made_with: MadeWith) -> Iterator[None]:
         """Features are written to `finished` within, under a claim; the receipt follows when that went well."""
         receipt = self.receipt(made_with)  # of what is read, not of what may have changed meanwhile
-        with writing(self.finished):
+        with writing(self.finished, FeaturesError):
             self._receipt_path.unlink(missing_ok=True)
             for left in self.finished.parent.glob(f".{glob.escape(self.finished.stem)}.*.partial.h5"):
                 left.unlink(missing_ok=True)  # by a process that was killed: nobody else is at this slide
         yield
         # the output is a link to it: whoever writes into that changes this
         written = {"size": self.finished.stat().st_size, "content": sha256_file(self.finished)}
-        with writing(self._receipt_path):
+        with writing(self._receipt_path, FeaturesError):
             write_json(self._receipt_path, receipt | written)
 
     def publish(self) -> None:
         """Links the finished features to the output, or copies them where the file system has no links."""
-        with writing(self.output), atomic_path(self.output) as temporary:
+        with writing(self.output, FeaturesError), atomic_path(self.output) as temporary:
             try:
                 os.link(self.finished, temporary)
             except OSError:
@@ -248,7 +247,7 @@ def claim(slide: SharedSlide, *, wait: bool) -> Iterator[bool]:
     """
     path = slide.finished.with_name(f".{slide.finished.stem}.lock")
     with contextlib.ExitStack() as stack:
-        with writing(slide.output):
+        with writing(slide.output, FeaturesError):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
         try:

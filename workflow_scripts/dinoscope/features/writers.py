@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 
 from dinoscope.errors import FeaturesError
-from dinoscope.features.disk import new_h5, writing
-from dinoscope.files import atomic_path
+from dinoscope.features.disk import new_h5
+from dinoscope.files import atomic_path, writing
 
 __all__ = [
     "FeatureFile",
@@ -116,7 +116,7 @@ class FeatureWriter:
         self._file["coords"][rows] = coords
         if patch_features is not None:
             self._file["patch_features"][rows] = patch_features
-        with writing(self._path):
+        with writing(self._path, FeaturesError):
             self._check()  # here, so that a full disk does not show at the end alone
         self.num_written = rows.stop
 
@@ -145,7 +145,7 @@ def write_features(
     """
     read: OSError | None = None  # an error of what is read meanwhile, which is not the file's
     try:
-        with writing(path), atomic_path(path) as temporary, new_h5(temporary) as (file, check):
+        with writing(path, FeaturesError), atomic_path(path) as temporary, new_h5(temporary) as (file, check):
             _make_datasets(file, num_tiles, embed_dim, dtype, patch_shape)
             _write_attributes(file, info)
             writer = FeatureWriter(file, num_tiles, path, check)

@@ -1,6 +1,7 @@
 """`training_metrics.json`: one JSON object a line, appended while training."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from dinoscope.errors import RunError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["METRICS_NAME", "append_metrics", "best_iteration", "read_events", "read_metrics"]
+__all__ = ["METRICS_NAME", "append_metrics", "best_iteration", "metrics_at", "read_events", "read_metrics"]
 
 METRICS_NAME = "training_metrics.json"
 
@@ -51,6 +52,17 @@ def read_metrics(run: str | Path) -> "pd.DataFrame":
     frame = pd.DataFrame(numbers, index=pd.Index(rows, name="iteration"), dtype=float).drop(columns="iteration")
     frame.attrs["events"] = events
     return frame
+
+
+def metrics_at(run: str | Path, iteration: int | None = None) -> dict[str, float]:
+    """What was logged last at or before an iteration, or last of all; finite values only.
+
+    Raises:
+        RunError: There is no such file, or it holds no iteration.
+    """
+    logged = read_metrics(run).loc[:iteration]
+    last = logged.iloc[-1].items() if len(logged) else ()
+    return {name: value for name, value in last if math.isfinite(value)}
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ from dinoscope.train.distributed import World
 from dinoscope.train.forecast import forecast
 from dinoscope.train.health import HealthWindow
 from dinoscope.train.lock import HeldLock, run_lock
-from dinoscope.train.metrics import append_metrics, best_iteration, read_metrics
+from dinoscope.train.metrics import append_metrics, best_iteration, metrics_at
 from dinoscope.train.optimizer import build_optimizer, copy_state
 from dinoscope.train.outlook import Warmup, outlook, warnings
 from dinoscope.train.parallelize import parallelize
@@ -522,7 +522,7 @@ class Trainer:
             "samples_seen": self.num_iterations * self.global_batch,
             **describe_windows(self.images.windows, sizes.choices),
             "strata": [vars(share) for share in self.order.shares(self.num_iterations)],
-            "metrics": _last_metrics(self.run_dir),
+            "metrics": metrics_at(self.run_dir),
         }
 
 
@@ -548,10 +548,6 @@ def _schedule_line(values: ScheduleValues) -> dict[str, float]:
     if values.gram_weight is not None:
         line["gram_weight"] = values.gram_weight
     return line
-
-
-def _last_metrics(run_dir: Path) -> dict[str, Any]:
-    return {key: value for key, value in read_metrics(run_dir).iloc[-1].items() if value == value}
 
 
 def _stream_seed(seed: int, run: str) -> int:

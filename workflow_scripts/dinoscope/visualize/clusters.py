@@ -8,10 +8,8 @@ Shapes: N tiles, K components, C clusters.
 """
 
 import hashlib
-import io
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureFile
 from dinoscope.files import atomic_path, read_json, write_json
+from dinoscope.visualize.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.visualize.color_basis import ColorBasis
 from dinoscope.visualize.pca import MAX_TILES, sample_features
 
@@ -154,8 +153,7 @@ def fit_clusters(
 def save_clusters(clusters: Clusters, folder: str | os.PathLike[str]) -> None:
     """Writes clusters.npz and, last, clusters.json into a folder."""
     folder = Path(folder)
-    with atomic_path(folder / "clusters.npz") as temporary:
-        np.savez(temporary, centres=clusters.centres)
+    write_arrays(folder / "clusters.npz", centres=clusters.centres)
     write_json(folder / "clusters.json", clusters.info)
 
 
@@ -166,18 +164,13 @@ def load_clusters(folder: str | os.PathLike[str]) -> Clusters:
         FeaturesError: A file is missing or damaged.
     """
     folder = Path(folder)
-    try:
-        info = read_json(folder / "clusters.json")
-        with np.load(io.BytesIO((folder / "clusters.npz").read_bytes())) as arrays:
-            return Clusters(arrays["centres"], info)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FeaturesError(f"{folder}: no whole clusters ({error}); run clusters.py fit again") from error
+    with damage_named(folder, "clusters", "run clusters.py fit again"):
+        return Clusters(read_arrays(folder / "clusters.npz")["centres"], read_json(folder / "clusters.json"))
 
 
 def write_labels(path: str | os.PathLike[str], labels: np.ndarray) -> None:
     """Writes the clusters of a slide's tiles, `labels` int16 in the order of its feature file, as .npz."""
-    with atomic_path(path) as temporary:
-        np.savez(temporary, labels=labels.astype(np.int16))
+    write_arrays(path, labels=labels.astype(np.int16))
 
 
 def write_geojson(path: str | os.PathLike[str], file: FeatureFile, labels: np.ndarray, clusters: Clusters) -> None:

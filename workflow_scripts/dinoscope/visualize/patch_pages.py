@@ -132,8 +132,7 @@ def draw_patch_colors(
         overview: A picture for the place below the image; the image again when there is none.
         um_per_px: Micrometres a pixel of the image, for the scale bar.
     """
-    scale = COLORS_PX / max(image.shape[:2])
-    height, width = (round(side * scale) for side in image.shape[:2])
+    height, width, shown_um = _sides(image, COLORS_PX, um_per_px)
     shown = _shown(image, height, width)
     panels = [Panel(shown, "image", _size(image, um_per_px))]
     if overview is None:
@@ -152,7 +151,7 @@ def draw_patch_colors(
             scores = upsampled_scores(seen, 0, shown, None if upsampler == "jbu" else upsampler)
             below.append(Panel(_shown(colored(scores, seen.basis), height, width), "", _UPSAMPLED[upsampler == "jbu"]))
     rows = [panels] if upsampler is None and overview is None else [panels, below]
-    save_panels(output, rows, title=title, subtitle=subtitle, um_per_px=um_per_px and um_per_px / scale)
+    save_panels(output, rows, title=title, subtitle=subtitle, um_per_px=shown_um)
 
 
 _UPSAMPLED = {True: "upsampled along the edges of the image", False: "upsampled"}
@@ -179,8 +178,7 @@ def draw_similarity(
         subtitle: Below it.
         um_per_px: Micrometres a pixel of the image, for the scale bar.
     """
-    scale = SIMILARITY_PX / max(image.shape[:2])
-    height, width = (round(side * scale) for side in image.shape[:2])
+    height, width, shown_um = _sides(image, SIMILARITY_PX, um_per_px)
     rows = []
     for number, (x, y) in enumerate(places):
         row = [Panel(_marked(_shown(image, height, width), x, y), "" if number else "image", f"patch {number + 1}")]
@@ -197,7 +195,14 @@ def draw_similarity(
                 )
             )
         rows.append(row)
-    save_panels(output, rows, title=title, subtitle=subtitle, um_per_px=um_per_px and um_per_px / scale)
+    save_panels(output, rows, title=title, subtitle=subtitle, um_per_px=shown_um)
+
+
+def _sides(image: np.ndarray, longest_px: int, um_per_px: float | None) -> tuple[int, int, float | None]:
+    """Height and width of the image on the page, and micrometres a pixel there."""
+    scale = longest_px / max(image.shape[:2])
+    height, width = (round(side * scale) for side in image.shape[:2])
+    return height, width, um_per_px and um_per_px / scale
 
 
 def _scores(features: np.ndarray, basis: ColorBasis) -> np.ndarray:

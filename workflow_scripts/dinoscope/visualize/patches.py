@@ -18,8 +18,8 @@ from dinoscope.errors import FeaturesError
 from dinoscope.visualize.color_basis import ColorBasis, fit_colors
 
 __all__ = [
-    "LoadedEncoder",
     "PatchEncoder",
+    "TorchPatchEncoder",
     "agreeing_with",
     "cosine_similarity",
     "dense_features",
@@ -47,7 +47,7 @@ class PatchEncoder(Protocol):
 
 
 @dataclass
-class LoadedEncoder:
+class TorchPatchEncoder:
     """A torch module as a `PatchEncoder`.
 
     Attributes:
@@ -88,7 +88,7 @@ class LoadedEncoder:
 
 def load_patch_encoder(
     name: str, source: str | Path, device: str = "auto", architecture: str | None = None
-) -> LoadedEncoder:
+) -> TorchPatchEncoder:
     """Loads an encoder of any kind that features can be taken with (features/encoders.py).
 
     Args:
@@ -106,7 +106,7 @@ def load_patch_encoder(
     loaded = load_encoder(source, architecture=architecture, device=choose_device(device))
     # DINOv2 interpolates its positions to images of any size, as it was trained to in the end
     takes_any_size = loaded.kind.startswith("Hugging Face dinov2")
-    return LoadedEncoder(name, loaded.model, None if takes_any_size else loaded.image_px)
+    return TorchPatchEncoder(name, loaded.model, None if takes_any_size else loaded.image_px)
 
 
 def dense_features(encoder: PatchEncoder, image: np.ndarray) -> np.ndarray:

@@ -7,10 +7,8 @@ Shapes: N tiles, D feature dimensions, K components.
 """
 
 import hashlib
-import io
 import os
 import platform
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,7 +20,8 @@ import numpy as np
 import dinoscope
 from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureFile, FeatureInfo, check_same_kind, read_features, read_info
-from dinoscope.files import atomic_path, read_json, write_json
+from dinoscope.files import read_json, write_json
+from dinoscope.visualize.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.visualize.color_basis import DARKEST, ColorBasis, fit_colors, kind_of
 
 __all__ = ["DARKEST", "ColorBasis", "fit_basis", "load_basis", "rounding_note", "sample_features", "save_basis"]
@@ -112,11 +111,10 @@ def balanced_quotas(counts: Sequence[int], total: int) -> list[int]:
 def save_basis(basis: ColorBasis, folder: str | os.PathLike[str]) -> None:
     """Writes basis.npz and, last, basis.json into a folder."""
     folder = Path(folder)
-    with atomic_path(folder / "basis.npz") as temporary:
-        arrays = {name: getattr(basis, name) for name in _ARRAYS}
-        if basis.gate is not None:
-            arrays |= {"gate": basis.gate, "gate_below": np.float32(basis.gate_below)}
-        np.savez(temporary, **arrays)
+    arrays = {name: getattr(basis, name) for name in _ARRAYS}
+    if basis.gate is not None:
+        arrays |= {"gate": basis.gate, "gate_below": np.float32(basis.gate_below)}
+    write_arrays(folder / "basis.npz", **arrays)
     write_json(folder / "basis.json", basis.info)
 
 
@@ -127,14 +125,10 @@ def load_basis(folder: str | os.PathLike[str]) -> ColorBasis:
         FeaturesError: A file is missing or damaged.
     """
     folder = Path(folder)
-    try:
-        info = read_json(folder / "basis.json")
-        # from memory: numpy leaves the file open when it is damaged
-        with np.load(io.BytesIO((folder / "basis.npz").read_bytes())) as arrays:
-            gate = {"gate": arrays["gate"], "gate_below": float(arrays["gate_below"])} if "gate" in arrays else {}
-            return ColorBasis(**{name: arrays[name] for name in _ARRAYS}, info=info, **gate)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FeaturesError(f"{folder}: no whole PCA basis ({error}); run pca.py fit again") from error
+    with damage_named(folder, "PCA basis", "run pca.py fit again"):
+        info, arrays = read_json(folder / "basis.json"), read_arrays(folder / "basis.npz")
+        gate = {"gate": arrays["gate"], "gate_below": float(arrays["gate_below"])} if "gate" in arrays else {}
+        return ColorBasis(**{name: arrays[name] for name in _ARRAYS}, info=info, **gate)
 
 
 def rounding_note(info: dict[str, Any]) -> str:

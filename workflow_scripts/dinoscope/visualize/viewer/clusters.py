@@ -4,17 +4,15 @@ SLIDE.npz      `labels`, integers (N,), one a tile in the order of the slide's f
 clusters.json  `colors`, a list of "#rrggbb", one a cluster; optionally `names`, as many words
 """
 
-import io
 import os
 import re
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from dinoscope.errors import FeaturesError
 from dinoscope.files import read_json
+from dinoscope.visualize.arrays import damage_named, read_arrays
 
 __all__ = ["TileClusters", "read_clusters"]
 
@@ -49,11 +47,8 @@ def read_clusters(
         FeaturesError: A file is missing or damaged, or does not fit the features.
     """
     colors, names = _read_legend(legend)
-    try:
-        with np.load(io.BytesIO(Path(labels).read_bytes())) as arrays:
-            found = arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FeaturesError(f"{labels}: no clusters of tiles ({error}); make the clusters again") from error
+    with damage_named(labels, "clusters of tiles", "make the clusters again"):
+        found = read_arrays(labels)["labels"]
     if found.shape != (num_tiles,) or found.dtype.kind not in "iu":
         raise FeaturesError(
             f"{labels}: labels {found.dtype} {found.shape} are not one integer for each of the {num_tiles} tiles of "

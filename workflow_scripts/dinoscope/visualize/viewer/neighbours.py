@@ -8,9 +8,7 @@ Shapes: N tiles of a slide, M tiles of the sample, D feature dimensions, K neigh
 """
 
 import hashlib
-import io
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ import numpy as np
 
 from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureFile, FeatureInfo, check_same_kind, read_features, read_info
-from dinoscope.files import atomic_path, write_json
+from dinoscope.files import write_json
+from dinoscope.visualize.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.visualize.pca import balanced_quotas
 
 __all__ = [
@@ -37,6 +36,7 @@ MAX_TILES = 50_000  # numbers of tiles are stored in 16 bits
 NONE = 65_535  # in place of a tile's number where there are fewer neighbours than were asked for
 _CHUNK_VALUES = 2**24  # 64 MiB of similarities at once
 _BLOCK = 64
+_ARRAYS = ("sides", "counts", "slide", "coords", "features")
 _KIND = ("model", "weights_sha256", "pooling", "mpp", "tile_px")
 
 
@@ -134,10 +134,9 @@ def draw_sample(paths: Sequence[str | os.PathLike[str]], *, seed: int = 0, max_t
 def save_sample(sample: TileSample, path: str | os.PathLike[str]) -> None:
     """Writes a sample to PATH.npz and, last, the names of its slides to PATH.json."""
     path = Path(path)
-    with atomic_path(path.with_suffix(".npz")) as temporary:
-        arrays = {name: getattr(sample, name) for name in ("sides", "counts", "slide", "coords", "features")}
-        kind = {f"kind_{key}": value for key, value in sample.kind.items()}
-        np.savez(temporary, slides=np.array(sample.slides, dtype=str), max_tiles=sample.max_tiles, **arrays, **kind)
+    arrays = {name: getattr(sample, name) for name in _ARRAYS} | {"slides": np.array(sample.slides, dtype=str)}
+    kind = {f"kind_{key}": value for key, value in sample.kind.items()}
+    write_arrays(path.with_suffix(".npz"), **arrays, **kind, max_tiles=sample.max_tiles)
     numbers = {"num_tiles": int(sample.counts.sum()), "num_tiles_sampled": len(sample.slide)}
     numbers["max_tiles"] = sample.max_tiles
     write_json(path.with_suffix(".json"), {**sample.kind, **numbers, "slides": sample.slides})
@@ -149,16 +148,14 @@ def load_sample(path: str | os.PathLike[str]) -> TileSample:
     Raises:
         FeaturesError: The file is missing or damaged.
     """
-    try:
-        with np.load(io.BytesIO(Path(path).read_bytes())) as arrays:
-            return TileSample(
-                slides=arrays["slides"].tolist(),
-                **{name: arrays[name] for name in ("sides", "counts", "slide", "coords", "features")},
-                kind={key: arrays[f"kind_{key}"].item() for key in _KIND},
-                max_tiles=int(arrays["max_tiles"]),
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FeaturesError(f"{path}: no whole sample of tiles ({error}); run build_viewer.py sample again") from error
+    with damage_named(path, "sample of tiles", "run build_viewer.py sample again"):
+        arrays = read_arrays(path)
+        return TileSample(
+            slides=arrays["slides"].tolist(),
+            **{name: arrays[name] for name in _ARRAYS},
+            kind={key: arrays[f"kind_{key}"].item() for key in _KIND},
+            max_tiles=int(arrays["max_tiles"]),
+        )
 
 
 def nearest_tiles(file: FeatureFile, sample: TileSample, num: int) -> tuple[Neighbours, Neighbours]:
