@@ -20,7 +20,8 @@ import numpy as np
 from dinoscope.errors import SlideError
 from dinoscope.slides.tiff_directory import TiledImage, tiled_images
 from dinoscope.slides.tile_cache import TileCache
-from dinoscope.slides.tile_decoders import decoder
+from dinoscope.slides.jpeg2000 import Window
+from dinoscope.slides.tile_decoders import decoder, window_decoder
 
 __all__ = ["FastLevels", "FastTiff", "Reference", "agrees"]
 
@@ -159,13 +160,16 @@ class FastTiff:
         images = [image for image in self._images if (image.width, image.height) == (width, height)]
         return images[0] if len(images) == 1 and decoder(images[0]) else None
 
-    def read(self, image: TiledImage, left: int, top: int, width: int, height: int) -> np.ndarray | None:
+    def read(
+        self, image: TiledImage, left: int, top: int, width: int, height: int, keep: bool | None = None
+    ) -> np.ndarray | None:
         """Pixels of an image.
 
         Args:
             image: One that `find` gave.
             left, top: Corner in pixels of the image.
             width, height: Size; the rectangle must lie within the image.
+            keep: Whether to decode whole tiles and keep them; the cache decides where that is not said.
 
         Returns:
             uint8 (height, width, 3), RGB; None when one of the tiles is missing or damaged.
@@ -173,16 +177,18 @@ class FastTiff:
         places = list(_places(image, left, top, width, height))
         if places == [(places[0][0], 0, 0)] and (width, height) == (image.tile_width, image.tile_height):
             return self._whole_tile(image, places[0][0])
-        keep = len(places) <= _MAX_KEPT_TILES and self._cache.worthwhile()
+        if keep is None:
+            keep = self._keeps(image, [number for number, _, _ in places])
         region = np.empty((height, width, 3), np.uint8)
         for number, x, y in places:
-            tile = self._tile(image, number, keep)
-            if tile is None:
+            # where the tile and the region overlap, in pixels of the tile
+            window = Window(
+                max(-x, 0), max(-y, 0), min(image.tile_width, width - x), min(image.tile_height, height - y)
+            )
+            part = self._part(image, number, window, keep)
+            if part is None:
                 return None
-            # where the tile and the region overlap, in pixels of the region
-            first_x, first_y = max(x, 0), max(y, 0)
-            last_x, last_y = min(x + image.tile_width, width), min(y + image.tile_height, height)
-            region[first_y:last_y, first_x:last_x] = tile[first_y - y : last_y - y, first_x - x : last_x - x]
+            region[y + window.top : y + window.bottom, x + window.left : x + window.right] = part
         return region
 
     def _whole_tile(self, image: TiledImage, number: int) -> np.ndarray | None:
@@ -190,14 +196,26 @@ class FastTiff:
         kept = self._cache.peek((self._owner, id(image), number))
         return self._decode(image, number) if kept is None else kept.copy()
 
-    def _tile(self, image: TiledImage, number: int, keep: bool) -> np.ndarray | None:
-        key = (self._owner, id(image), number)
-        if keep:
-            return self._cache.get(key, lambda: self._decode(image, number))
-        kept = self._cache.peek(key)
-        return self._decode(image, number) if kept is None else kept
+    def _keeps(self, image: TiledImage, numbers: list[int]) -> bool:
+        """Whether to keep the tiles of a region; those of a large one are neither kept nor remembered."""
+        if len(numbers) > _MAX_KEPT_TILES:
+            return False
+        keep = self._cache.worthwhile()
+        for number in () if keep else numbers:
+            self._cache.passed((self._owner, id(image), number), image.tile_width * image.tile_height * 3)
+        return keep
 
-    def _decode(self, image: TiledImage, number: int) -> np.ndarray | None:
+    def _part(self, image: TiledImage, number: int, window: Window, keep: bool) -> np.ndarray | None:
+        """A part of a tile; all of it is decoded where it is to be kept, or where that takes no longer."""
+        key = (self._owner, id(image), number)
+        tile = self._cache.get(key, lambda: self._decode(image, number)) if keep else self._cache.peek(key)
+        if tile is None and not keep:
+            if window_decoder(image) is not None:
+                return self._decode(image, number, window)
+            tile = self._decode(image, number)
+        return None if tile is None else tile[window.top : window.bottom, window.left : window.right]
+
+    def _decode(self, image: TiledImage, number: int, window: Window | None = None) -> np.ndarray | None:
         offset, size = int(image.offsets[number]), int(image.sizes[number])
         if not (self._close.alive and 0 < size <= _MAX_TILE_BYTES and offset + size <= self._length):
             return None
@@ -205,7 +223,9 @@ class FastTiff:
             stream = os.pread(self._file, size, offset)
         except OSError:
             return None
-        return decoder(image)(stream, image) if len(stream) == size else None
+        if len(stream) != size:
+            return None
+        return decoder(image)(stream, image) if window is None else window_decoder(image)(stream, image, window)
 
 
 def agrees(tiff: FastTiff, image: TiledImage, reference: Callable[[int, int, int, int], np.ndarray]) -> bool:
@@ -228,7 +248,7 @@ def agrees(tiff: FastTiff, image: TiledImage, reference: Callable[[int, int, int
     largest, last = (_rectangle(image, int(number)) for number in (image.sizes.argmax(), stored[-1]))
     compared = 0
     for place in dict.fromkeys((largest, straddling, last)):
-        pixels = tiff.read(image, *place)
+        pixels = tiff.read(image, *place, keep=False)  # of the second, parts of tiles are decoded where that is faster
         if pixels is None:
             continue
         try:
