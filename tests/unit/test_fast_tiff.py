@@ -21,7 +21,7 @@ from dinoscope.slides import fast_tiff
 from dinoscope.slides.reader import Slide, SlidePool
 from dinoscope.slides.tiff_directory import tiled_images
 from dinoscope.slides.tile_cache import TileCache
-from synthetic_slides import APERIO, split_jpeg, texture, write_lossless, write_tiled
+from synthetic_slides import APERIO, split_jpeg, texture, write_tiled
 
 HEIGHT, WIDTH = 1000, 1240  # whole numbers of pixels at downsample 4, but no whole number of tiles
 
@@ -67,6 +67,7 @@ def write_abbreviated(path: Path, image: np.ndarray, colours: str) -> Path:
     )
 
 
+DIFFERENCES = {"photometric": "rgb", "predictor": 2}
 KINDS: dict[str, Callable[[Path, np.ndarray], Path]] = {
     "4:2:0": lambda path, image: write_tiled(path, image, jpeg("420"), subsampling=(2, 2)),
     "4:2:2": lambda path, image: write_tiled(path, image, jpeg("422"), subsampling=(2, 1)),
@@ -94,7 +95,12 @@ KINDS: dict[str, Callable[[Path, np.ndarray], Path]] = {
     "deflate, old number": lambda path, image: write_tiled(path, image, deflate, compression=32946, photometric="rgb"),
     "LZW": lambda path, image: write_tiled(path, image, imagecodecs.lzw_encode, compression=5, photometric="rgb"),
     "LZW of differences": lambda path, image: write_tiled(
-        path, image, lambda tile: imagecodecs.lzw_encode(differences(tile)), compression=5, photometric="rgb", predictor=2
+        path,
+        image,
+        lambda tile: imagecodecs.lzw_encode(differences(tile)),
+        compression=5,
+        photometric="rgb",
+        predictor=2,
     ),
     "deflate of differences": lambda path, image: write_tiled(
         path, image, lambda tile: deflate(differences(tile)), compression=8, photometric="rgb", predictor=2
@@ -522,6 +528,24 @@ def test_all_colours_of_jpeg_2000(tmp_path: Path) -> None:
     with Slide(path, "S") as slide:
         assert slide.decodes_directly(0)
         assert np.array_equal(slide.read_region(0, 0, 0, 4096, 256), reference(path, 0, 0, 0, 4096, 256))
+
+
+@pytest.mark.parametrize("kind", ["JPEG 2000, Aperio, YCbCr", "JPEG 2000, Aperio, RGB", "4:2:0", "deflate"])
+def test_tiles_that_are_not_kept_have_the_same_pixels(
+    tmp_path: Path, image: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of JPEG 2000 only parts are decoded then."""
+    monkeypatch.setattr(TileCache, "worthwhile", lambda self: False)
+    path = KINDS[kind](tmp_path / "s.tiff", image)
+    whole = reference(path, 0, 0, 0, WIDTH, HEIGHT)
+    rng = np.random.default_rng(11)
+    with Slide(path, "S") as slide:
+        assert slide.decodes_directly(0)
+        for _ in range(40):
+            width, height = (int(side) for side in rng.integers(1, 400, 2))
+            x, y = int(rng.integers(WIDTH - width)), int(rng.integers(HEIGHT - height))
+            assert np.array_equal(slide.read_region(x, y, 0, width, height), whole[y : y + height, x : x + width])
+        assert len(slide._fast._tiff._cache) == 0
 
 
 # real slides

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from dinoscope.errors import SlideError
+from dinoscope.slides.jpeg2000 import Window
 from dinoscope.slides.tiff_directory import TiledImage, tiled_images
 from dinoscope.slides.tile_cache import TileCache
-from dinoscope.slides.jpeg2000 import Window
 from dinoscope.slides.tile_decoders import decoder, window_decoder
 
 __all__ = ["FastLevels", "FastTiff", "Reference", "agrees"]

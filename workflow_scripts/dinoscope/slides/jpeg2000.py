@@ -206,6 +206,4 @@ def _decode_all(stream: bytes, width: int, height: int, window: Window) -> list[
         imagecodecs.jpeg2k_decode(stream, planar=True, out=planes)
     except (imagecodecs.Jpeg2kError, ValueError):
         return None
-    return [
-        np.ascontiguousarray(plane[window.top : window.bottom, window.left : window.right]) for plane in planes
-    ]
+    return [np.ascontiguousarray(plane[window.top : window.bottom, window.left : window.right]) for plane in planes]
