@@ -22,7 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow_scripts"))
 
 
-from dinoscope.data.packed import open_packed, pack_slide, write_index
+from dinoscope.data.packed import open_packed
+from dinoscope.data.packing import pack_slide, write_index
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.tiles import open_tiles
 from dinoscope.slides.manifest import TILE_SCHEMA, read_tiles, write_tiles

@@ -21,7 +21,7 @@ from dinoscope.errors import SlideError
 from dinoscope.slides.jpeg2000 import Window
 from dinoscope.slides.tiff_directory import TiledImage, tiled_images
 from dinoscope.slides.tile_cache import TileCache
-from dinoscope.slides.tile_decoders import decoder, window_decoder
+from dinoscope.slides.tile_decoders import decoder, whole_jpeg, window_decoder
 
 __all__ = ["FastLevels", "FastTiff", "Reference", "agrees"]
 
@@ -93,6 +93,19 @@ class FastLevels:
         if x % step or y % step:  # between two pixels of the level OpenSlide interpolates
             return None
         return self._tiff.read(image, x // step, y // step, width, height)
+
+    def stored_jpeg(self, x: int, y: int, level: int, side: int, reference: Reference) -> bytes | None:
+        """The JPEG of a square that is stored as such (see `Slide.stored_jpeg`), None where it is not."""
+        image = self._image(level, reference)
+        step = round(self._downsamples[level])
+        if image is None or x % step or y % step or (image.tile_width, image.tile_height) != (side, side):
+            return None
+        left, top = x // step, y // step
+        outside = min(left, top) < 0 or left + side > image.width or top + side > image.height
+        if outside or left % side or top % side:
+            return None
+        stream = self._tiff.stream(image, top // side * image.columns + left // side)
+        return None if stream is None else whole_jpeg(stream, image)
 
     def _image(self, level: int, reference: Reference) -> TiledImage | None:
         if level not in self._images:
@@ -216,6 +229,13 @@ class FastTiff:
         return None if tile is None else tile[window.top : window.bottom, window.left : window.right]
 
     def _decode(self, image: TiledImage, number: int, window: Window | None = None) -> np.ndarray | None:
+        stream = self.stream(image, number)
+        if stream is None:
+            return None
+        return decoder(image)(stream, image) if window is None else window_decoder(image)(stream, image, window)
+
+    def stream(self, image: TiledImage, number: int) -> bytes | None:
+        """The bytes of a tile; None where it has none, or they cannot be read."""
         offset, size = int(image.offsets[number]), int(image.sizes[number])
         if not (self._close.alive and 0 < size <= _MAX_TILE_BYTES and offset + size <= self._length):
             return None
@@ -223,9 +243,7 @@ class FastTiff:
             stream = os.pread(self._file, size, offset)
         except OSError:
             return None
-        if len(stream) != size:
-            return None
-        return decoder(image)(stream, image) if window is None else window_decoder(image)(stream, image, window)
+        return stream if len(stream) == size else None
 
 
 def agrees(tiff: FastTiff, image: TiledImage, reference: Callable[[int, int, int, int], np.ndarray]) -> bool:

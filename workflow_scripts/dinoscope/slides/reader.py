@@ -228,6 +228,19 @@ class Slide:
         region = self.read_region(left, top, level, columns, rows)
         return resample_square(region, column_offset, row_offset, side, tile_px, averages=level > 0)
 
+    def stored_jpeg(self, x: int, y: int, level: int, side_px: int) -> bytes | None:
+        """A square that the file stores as one JPEG, as it lies there: with its tables, without texts and metadata.
+
+        Args:
+            x, y: Top-left corner in level-0 pixels.
+            level: Pyramid level.
+            side_px: Side of the square in pixels of that level.
+
+        Returns:
+            A JPEG that any decoder reads; None where nothing is stored that is just this square.
+        """
+        return None if self._fast is None else self._fast.stored_jpeg(x, y, level, side_px, self._reference)
+
     def thumbnail(self, max_px: int) -> np.ndarray:
         """The whole slide, area-averaged to at most `max_px` on its longer side; uint8 (height, width, 3), RGB."""
         longest = max(self.width, self.height)

@@ -13,7 +13,7 @@ import numpy as np
 from dinoscope.slides.jpeg2000 import Window, decode_planes
 from dinoscope.slides.tiff_directory import TiledImage
 
-__all__ = ["Decoder", "WindowDecoder", "decoder", "window_decoder"]
+__all__ = ["Decoder", "WindowDecoder", "decoder", "whole_jpeg", "window_decoder"]
 
 _NONE, _LZW, _JPEG, _DEFLATE, _OLD_DEFLATE, _APERIO_YCBCR, _APERIO_RGB = 1, 5, 7, 8, 32946, 33003, 33005
 _DIFFERENCES = 2  # predictor: every sample says what it is more than that of the pixel to the left
@@ -25,6 +25,11 @@ _MAX_TILE_PIXELS = 1 << 24
 _FRAME, _SAMPLING = b"\xff\xc0\x00\x11\x08", (11, 14, 17)
 _SCAN, _RESTARTS, _END = b"\xff\xda\x00\x0c\x03", b"\xff\xdd\x00\x04", b"\xff\xd9"
 _BLOCK, _NO_DATA = 8, 128
+
+# segments that say nothing about pixels: metadata of applications, comments
+_APPLICATION, _COMMENT, _START_OF_SCAN = range(0xE0, 0xF0), 0xFE, 0xDA
+# Adobe's segment, by whose last byte all decoders know whether the colours are RGB (0) or YCbCr (1)
+_ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 
 Decoder = Callable[[bytes, TiledImage], np.ndarray | None]
 WindowDecoder = Callable[[bytes, TiledImage, Window], np.ndarray | None]
@@ -48,6 +53,26 @@ def decoder(image: TiledImage) -> Decoder | None:
 def window_decoder(image: TiledImage) -> WindowDecoder | None:
     """What decodes a part of a tile in less time than all of it; None where nothing does."""
     return {_APERIO_RGB: _decode_jpeg2000, _APERIO_YCBCR: _decode_jpeg2000_ycbcr}.get(image.compression)
+
+
+def whole_jpeg(stream: bytes, image: TiledImage) -> bytes | None:
+    """A JPEG tile as an image of its own: with the tables that tiles share, and what the directory says of colours.
+
+    Metadata of applications and comments are left out. None for tiles that are no such JPEG.
+    """
+    if image.compression != _JPEG or image.photometric not in (_RGB, _YCBCR) or not stream.startswith(b"\xff\xd8"):
+        return None
+    kept, place = [], 2
+    while stream[place : place + 1] == b"\xff" and len(stream) >= place + 4:
+        marker, end = stream[place + 1], place + 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+        if marker == _START_OF_SCAN:
+            colours = bytes([0 if image.photometric == _RGB else 1])
+            tables = (image.tables or b"")[2:-2]  # between its markers of start and end
+            return b"".join((b"\xff\xd8", _ADOBE, colours, tables, *kept, stream[place:]))
+        if marker not in _APPLICATION and marker != _COMMENT:
+            kept.append(stream[place:end])
+        place = end
+    return None
 
 
 def _decode_lossless(stream: bytes, image: TiledImage) -> np.ndarray | None:
