@@ -267,6 +267,10 @@ class PackedTiles(SlideTiles):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_files": OrderedDict()}
 
+    def reader_digest(self) -> None:
+        """No reader takes part any more: the pixels themselves are sealed."""
+        return
+
     def _read(self, index: int) -> tuple[np.ndarray, str]:
         """The tile as it was packed, and its id: slide_id@x,y in level-0 pixels.
 

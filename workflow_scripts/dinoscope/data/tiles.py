@@ -26,6 +26,7 @@ from dinoscope.slides.privacy import without_file_name
 from dinoscope.slides.reader import SlidePool
 from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import SlideRecord, read_slide_table
+from dinoscope.slides.user_reader import serves, source_digest
 
 __all__ = [
     *("MappedTiles", "SlideAccess", "SlideRows", "SlideTiles", "Tile", "TileKind", "find_tiles", "map_manifest"),
@@ -233,6 +234,16 @@ class SlideTiles:
     def digest(self) -> str:
         """Of the manifest."""
         return self._digest
+
+    def reader_digest(self) -> str | None:
+        """Of the user's own reader (`source_digest`), where it reads any of the slides; None where OpenSlide reads all.
+
+        Raises:
+            ConfigError: There is no such reader.
+        """
+        reader = self._access.reader
+        used = any(serves(reader, self._slides.path(slide_id)) for slide_id in self.slide_ids)
+        return source_digest(reader) if used else None
 
 
 def _stratum(slide: SlideRecord) -> str:
