@@ -122,6 +122,15 @@ class MappedTiles:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def kind_runs(self) -> list[tuple[TileKind, int, int]]:
+        """Kind, first row and number of rows of every stretch of rows that are of one kind."""
+        runs, row = [], 0
+        for kinds, _, _ in self._columns:
+            bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+            runs += [(self.kinds[kinds[a]], row + a, b - a) for a, b in pairwise(bounds) if b > a]
+            row += len(kinds)
+        return runs
+
     def __getitem__(self, index: int) -> Tile:
         batch = int(np.searchsorted(self._ends, index, side="right"))
         kind, x, y = self._columns[batch]
@@ -230,6 +239,13 @@ class SlideTiles:
             ManifestError: See `MappedTiles.slide_runs`.
         """
         return [SlideRows(slide, self._strata[slide], start, count) for slide, start, count in self.tiles.slide_runs()]
+
+    def rows_of_mpps(self) -> dict[float, list[tuple[int, int]]]:
+        """mpp -> first row and number of rows of every stretch of tiles of that mpp."""
+        rows: dict[float, list[tuple[int, int]]] = {}
+        for kind, start, count in self.tiles.kind_runs():
+            rows.setdefault(kind.mpp, []).append((start, count))
+        return rows
 
     def digest(self) -> str:
         """Of the manifest."""
