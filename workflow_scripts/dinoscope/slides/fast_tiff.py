@@ -1,4 +1,4 @@
-"""Decodes the JPEG and JPEG 2000 tiles of a TIFF file directly, several times faster than OpenSlide does.
+"""Decodes the tiles of a TIFF file directly, several times faster than OpenSlide does where they are JPEG or lossless.
 
 OpenSlide composes every region anew, for which it takes three times as long as for decoding it. Where tiles lie edge to
 edge and nothing has to be interpolated, copying decoded tiles side by side gives the very same pixels. Whether it does

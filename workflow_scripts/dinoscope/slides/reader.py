@@ -67,8 +67,8 @@ _ALLOWED = frozenset(
 class Slide:
     """An open slide. A context manager, and for several threads; not for use after a fork (see `SlidePool`).
 
-    JPEG and JPEG 2000 tiles of Aperio and generic tiled TIFFs are decoded directly where that gives OpenSlide's very
-    pixels, which is several times faster; decoded ones are kept for reuse, 32 MB of them a slide or pool.
+    The tiles of Aperio and generic tiled TIFFs (JPEG, JPEG 2000, lossless RGB) are decoded directly where that gives
+    OpenSlide's very pixels, which is several times faster; decoded ones are kept for reuse, 32 MB of them a slide or pool.
 
     Attributes:
         slide_id: The name used in messages and results, never the file's unless no other was given.
