@@ -68,7 +68,8 @@ class Slide:
     """An open slide. A context manager, and for several threads; not for use after a fork (see `SlidePool`).
 
     The tiles of Aperio and generic tiled TIFFs (JPEG, JPEG 2000, lossless RGB) are decoded directly where that gives
-    OpenSlide's very pixels, which is several times faster; decoded ones are kept for reuse, 32 MB of them a slide or pool.
+    OpenSlide's very pixels, which is several times faster; decoded ones are kept for reuse, 32 MB of them a slide or
+    pool.
 
     Attributes:
         slide_id: The name used in messages and results, never the file's unless no other was given.
