@@ -85,10 +85,8 @@ def test_components_of_fewer_samples_are_repeated() -> None:
     components = (jpeg2000._Component * 3)()
     for number, dx in enumerate((1, 2, 2)):
         components[number].dx, components[number].dy = dx, 1
-    image = jpeg2000._Image(0, 0, 60, 20, 3)
-    image.comps = components
     for window in (Window(0, 0, 60, 20), Window(7, 3, 8, 4), Window(1, 0, 59, 20), Window(10, 5, 31, 6)):
-        decoded = jpeg2000._whole_samples(image, window, 60, 20)
+        decoded = jpeg2000._whole_samples(list(components), window, 60, 20)
         assert decoded.left % 2 == decoded.right % 2 == 0
         part = np.ascontiguousarray(samples[decoded.top : decoded.bottom, decoded.left // 2 : decoded.right // 2])
         chroma = components[1]

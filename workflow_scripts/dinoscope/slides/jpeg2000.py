@@ -146,14 +146,15 @@ def decode_planes(stream: bytes, width: int, height: int, window: Window | None 
         ready = library.opj_setup_decoder(codec, parameters) and library.opj_read_header(
             opened, codec, ctypes.byref(image)
         )
-        if not ready or not _is_expected(image.contents, width, height):
+        components = _components(image.contents, width, height) if ready else None
+        if components is None:
             return None
-        around = _whole_samples(image.contents, window, width, height)
+        around = _whole_samples(components, window, width, height)
         if around != (0, 0, width, height) and not library.opj_set_decode_area(codec, image, *around):
             return None
         if not library.opj_decode(codec, opened, image):
             return None
-        return [_plane(image.contents.comps[number], around, window) for number in range(3)]
+        return [_plane(component, around, window) for component in components]
     finally:
         library.opj_stream_destroy(opened)
         library.opj_destroy_codec(codec)
@@ -171,30 +172,36 @@ def _open(library: ctypes.CDLL, source: _Source) -> int:
     return stream
 
 
-def _is_expected(image: _Image, width: int, height: int) -> bool:
-    """Whether it has this size and three components of eight bits, of the size or a whole part of it."""
+def _components(image: _Image, width: int, height: int) -> list[_Component] | None:
+    """Its components, if they are three of eight bits, of this size or a whole part of it; else None."""
     if (image.x0, image.y0, image.x1, image.y1, image.numcomps) != (0, 0, width, height, 3):
-        return False
-    components = [image.comps[number] for number in range(3)]
-    return all(
-        (each.prec, each.sgnd) == (8, 0) and each.dx and each.dy and not (width % each.dx or height % each.dy)
-        for each in components
-    )
+        return None
+    components = image.comps[:3]
+    for each in components:
+        dx, dy = each.dx, each.dy
+        if each.prec != 8 or each.sgnd or not (dx and dy) or width % dx or height % dy:
+            return None
+    return components
 
 
-def _whole_samples(image: _Image, window: Window, width: int, height: int) -> Window:
+def _whole_samples(components: list[_Component], window: Window, width: int, height: int) -> Window:
     """The window made larger where it would cut through a sample of a component of fewer pixels."""
-    dx = max(image.comps[number].dx for number in range(3))
-    dy = max(image.comps[number].dy for number in range(3))
+    dx, dy = max(each.dx for each in components), max(each.dy for each in components)
+    if dx == dy == 1:
+        return window
     left, top = window.left // dx * dx, window.top // dy * dy
     return Window(left, top, min(-(-window.right // dx) * dx, width), min(-(-window.bottom // dy) * dy, height))
 
 
 def _plane(component: _Component, decoded: Window, window: Window) -> np.ndarray:
-    plane = np.ctypeslib.as_array(component.data, (component.h, component.w)).astype(np.uint8)
+    rows, columns = component.h, component.w
+    samples = (ctypes.c_int32 * (rows * columns)).from_address(ctypes.addressof(component.data.contents))
+    plane = np.frombuffer(samples, np.int32).reshape(rows, columns).astype(np.uint8)
     for axis, times in ((0, component.dy), (1, component.dx)):
         if times > 1:
             plane = plane.repeat(times, axis)
+    if decoded == window:
+        return plane
     left, top = window.left - decoded.left, window.top - decoded.top
     rows, columns = window.bottom - window.top, window.right - window.left
     return np.ascontiguousarray(plane[top : top + rows, left : left + columns])
