@@ -189,7 +189,8 @@ def decoding_alone(path: Path, order: str, places: list[Place]) -> float:
     """CPU seconds a tile that a reader cannot go below: of decoding the stored tiles that are needed."""
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
-        tables, decode = page.jpegtables, imagecodecs.deflate_decode
+        tables, tile_bytes = page.jpegtables, page.tilewidth * page.tilelength * 3
+        decode = lambda stream: imagecodecs.deflate_decode(stream, out=tile_bytes)  # noqa: E731
         if page.compression == tifffile.COMPRESSION.JPEG:
             colours = {"colorspace": "RGB", "outcolorspace": "RGB"} if page.photometric == 2 else {}
             decode = lambda stream: imagecodecs.jpeg8_decode(stream, tables=tables, **colours)  # noqa: E731
@@ -273,7 +274,7 @@ def rows(folder: Path, side: int, count: int, data: Path | None) -> Iterator[str
     for name, path, length, direct in slides:
         for order, places in ORDERS.items():
             chosen = places(length, count)
-            if len(chosen) < BLOCK:  # a slide of so few tiles has no raster order
+            if len(chosen) < FEW:  # a slide of so few tiles has no raster order
                 continue
             kept, opened, ours, least = compare(path, chosen)
             if direct:
