@@ -228,6 +228,19 @@ def test_a_slide_whose_decoded_pixels_differ_is_left_to_openslide(
     assert caplog.text.count("slide 'S': level 0 is read by OpenSlide: decoding its tiles does not give") == 1
 
 
+def test_parts_of_tiles_are_compared_too(tmp_path: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fast_tiff.window_decoder
+
+    def one_off(image: object) -> Callable[..., np.ndarray]:
+        return lambda *arguments: real(image)(*arguments) ^ np.uint8(1)
+
+    path = KINDS["JPEG 2000, Aperio, RGB"](tmp_path / "s.tiff", image)
+    monkeypatch.setattr(fast_tiff, "window_decoder", one_off)
+    with Slide(path, "S") as slide:
+        assert not slide.decodes_directly(0)
+        assert np.array_equal(slide.read_region(9, 9, 0, 300, 300), reference(path, 9, 9, 0, 300, 300))
+
+
 def test_a_slide_is_checked_once_a_process_unless_its_file_changes(
     tmp_path: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
