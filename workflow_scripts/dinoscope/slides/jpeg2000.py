@@ -1,4 +1,4 @@
-"""Decodes no more of a JPEG 2000 tile than is wanted, which takes half the time where a region cuts through tiles.
+"""Decodes no more of a JPEG 2000 tile than is wanted, which takes two thirds of the time for a quarter of a tile.
 
 imagecodecs decodes whole images only. The OpenJPEG that it brings can do better and is asked directly (ctypes, its
 interface of version 2). Where it is not to be had, imagecodecs decodes and the window is cut out.
