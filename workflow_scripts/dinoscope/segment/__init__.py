@@ -1,0 +1,1 @@
+"""Semantic segmentation with an adapted encoder."""
