@@ -45,7 +45,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root",
         type=Path,
-        help=f"its folder (slides: the manifest of tiles); voc and ade20k are else looked for in ${DATA_VARIABLE} or data/",
+        help=f"its folder (slides: the tiles' manifest); voc and ade20k are looked for in ${DATA_VARIABLE} or data/ else",
     )
     parser.add_argument(
         "--data-option",

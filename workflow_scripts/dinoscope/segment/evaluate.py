@@ -1,4 +1,4 @@
-"""How good a segmenter is on a set of images, as they are and corrupted: from one confusion matrix over the whole set."""
+"""How good a segmenter is on a set of images, as they are or changed: one confusion matrix over the whole set."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -85,7 +85,7 @@ def in_colors(
 
 
 def mistakes(image: np.ndarray, truth: np.ndarray, said: np.ndarray, num_classes: int) -> np.ndarray:
-    """The image in pale grey with wrong pixels in colour: red (missed, or wrong) and, of two classes, blue (spurious)."""
+    """The image in pale grey with wrong pixels in red (missed, or wrong) and, of two classes, blue (spurious)."""
     grey = cv2.cvtColor(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     shown = np.round(255 - RIGHT_SHARE * (255 - grey.astype(np.float32))).astype(np.uint8)
     wrong = (truth != said) & (truth != IGNORED)

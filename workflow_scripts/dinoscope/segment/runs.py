@@ -19,7 +19,6 @@ from dinoscope.features.embedding import choose_device, choose_precision
 from dinoscope.features.encoders import LoadedEncoder, load_encoder
 from dinoscope.files import read_json, write_json
 from dinoscope.segment.arguments import data_options, data_root, test_split
-from dinoscope.segment.corruptions import corrupt
 from dinoscope.segment.datasets import MaskDataset, open_dataset
 from dinoscope.segment.evaluate import Measured, measure, predict_classes
 from dinoscope.segment.files import load_segmenter
@@ -47,7 +46,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-GROUPS = ("common", "extra", "pathology", "all")
 
 
 @dataclass(frozen=True)
@@ -372,6 +370,8 @@ class _Asked:
 
 
 def _corrupted(image: np.ndarray, index: int, kind: str, severity: int, seed: int) -> np.ndarray:
+    from dinoscope.segment.corruptions import corrupt
+
     return corrupt(image, kind, severity, seed, index)
 
 
