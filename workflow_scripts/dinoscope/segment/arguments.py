@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dinoscope.errors import ConfigError
-from dinoscope.segment.settings import DECODERS, INFERENCE, TRAINABLE, TrainSettings
+from dinoscope.segment.settings import DECODERS, INFERENCE, TRAINABLE, TrainSettings, default_views
 
 __all__ = [
     "DATA_VARIABLE",
@@ -45,7 +45,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root",
         type=Path,
-        help=f"its folder (slides: the tiles' manifest); voc and ade20k are looked for in ${DATA_VARIABLE} or data/ else",
+        help=f"its folder (slides: the tiles' manifest); else voc and ade20k are sought in ${DATA_VARIABLE} or data/",
     )
     parser.add_argument(
         "--data-option",
@@ -146,7 +146,7 @@ def settings_of(arguments: argparse.Namespace, data: dict[str, Any]) -> TrainSet
         "blocks": None if arguments.blocks is None else tuple(arguments.blocks),
         "img_dim": tuple(arguments.img_dim),
         "class_weights": _class_weights(arguments.class_weights),
-        "views": arguments.views or ("photographs" if arguments.dataset in ("voc", "ade20k") else "pathology"),
+        "views": arguments.views or default_views(arguments.dataset),
         "augmentation": data_options(arguments.augmentation, "--augmentation"),
     }
     return TrainSettings(**taken)

@@ -12,7 +12,7 @@ from dinoscope.visualize.page import Panel, save_panels
 
 __all__ = ["Example", "draw_examples", "evenly_ranked", "in_colors", "mistakes"]
 
-PANEL_PX = 420
+PANEL_PX = 480
 RIGHT_SHARE = 0.35  # of the grey image that shows through where the prediction is right
 MISSED, SPURIOUS, IGNORED_COLOR = (230, 60, 40), (40, 110, 230), (235, 235, 235)
 MAX_KEY = 8
@@ -68,7 +68,7 @@ def draw_examples(
 def in_colors(
     mask: np.ndarray, palette: np.ndarray, image: np.ndarray | None = None, share: float = 0.65
 ) -> np.ndarray:
-    """Classes as colours (H, W, 3) uint8; where an image is given it shows through.
+    """Classes as colours (H, W, 3) uint8; an image shows through, and alone where the colour is black.
 
     Args:
         mask: (H, W) uint8, `IGNORED` is left light grey.
@@ -81,7 +81,8 @@ def in_colors(
     colors = table[mask]
     if image is None:
         return colors
-    return np.round(share * colors.astype(np.float32) + (1 - share) * image).astype(np.uint8)
+    mixed = np.round(share * colors.astype(np.float32) + (1 - share) * image).astype(np.uint8)
+    return np.where(colors.any(axis=-1, keepdims=True), mixed, image)
 
 
 def mistakes(image: np.ndarray, truth: np.ndarray, said: np.ndarray, num_classes: int) -> np.ndarray:
@@ -112,7 +113,7 @@ def _errors_in_words(example: Example) -> str:
 
 def _key(examples: Sequence[Example], classes: Sequence[str], palette: np.ndarray) -> list[tuple[str, str]]:
     seen = np.unique(np.concatenate([np.unique(mask) for each in examples for mask in (each.truth, each.said)]))
-    shown = [int(value) for value in seen if value < len(classes)][:MAX_KEY]
+    shown = [int(value) for value in seen if value < len(classes) and palette[value].any()][:MAX_KEY]
     entries = [(_hex(palette[value]), classes[value]) for value in shown]
     if len(classes) == 2:
         return [*entries, (_hex(MISSED), f"{classes[1]} missed"), (_hex(SPURIOUS), "spurious")]

@@ -19,6 +19,7 @@ __all__ = [
     "STATE_NAME",
     "TrainSettings",
     "check_segment_seal",
+    "default_views",
     "nearest_multiples",
     "rounded_img_dim",
     "seal_segmenter",
@@ -120,6 +121,11 @@ class TrainSettings:
         if self.trainable != "last_n":
             del values["last_n"]
         return values
+
+
+def default_views(dataset: str) -> str:
+    """How views of a kind of data set are drawn where nothing is said."""
+    return "photographs" if dataset in ("voc", "ade20k") else "pathology"
 
 
 def nearest_multiples(size: int, patch: int) -> tuple[int, int]:

@@ -283,7 +283,7 @@ class _Training:
             self.at = _Progress(**state["at"])
         except Exception as error:
             raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}); delete the folder {self.job.run_dir.name} to start over"
+                f"{path} cannot be read ({type(error).__name__}); delete this folder to start over"
             ) from None
         self.model.load_trainable(state["model"], str(path))
         self.optimizer.load_state_dict(state["optimizer"])
