@@ -22,6 +22,8 @@ __all__ = ["KINDS", "MaskDataset", "Sample", "dataset_settings", "open_dataset"]
 
 # of each kind the module, its class of settings, and its function (root, split, settings)
 _OPENERS = {
+    "voc": ("voc", "VocSettings", "open_voc"),
+    "ade20k": ("ade20k", "Ade20kSettings", "open_ade20k"),
     "folder": ("folders", "FolderSettings", "open_folder"),
 }
 KINDS = tuple(_OPENERS)
