@@ -30,6 +30,7 @@ PICTURES = PictureJobs(PLAN)
 SEGMENTS = one_sentence(SegmentJobs)(PLAN)
 
 if workflow.is_main_process:
+    one_sentence(SEGMENTS.check_options)()
     os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
     for note in PLAN.notes():
         print(f"note: {note}", file=sys.stderr)

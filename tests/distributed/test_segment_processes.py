@@ -41,9 +41,7 @@ def command(folder, name, processes=1, **settings):
 
 def train(folder, name, **more):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(folder, name, **more), capture_output=True, text=True, timeout=240, env=environment
-    )
+    done = subprocess.run(command(folder, name, **more), capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -83,7 +81,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(folder):
         if (run_dir / "state.pt").is_file():
             torch.load(run_dir / "state.pt", weights_only=True)
     train(folder, "killed", epochs=12)
-    weights = [load_file(folder / "runs" / name / "segmenter" / "segmenter.safetensors") for name in ("unbroken", "killed")]
+    weights = [
+        load_file(folder / "runs" / name / "segmenter" / "segmenter.safetensors") for name in ("unbroken", "killed")
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     left = [path.name for path in (folder / "runs" / "killed").iterdir() if not path.name.startswith(".")]
     assert sorted(left) == ["final.json", "run_config.json", "segmenter", "state.pt", "training_metrics.json"]

@@ -72,7 +72,9 @@ def test_processes_share_what_one_sees(tmp_path):
             joined[0::2], joined[1::2] = halves[0][step][kind], halves[1][step][kind]
             assert torch.equal(joined, whole[step][kind])
     again = batches(0, 1, workers=2, steps=range(1, 3))
-    assert all(torch.equal(a, b) for one, two in zip(whole[1:], again, strict=True) for a, b in zip(one, two, strict=True))
+    assert all(
+        torch.equal(a, b) for one, two in zip(whole[1:], again, strict=True) for a, b in zip(one, two, strict=True)
+    )
     assert not torch.equal(whole[0][0], whole[1][0])
 
 

@@ -150,7 +150,7 @@ def test_damage_and_loss_of_numbers_are_told(discs, weights, tmp_path):
         run(discs, weights, tmp_path / "run", lr=1e30, clip_grad=0.0, epochs=10)
     run(discs, weights, tmp_path / "other", epochs=1)
     (tmp_path / "other" / "state.pt").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="state.pt cannot be read"):
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
         run(discs, weights, tmp_path / "other", epochs=1)
 
 
@@ -159,7 +159,9 @@ def test_sizes_of_no_whole_patches_are_refused(discs, weights, tmp_path):
         run(discs, weights, tmp_path / "run", img_dim=(50, 64))
 
 
-@pytest.mark.parametrize(("trainable", "frozen"), [("decoder", True), ("lora", True), ("last_n", False), ("full", False)])
+@pytest.mark.parametrize(
+    ("trainable", "frozen"), [("decoder", True), ("lora", True), ("last_n", False), ("full", False)]
+)
 def test_what_is_frozen_stays(discs, weights, tmp_path, trainable, frozen):
     job = job_on(discs, tmp_path / trainable, trainable=trainable, epochs=1)
     model = fresh_segmenter(weights, job.settings)

@@ -48,6 +48,32 @@ class SegmentJobs:
         for name in self.tasks:
             self._check(name)
 
+    def check_options(self) -> None:
+        """Refuses what only data sets, views and corruptions know; this imports torch, and only where there are tasks.
+
+        Raises:
+            ConfigError: An unknown option, with the nearest known one, or a data set that is not there.
+        """
+        if not self.tasks:
+            return
+        from dinoscope.segment.arguments import data_root
+        from dinoscope.segment.datasets import dataset_settings
+        from dinoscope.segment.engine import view_settings
+        from dinoscope.segment.runs import kinds_of
+
+        for task, of in self.tasks.items():
+            try:
+                dataset_settings(of["dataset"], of["data"])
+                view_settings(self.settings(task, next(iter(self.variants(task)))))
+                kinds_of(of["corruptions"])
+                root = data_root(of["dataset"], None if of["root"] is None else Path(of["root"]))
+                if not root.exists():
+                    raise ConfigError(f"root {root} does not exist; give the folder of the data set")
+                if of["slides"] and of["mpp"] is None:
+                    raise ConfigError("slides are to be segmented, but mpp is not said; give the images' mpp")
+            except ConfigError as error:
+                raise ConfigError(f"config: segmentation.tasks.{task}: {error}") from None
+
     def models(self, task: str) -> list[str]:
         """Encoders of a task."""
         chosen = self.tasks[task]["models"]

@@ -116,7 +116,7 @@ def train_run(
             settings = replace(settings, img_dim=size)
             if note and world.is_main:
                 _log.warning("%s", note)
-        if world.is_main:
+        if world.is_main and not (run_dir / SEAL_NAME).is_file():  # the seal holds the digest of what was checked
             training.check()
             validation.check(allow_empty=True)
         if start is None:
@@ -126,7 +126,8 @@ def train_run(
             settings = _like(settings, model, len(training.classes), start)
         if world.is_main:
             _tell(model, settings, training, validation, world.size)
-        job = TrainJob(settings, training, validation, run_dir, data_digest(training, validation), mpp, workers, debug)
+        digest = data_digest(training, validation) if world.is_main else ""
+        job = TrainJob(settings, training, validation, run_dir, digest, mpp, workers, debug)
         final = train_segmenter(model, job, world)
         if world.is_main:
             miou = final["validation"]["miou"]
