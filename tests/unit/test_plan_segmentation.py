@@ -22,7 +22,8 @@ FULL = {
     "seeds": [3, 4], "rank": 2, "alpha": 6.0, "targets": ["q", "proj"], "blocks": [0, 1], "img_dim": [96, 128],
     "epochs": 7, "batch_size": 3, "lr": 0.002, "decoder_lr": 0.01, "weight_decay": 0.1, "warmup_epochs": 2.5,
     "dice_weight": 0.3, "class_weights": [1, 2.5], "views": "photographs", "augmentation": {"scale": [0.9, 1.1]},
-    "inference": "resize", "overlap": 0.5, "eval_epochs": 2, "precision": "float32", "corruptions": ["pathology", "fog"],
+    "inference": "resize", "overlap": 0.5, "eval_epochs": 2, "precision": "float32",
+    "corruptions": ["pathology", "fog"],
     "severities": [3, 5], "slides": ["S1"],
 }  # fmt: skip
 
@@ -140,9 +141,7 @@ def test_a_begun_training_refuses_other_settings(folder):
     write_json(run_dir / "final.json", {})
     planned.check_seal("cells", "mine", "lora_linear_seed0")
     assert planned.is_finished("cells", "mine", "lora_linear_seed0")
-    with pytest.raises(
-        SealError, match=r"segmenter cells/mine/lora_linear_seed0 was .* rank was 3 and is now 8"
-    ):
+    with pytest.raises(SealError, match=r"segmenter cells/mine/lora_linear_seed0 was .* rank was 3 and is now 8"):
         changed.check_seal("cells", "mine", "lora_linear_seed0")
 
 
