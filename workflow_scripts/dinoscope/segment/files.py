@@ -36,6 +36,7 @@ __all__ = [
     "make_card",
     "read_card",
     "save_segmenter",
+    "write_into",
 ]
 
 _log = logging.getLogger(__name__)
@@ -127,12 +128,17 @@ def save_segmenter(folder: str | Path, segmenter: Segmenter, card: SegmenterCard
     Raises:
         WeightsError: It cannot be written.
     """
+    with writing(folder, WeightsError, SafetensorError), atomic_folder(folder) as temporary:
+        write_into(temporary, segmenter, card)
+
+
+def write_into(folder: Path, segmenter: Segmenter, card: SegmenterCard) -> None:
+    """Writes a model's two files into a folder that is being filled."""
     state = {name: tensor.cpu().contiguous() for name, tensor in segmenter.trainable_state().items()}
     about = {"format": _FORMAT, "version": 1, "made_with": f"dinoscope {__version__}"}
-    with writing(folder, WeightsError, SafetensorError), atomic_folder(folder) as temporary:
-        save_file(state, temporary / TENSORS_NAME, {"format": "pt"})
-        write_json(temporary / CARD_NAME, {**about, **card.as_dict(), "weights_sha256": state_digest(state)})
-        shutil.copymode(temporary / CARD_NAME, temporary / TENSORS_NAME)  # safetensors lets only the owner read
+    save_file(state, folder / TENSORS_NAME, {"format": "pt"})
+    write_json(folder / CARD_NAME, {**about, **card.as_dict(), "weights_sha256": state_digest(state)})
+    shutil.copymode(folder / CARD_NAME, folder / TENSORS_NAME)  # safetensors lets only the owner read
 
 
 def read_card(folder: str | Path) -> SegmenterCard:

@@ -47,6 +47,7 @@ def draw_segmented_slide(
     for number, (index, name) in enumerate(shown):
         row, column = divmod(number, _columns(page_width))
         x, y = MARGIN_PX + column * _COLUMN_PX, bottom + FOOTER_PX + (row + 0.3) * _LINE_PX
+        page.rectangle(x - 1, y - 10, 20, 20, "#aaaaaa")  # white classes show, too
         page.rectangle(x, y - 9, 18, 18, "#{:02x}{:02x}{:02x}".format(*class_map.palette[index]))
         area = areas_mm2[name]
         page.text(x + 26, y, f"{name}: {area:.3g} mm², {100 * area / total:.3g} %", 9, _COLUMN_PX - 40)
