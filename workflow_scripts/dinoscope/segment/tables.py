@@ -28,16 +28,19 @@ COMPARISON_COLUMNS = (
         "file",
     ),
     *("seeds", "miou_lowest", "miou_highest", "miou_level_5_lowest", "miou_level_5_highest", "relative_drop"),
-    *("trained_parameters", "dice", "pixel_accuracy", "images", "split"),
+    *("pathology_miou_level_5", "pathology_relative_drop", "trained_parameters", "dice", "pixel_accuracy"),
+    *("images", "split"),
 )
 RUN_COLUMNS = (
     *("task", "finetuned_components", "pretraining", "model", "seed", "miou", "miou_low", "miou_high", "miou_level_5"),
-    *("relative_drop", "dice", "pixel_accuracy", "validation_miou", "best_epoch", "trained_parameters", "file"),
+    *("relative_drop", "pathology_miou_level_5", "pathology_relative_drop"),
+    *("dice", "pixel_accuracy", "validation_miou", "best_epoch", "trained_parameters", "file"),
 )
 _TUNED = {"lora": "LoRA + ", "decoder": "", "last_n": "last blocks + ", "full": "whole encoder + "}
 _DECODERS = {"linear": "1x1 Conv decoder", "fpn": "FPN decoder", "public_fpn": "FPN decoder (dinov2-finetune)"}
 # Numbers that are averaged over seeds.
-_AVERAGED = ("miou", "miou_level_5", "relative_drop", "dice", "pixel_accuracy")
+_CORRUPTED = ("miou_level_5", "relative_drop", "pathology_miou_level_5", "pathology_relative_drop")
+_AVERAGED = ("miou", *_CORRUPTED, "dice", "pixel_accuracy")
 
 
 def components(trainable: str, decoder: str) -> str:
@@ -106,8 +109,7 @@ def _run(path: Path) -> dict[str, Any]:
         "seed": settings.get("seed"),
         "miou_low": low,
         "miou_high": high,
-        "miou_level_5": corruptions.get("miou_level_5"),
-        "relative_drop": corruptions.get("relative_drop"),
+        **{name: corruptions.get(name) for name in _CORRUPTED},
         "validation_miou": told["validation_miou"],
         "trained_parameters": told["trained_parameters"],
         **{name: told[name] for name in ("miou", "dice", "pixel_accuracy", "best_epoch", "images", "split", "file")},
