@@ -148,6 +148,10 @@ class FileMasks:
         """The file that the image is read from."""
         return self.root / self._pairs[index].image
 
+    def files(self, index: int) -> list[Path]:
+        """The files of an image and its mask."""
+        return [self.root / self._pairs[index].image, self.root / self._pairs[index].mask]
+
     def __getitem__(self, index: int) -> Sample:
         pair = self._pairs[index]
         image, values = read_image(self.root, pair.image), read_values(self.root, pair.mask)

@@ -22,8 +22,8 @@ from dinoscope.files import write_text
 from dinoscope.slides.reader import Slide
 
 __all__ = [
-    *("NO_CLASS", "Annotations", "Region", "check_place", "fill_polygon", "outline_document", "read_annotations"),
-    *("read_regions", "write_outline"),
+    *("NO_CLASS", "Annotations", "Region", "check_place", "fill_polygon", "mask_feature", "outline_document"),
+    *("read_annotations", "read_regions", "write_outline"),
 ]
 
 log = logging.getLogger(__name__)
@@ -158,13 +158,26 @@ def outline_document(mask: np.ndarray, downsample: float, width: int, height: in
         downsample: Side of its pixels in level-0 pixels.
         width, height: Size of the slide; nothing reaches beyond.
     """
+    feature = mask_feature(mask, downsample, width, height, "tissue", _OUTLINE_CLASS)
+    return {"type": "FeatureCollection", "features": [] if feature is None else [feature]}
+
+
+def mask_feature(
+    mask: np.ndarray, downsample: float, width: int, height: int, name: str, classification: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The outlines of a mask as one GeoJSON feature, a MultiPolygon with holes; None of an empty mask.
+
+    Args:
+        mask, downsample, width, height: As in `outline_document`.
+        name: Of the annotation.
+        classification: Its class, as QuPath writes it: "name" and "color" (RGB).
+    """
     polygons = [
         [_ring(ring, downsample, (width, height)) for ring in polygon] for polygon in _outlines(mask.view(np.uint8))
     ]
     geometry = {"type": "MultiPolygon", "coordinates": polygons}
-    properties = {"objectType": "annotation", "name": "tissue", "classification": _OUTLINE_CLASS, "isLocked": False}
-    feature = {"type": "Feature", "geometry": geometry, "properties": properties}
-    return {"type": "FeatureCollection", "features": [feature] if polygons else []}
+    properties = {"objectType": "annotation", "name": name, "classification": classification, "isLocked": False}
+    return {"type": "Feature", "geometry": geometry, "properties": properties} if polygons else None
 
 
 def fill_polygon(mask: np.ndarray, polygon: Polygon, downsample: float) -> bool:
