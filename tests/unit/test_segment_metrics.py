@@ -74,3 +74,26 @@ def test_tensors_and_arrays_are_counted_alike(dtype):
 def test_what_is_no_class_or_no_pair_is_our_own_mistake(pred, truth):
     with pytest.raises(AssertionError):
         ConfusionMatrix(3).update(np.array(pred), np.array(truth))
+
+
+# of torchmetrics 1.9.0 (MulticlassJaccardIndex, MulticlassF1Score: macro; MulticlassAccuracy: micro; ignore_index 255),
+# which computes in float32, on the images drawn below
+TORCHMETRICS = {
+    2: (0.5984984040260315, 0.7488257884979248, 0.7488257884979248),
+    5: (0.43212562799453735, 0.6034674644470215, 0.6034712791442871),
+    21: (0.34986916184425354, 0.5182669162750244, 0.518420934677124),
+    150: (0.333571195602417, 0.49964889883995056, 0.500288724899292),
+}
+
+
+@pytest.mark.parametrize("num_classes", TORCHMETRICS)
+def test_measures_are_torchmetrics(num_classes):
+    rng = np.random.default_rng(num_classes)
+    truth = rng.integers(0, num_classes, (6, 64, 80))
+    pred = np.where(rng.random(truth.shape) < 0.5, truth, rng.integers(0, num_classes, truth.shape))
+    truth = np.where(rng.random(truth.shape) < 0.1, 255, truth)
+    matrix = ConfusionMatrix(num_classes)
+    for one_pred, one_truth in zip(pred, truth, strict=True):
+        matrix.update(one_pred, one_truth)
+    measures = matrix.miou(), matrix.mean_dice(), matrix.pixel_accuracy()
+    assert measures == pytest.approx(TORCHMETRICS[num_classes], rel=1e-6)

@@ -25,6 +25,7 @@ _OPENERS = {
     "voc": ("voc", "VocSettings", "open_voc"),
     "ade20k": ("ade20k", "Ade20kSettings", "open_ade20k"),
     "folder": ("folders", "FolderSettings", "open_folder"),
+    "slides": ("annotated_slides", "SlidesSettings", "open_slides"),
 }
 KINDS = tuple(_OPENERS)
 
