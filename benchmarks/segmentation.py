@@ -52,7 +52,7 @@ def report(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespa
     """Prints the table."""
     whole = found["full"]
     print(
-        f"{arguments.arch}, {arguments.decoder} decoder, {arguments.images} views of {arguments.side} px an epoch, batch "
+        f"{arguments.arch}, {arguments.decoder} decoder, {arguments.images} views of {arguments.side} px, batch "
         f"{arguments.batch_size}, {arguments.rounds} rounds, {whole[0]['device']}, {os.cpu_count()} cores\n"
     )
     print(

@@ -12,7 +12,7 @@ rule segment_train:
     benchmark:
         "<benchmarks>/segment_train/{task}/{model}/{variant}.tsv"
     conda:
-        "../envs/torch.yaml"
+        "../envs/segment.yaml"
     threads: 8
     resources:
         gpu=1,
@@ -49,7 +49,7 @@ rule segment_evaluate:
     log:
         "<logs>/segment_evaluate/{task}/{model}/{variant}.log",
     conda:
-        "../envs/torch.yaml"
+        "../envs/segment.yaml"
     threads: 4
     resources:
         gpu=1,
@@ -76,7 +76,7 @@ rule segment_corruptions:
     log:
         "<logs>/segment_corruptions/{task}/{model}/{variant}.log",
     conda:
-        "../envs/torch.yaml"
+        "../envs/segment.yaml"
     threads: 4
     resources:
         gpu=1,
@@ -137,7 +137,7 @@ rule segment_predict_slide:
     log:
         "<logs>/segment_predict_slide/{task}/{model}/{variant}/{slide}.log",
     conda:
-        "../envs/torch.yaml"
+        "../envs/segment.yaml"
     threads: 4
     resources:
         gpu=1,
