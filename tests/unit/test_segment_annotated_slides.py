@@ -184,6 +184,8 @@ def test_slides_without_annotations_may_be_skipped(folder):
     (folder / "annotations/a.geojson").unlink()
     data = opened(folder, skip_unannotated=True, val_fraction=0)
     assert {name[0] for name in data.names} == {"b", "c", "d"}
+    held_out = opened(folder, "val", skip_unannotated=True, val_fraction=0.34)
+    assert len(held_out) == 9  # of the three annotated ones, whichever is first in the draw of all
     (folder / "annotations/d.geojson").rename(folder / "annotations/d.tiff.geojson")  # as QuPath names them
     assert opened(folder, skip_unannotated=True, val_fraction=0).names == data.names
 

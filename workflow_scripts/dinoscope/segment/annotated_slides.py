@@ -157,6 +157,8 @@ def open_slides(root: Path, split: str, settings: SlidesSettings) -> AnnotatedTi
     mapped, records, digest = find_tiles(root, settings.slides, None)
     tiled = {kind.slide_id for kind in mapped.kinds}
     on_tiles = [record for record in records if record.slide_id in tiled]
+    if settings.skip_unannotated:  # before the draw, so that each split has its share of what is annotated
+        on_tiles = [each for each in on_tiles if _annotation_path(each, Path(settings.annotations)) is not None]
     split_of = _splits(on_tiles, settings)
     chosen = [record for record in on_tiles if split_of.get(record.slide_id) == split]
     named = (settings.background, *settings.class_map.values())
@@ -218,8 +220,7 @@ def _read_outlines(
     for record in records:
         path = _annotation_path(record, Path(settings.annotations))
         if path is None:
-            if not settings.skip_unannotated:
-                problems.add(f"slides without annotations in {settings.annotations}", record.slide_id)
+            problems.add(f"slides without annotations in {settings.annotations}", record.slide_id)
             continue
         try:
             regions = read_regions(path, record.slide_id)
