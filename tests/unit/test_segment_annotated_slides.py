@@ -153,6 +153,14 @@ def test_tiles_with_little_that_is_labelled_are_left_out(folder):
     assert 0 < len(some) < len(every)
 
 
+def test_content_is_of_manifest_place_and_mask(folder):
+    data, again = opened(folder), opened(folder)
+    contents = [data.content(index) for index in range(len(data))]
+    assert len(set(contents)) == len(data) and contents == [again.content(index) for index in range(len(data))]
+    other = opened(folder, background=None)
+    assert not set(contents) & {other.content(index) for index in range(len(data)) if (other.mask(index) == 255).any()}
+
+
 def test_data_sets_go_to_other_processes(folder):
     data = opened(folder)
     again = pickle.loads(pickle.dumps(data))

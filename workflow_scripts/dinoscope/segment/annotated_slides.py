@@ -9,6 +9,7 @@ split: slides of use eval are the test, or a share of the cases is (slides/table
 validation.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -122,6 +123,12 @@ class AnnotatedTiles:
         """The mask of a tile, whose image is not read; uint8 (tile_px, tile_px)."""
         tile = self._tiles.tiles[int(self._rows[index])]
         return self._outlines[tile.kind.slide_id].mask(tile)
+
+    def content(self, index: int) -> bytes:
+        """What a run is sealed with of a tile: the manifest it stands in, its name and its mask, but no pixel of it."""
+        return hashlib.sha256(
+            f"{self._tiles.digest()} {self.names[index]}".encode() + self.mask(index).tobytes()
+        ).digest()
 
     def check(self, allow_empty: bool = False) -> np.ndarray:
         """Fills every mask and opens every slide; see `check_masks`."""
