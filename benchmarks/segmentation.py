@@ -4,8 +4,8 @@
 
 The same images, views, steps and decoder for each; processes of their own, in turns over several rounds, so that other
 jobs of the machine disturb all alike. Seconds are of an epoch (the lowest and the median over rounds, without the first
-step; of the processor where there is no GPU), memory is what the training adds to the process that holds the model: its peak on a GPU, or the peak of resident
-memory on a CPU. Weights are random: what is learned is not the question here.
+step; of the processor where there is no GPU). Memory is what the training adds to the process that holds the model: its
+peak on a GPU, or the peak of resident memory on a CPU. Weights are random: what is learned is not the question here.
 """
 
 import argparse
