@@ -4,8 +4,8 @@
 
 The same images, views, steps and decoder for each; processes of their own, in turns over several rounds, so that other
 jobs of the machine disturb all alike. Seconds are of an epoch (the lowest and the median over rounds, without the first
-step), memory is what the training adds to the process that holds the model: its peak on a GPU, or the peak of resident
-memory on a CPU. Weights are random: what is learned is not the question here.
+step; of the processor where there is no GPU). Memory is what the training adds to the process that holds the model: its
+peak on a GPU, or the peak of resident memory on a CPU. Weights are random: what is learned is not the question here.
 """
 
 import argparse
@@ -86,6 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     autocast = torch.bfloat16 if device.type == "cuda" else None
     world = World(0, 0, 1, device)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     settings = TrainSettings(
         trainable=arguments.worker,
         decoder=arguments.decoder,
@@ -108,9 +109,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
             train_step(model, optimizer, batch, step, settings, world, autocast=autocast)
             if step == 0:
                 _wait(device)
-                begun = time.perf_counter()
+                begun = clock()
         _wait(device)
-        seconds = time.perf_counter() - begun
+        seconds = clock() - begun
     return {
         "trained": sum(parameter.numel() for parameter in model.trainable_parameters()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -13,8 +13,11 @@ from dinoscope.segment import train
 from dinoscope.segment.evaluate import measure
 from dinoscope.segment.files import load_segmenter
 from dinoscope.segment.metrics import ConfusionMatrix
+from dinoscope.segment.published import published_encoder
+from dinoscope.segment.setup import build_segmenter, told_of_encoder
 from dinoscope.segment.train import inference_of, train_segmenter
 from segmentation_samples import ALONE, fresh_segmenter, job_on, write_discs
+from tiny_segmenter import write_dinov2
 
 CPU = torch.device("cpu")
 
@@ -185,3 +188,17 @@ def test_measured_counts_are_those_of_each_image(discs, weights, tmp_path):
         total += one
     assert (total.counts == measured.matrix.counts).all()
     assert measured.summary(job.training.classes)["miou"] == total.miou()
+
+
+def test_dinov2_with_registers_is_trained_and_told(discs, tmp_path):
+    folder = write_dinov2(tmp_path / "dinov2-with-registers-small", registers=4)
+    job = job_on(discs, tmp_path / "run", img_dim=(42, 56), epochs=1)
+    model = build_segmenter(load_encoder(folder), 2, job.settings)
+    before = {name: tensor.clone() for name, tensor in model.trainable_state().items()}
+    train_segmenter(model, job, ALONE)
+    after = tensors_of(tmp_path / "run")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith(".b"))
+    told = told_of_encoder(load_encoder(folder))
+    assert (told["registers"], told["encoder_kind"]) == (4, "Hugging Face dinov2_with_registers")
+    assert published_encoder("dinov2", "small", tmp_path) == folder
