@@ -20,11 +20,13 @@ from PIL import Image
 
 from dinoscope.train.metrics import read_metrics
 from dinoscope.train.run_folder import complete_checkpoints
+from tiny_segmenter import write_own_encoder
 from tiny_slides import write_manifest, write_slide
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("**/*.ipynb"))
 NOTEBOOK = REPOSITORY / "notebooks" / "inspect_run.ipynb"
+LORA_NOTEBOOK = REPOSITORY / "notebooks" / "explain_lora.ipynb"
 # all checkpoints are kept: at this speed the newest would be an old one, and gone, while it is read
 RECIPE = """
 student: {arch: vit_nano, n_storage_tokens: 2, norm_layer: layernormbf16}
@@ -76,9 +78,11 @@ def training(project: Path) -> Iterator[subprocess.Popen]:
             process.wait(60)
 
 
-def execute(project: Path, monkeypatch: pytest.MonkeyPatch, **changed: str) -> nbformat.NotebookNode:
-    """Runs the notebook in a kernel of its own, with lines of its first cell changed."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def execute(
+    project: Path, monkeypatch: pytest.MonkeyPatch, path: Path = NOTEBOOK, **changed: str
+) -> nbformat.NotebookNode:
+    """Runs a notebook in a kernel of its own, with lines of its first cell changed."""
+    notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in changed.items():
         first.source, count = re.subn(rf"^{name} = .*$", f"{name} = {value}", first.source, flags=re.MULTILINE)
@@ -97,7 +101,7 @@ def outputs_of(notebook: nbformat.NotebookNode, cell_id: str) -> list[Any]:
 
 
 def picture_of(notebook: nbformat.NotebookNode, cell_id: str) -> np.ndarray:
-    (output,) = outputs_of(notebook, cell_id)
+    (output,) = (output for output in outputs_of(notebook, cell_id) if "data" in output)
     with Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -120,7 +124,8 @@ def test_notebooks_are_small_stripped_and_of_no_machine(path: Path) -> None:
 
 def test_there_is_a_notebook_and_the_readme_tells_of_it() -> None:
     assert NOTEBOOK in NOTEBOOKS
-    assert "notebooks/inspect_run.ipynb" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert all(f"notebooks/{path.name}" in readme for path in NOTEBOOKS)
 
 
 @pytest.mark.long
@@ -152,3 +157,43 @@ def test_the_notebook_looks_into_a_run_that_trains_and_into_one_that_was_stopped
     newest = max(complete_checkpoints(run))
     assert f"after iteration {newest}:" in outputs_of(stopped, "teacher")[0].text
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.fixture
+def lora_project(tmp_path: Path) -> Path:
+    """A folder with the code, a tiny encoder, and two pictures with their masks: dark discs on pink noise."""
+    (tmp_path / "workflow_scripts").symlink_to(REPOSITORY / "workflow_scripts")
+    (tmp_path / "notebooks").mkdir()
+    write_own_encoder(tmp_path / "encoder.pth")
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:100, :130]
+    for name in "ab":
+        mask = np.zeros((100, 130), bool)
+        for row, column in rng.integers(0, 100, (9, 2)):
+            mask |= np.hypot(rows - row, columns - column) < 11
+        image = np.where(mask[..., None], (90, 60, 140), (230, 160, 190)) + rng.integers(-20, 20, (100, 130, 3))
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB").save(tmp_path / f"{name}_mask.png")
+    return tmp_path
+
+
+def test_the_notebook_on_lora_shows_what_it_says(lora_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = {"IMAGES": '["a.png", "b.png"]', "MASKS": '["a_mask.png", "b_mask.png"]'}
+    run = execute(lora_project, monkeypatch, LORA_NOTEBOOK, ENCODER='"encoder.pth"', STEPS="40", RANK="2", **masks)
+    for cell_id in ("data", "train", "predictions", "update", "moved"):
+        assert picture_of(run, cell_id).std() > 10, cell_id
+    told = {cell_id: _printed(run, cell_id) for cell_id in ("models", "predictions", "update", "merge")}
+    assert "largest change of a feature by new adapters: 0.0\n" in told["models"]
+    assert re.search(r"decoder only: 98 numbers are trained", told["models"])
+    assert re.search(
+        r"LoRA: 1,634 numbers are trained", told["models"]
+    )  # 4 blocks x 2 projections x 2 x 2 x 48, and 98
+    alone, with_lora = (float(found) for found in re.findall(r"([\d.]+) %", told["predictions"]))
+    assert 0 < alone < with_lora <= 100
+    assert told["update"] == "singular values above a millionth of the largest: 2 of 48\n"
+    left, difference = re.search(r"adapters left: (\d+); logits differ by at most (\S+)", told["merge"]).groups()
+    assert left == "0" and float(difference) < 1e-5
+
+
+def _printed(notebook: nbformat.NotebookNode, cell_id: str) -> str:
+    return "".join(o.text for o in outputs_of(notebook, cell_id) if o.get("name") == "stdout")

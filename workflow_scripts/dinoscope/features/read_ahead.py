@@ -2,10 +2,11 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from dinoscope.slides.manifest import read_metadata, read_tiles
 from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import Slide
 
-__all__ = ["SlideTiles", "load_tiles", "read_batches"]
+__all__ = ["BatchReader", "SlideTiles", "load_tiles", "read_ahead", "read_batches"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,19 @@ def read_batches(
         for rows in batches:
             yield rows, reader.read(rows)
     else:
-        yield from _read_ahead(reader, batches, workers, depth=1 + math.ceil(2 * workers / batch_size))
+        yield from read_ahead(reader, batches, workers, depth=1 + math.ceil(2 * workers / batch_size))
+
+
+class BatchReader(Protocol):
+    """Where `read_ahead` has its pixels from."""
+
+    def empty(self, rows: slice) -> Tensor:
+        """Room for the pixels of these rows."""
+        ...
+
+    def read_row(self, row: int, place: Tensor) -> None:
+        """Fills the place of one row; called from several threads."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,10 @@ class _Reader:
         return batch
 
 
-def _read_ahead(reader: _Reader, batches: list[slice], workers: int, depth: int) -> Iterator[tuple[slice, Tensor]]:
+def read_ahead(
+    reader: BatchReader, batches: Sequence[slice], workers: int, depth: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields the rows of each batch and its pixels in order, while threads read up to `depth` further batches."""
     ahead: deque[tuple[slice, Tensor, list[Future]]] = deque()
     threads = ThreadPoolExecutor(workers, thread_name_prefix="read")
     try:

@@ -21,7 +21,10 @@ from dinoscope.errors import SlideError
 from dinoscope.files import write_text
 from dinoscope.slides.reader import Slide
 
-__all__ = ["NO_CLASS", "Annotations", "Region", "fill_polygon", "outline_document", "read_annotations", "write_outline"]
+__all__ = [
+    *("NO_CLASS", "Annotations", "Region", "check_place", "fill_polygon", "mask_feature", "outline_document"),
+    *("read_annotations", "read_regions", "write_outline"),
+]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class Annotations:
         for regions in (self.included, self.excluded):
             mask = np.zeros(shape, bool)
             for region in regions:
-                _check_place(region, slide)
+                check_place(region, slide)
                 crossed = [fill_polygon(mask, polygon, downsample) for polygon in region.polygons]
                 if any(crossed):
                     log.warning(
@@ -106,8 +109,8 @@ def read_annotations(
     Raises:
         SlideError: The file is missing or no GeoJSON, a coordinate is no number, or nothing is included.
     """
-    name = f"slide {slide_id!r}: annotations {Path(path).name}"
-    regions = list(_regions(_features(_document(path, name), name), name))
+    name = _name(path, slide_id)
+    regions = read_regions(path, slide_id)
     counts = Counter(region.name for region in regions)
     included, excluded = (
         tuple(region for region in regions if region.name in names and region.polygons) for names in (include, exclude)
@@ -130,6 +133,16 @@ def read_annotations(
     return Annotations(included, excluded, summary)
 
 
+def read_regions(path: str | Path, slide_id: str) -> list[Region]:
+    """All annotations of a GeoJSON file, in its order; those without area have no polygons.
+
+    Raises:
+        SlideError: The file is missing or no GeoJSON, or a coordinate is no number.
+    """
+    name = _name(path, slide_id)
+    return list(_regions(_features(_document(path, name), name), name))
+
+
 def write_outline(path: str | Path, mask: np.ndarray, downsample: float, width: int, height: int) -> None:
     """Writes the outlines of a mask as one annotation of class "Tissue" (see `outline_document`)."""
     write_text(path, json.dumps(outline_document(mask, downsample, width, height), separators=(",", ":")) + "\n")
@@ -145,13 +158,26 @@ def outline_document(mask: np.ndarray, downsample: float, width: int, height: in
         downsample: Side of its pixels in level-0 pixels.
         width, height: Size of the slide; nothing reaches beyond.
     """
+    feature = mask_feature(mask, downsample, width, height, "tissue", _OUTLINE_CLASS)
+    return {"type": "FeatureCollection", "features": [] if feature is None else [feature]}
+
+
+def mask_feature(
+    mask: np.ndarray, downsample: float, width: int, height: int, name: str, classification: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The outlines of a mask as one GeoJSON feature, a MultiPolygon with holes; None of an empty mask.
+
+    Args:
+        mask, downsample, width, height: As in `outline_document`.
+        name: Of the annotation.
+        classification: Its class, as QuPath writes it: "name" and "color" (RGB).
+    """
     polygons = [
         [_ring(ring, downsample, (width, height)) for ring in polygon] for polygon in _outlines(mask.view(np.uint8))
     ]
     geometry = {"type": "MultiPolygon", "coordinates": polygons}
-    properties = {"objectType": "annotation", "name": "tissue", "classification": _OUTLINE_CLASS, "isLocked": False}
-    feature = {"type": "Feature", "geometry": geometry, "properties": properties}
-    return {"type": "FeatureCollection", "features": [feature] if polygons else []}
+    properties = {"objectType": "annotation", "name": name, "classification": classification, "isLocked": False}
+    return {"type": "Feature", "geometry": geometry, "properties": properties} if polygons else None
 
 
 def fill_polygon(mask: np.ndarray, polygon: Polygon, downsample: float) -> bool:
@@ -206,7 +232,12 @@ def _signed_area(ring: np.ndarray) -> float:
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
 
 
-def _check_place(region: Region, slide: Slide) -> None:
+def check_place(region: Region, slide: Slide) -> None:
+    """Refuses an annotation that lies outside of the slide, and warns of one that reaches beyond.
+
+    Raises:
+        SlideError: It lies outside.
+    """
     points = np.concatenate([polygon[0] for polygon in region.polygons])
     (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
     if right <= 0 or bottom <= 0 or left >= slide.width or top >= slide.height:
@@ -217,6 +248,10 @@ def _check_place(region: Region, slide: Slide) -> None:
         )
     if left < -1 or top < -1 or right > slide.width + 1 or bottom > slide.height + 1:
         log.warning("slide %r: %s reaches beyond the slide and is cut off there", slide.slide_id, region)
+
+
+def _name(path: str | Path, slide_id: str) -> str:
+    return f"slide {slide_id!r}: annotations {Path(path).name}"
 
 
 def _document(path: str | Path, name: str) -> Any:

@@ -10,7 +10,9 @@ from dinoscope.slides.resample import resample_square
 __all__ = ["read_tile"]
 
 
-def read_tile(slide: Slide, x: int, y: int, level: int, read_px: int, tile_px: int, footprint_px: int) -> np.ndarray:
+def read_tile(
+    slide: Slide, x: float, y: float, level: int, read_px: int, tile_px: int, footprint_px: float
+) -> np.ndarray:
     """`Slide.read_tile`; a tile beyond the right or lower edge has the slide's background there.
 
     `Slide.read_tile` itself takes such a tile for a rounding of its level and moves it inwards.
@@ -35,7 +37,7 @@ def read_tile(slide: Slide, x: int, y: int, level: int, read_px: int, tile_px: i
     return resample_square(region, column, row, side, tile_px, averages=level > 0)
 
 
-def _start(place: int, downsample: float) -> tuple[int, float]:
+def _start(place: float, downsample: float) -> tuple[int, float]:
     """The pixel of the level that a level-0 pixel lies in, in level-0 pixels, and how far inside."""
     start = math.floor(math.floor(place / downsample + 1e-6) * downsample + 1e-6)
     return start, (place - start) / downsample

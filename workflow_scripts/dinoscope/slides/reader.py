@@ -201,12 +201,12 @@ class Slide:
         return image
 
     def read_tile(
-        self, x: int, y: int, level: int, read_px: int, tile_px: int, footprint_px: int | None = None
+        self, x: float, y: float, level: int, read_px: int, tile_px: int, footprint_px: float | None = None
     ) -> np.ndarray:
         """Reads a square and brings it to `tile_px` by averaging areas (linearly where it must be enlarged).
 
         Args:
-            x, y: Top-left corner in level-0 pixels.
+            x, y: Top-left corner in level-0 pixels, not necessarily whole.
             level: Pyramid level to read.
             read_px: Side of the square in pixels of that level.
             tile_px: Side of the result.

@@ -1,0 +1,1 @@
+"""Semantic segmentation: masks and their data sets, LoRA, decoders, training, measures, robustness."""
