@@ -36,6 +36,7 @@ rule report:
         maps=pca_maps,
         pictures=pictures,
         viewer=viewer_page,
+        segmentations=segmentations,
     output:
         page="<results>/report.html",
     log:
@@ -50,6 +51,7 @@ rule report:
         models=PLAN.models,
         runs=PLAN.trained_runs,
         regions=shown_regions,
+        tasks=list(SEGMENTS.tasks),
     shell:
         "python {params.script:q} --results {params.results:q} --models {params.models:q} --runs {params.runs:q}"
-        " --regions {params.regions:q} --workflow-config {params.config:q} --output {output.page:q} > {log:q} 2>&1"
+        " --regions {params.regions:q} --tasks {params.tasks:q} --workflow-config {params.config:q} --output {output.page:q} > {log:q} 2>&1"

@@ -22,6 +22,7 @@ def main() -> None:
     add("--models", nargs="*", default=[], help="models in the order of their maps, e.g. base pretrain gram")
     add("--runs", nargs="*", default=[], help="training runs, e.g. pretrain gram")
     add("--regions", nargs="*", help="regions shown at the scale of cells; all that there are when not given")
+    add("--tasks", nargs="*", help="tasks of segmentation that are shown; all that there are when not given")
     add("--workflow-config", type=Path, help="config.yaml of the workflow, shown without its paths")
     add("--max-slides", type=int, default=MAX_SLIDES_SHOWN, help="slides shown with pictures, evenly chosen")
     add("--output", type=Path, required=True, help="the HTML file to write")
@@ -36,6 +37,7 @@ def main() -> None:
         workflow_config=arguments.workflow_config,
         max_slides=arguments.max_slides,
         regions=arguments.regions,
+        tasks=arguments.tasks,
     )
 
 

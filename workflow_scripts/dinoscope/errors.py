@@ -10,7 +10,8 @@
     │   ├── SealError      settings differ from those the run was started with
     │   ├── LockError      another process is training in the same folder
     │   └── StoppedError   a training run that saved its state and is to be started again
-    └── FeaturesError      a feature file that is damaged or does not fit the others
+    ├── FeaturesError      a feature file that is damaged or does not fit the others
+    └── MasksError         images and masks of a segmentation data set that are missing, damaged or do not fit
 
 Each message is one sentence that names the slide, run, file or key, the value found, what was wanted and what to do.
 Mistakes of our own are `assert`s, not these.
@@ -23,6 +24,7 @@ __all__ = [
     "FeaturesError",
     "LockError",
     "ManifestError",
+    "MasksError",
     "RunError",
     "SealError",
     "SlideError",
@@ -77,3 +79,7 @@ class StoppedError(RunError):
 
 class FeaturesError(DinoscopeError):
     """A feature file is damaged or does not fit the others."""
+
+
+class MasksError(DinoscopeError):
+    """Images and masks of a segmentation data set are missing, damaged or do not fit each other."""

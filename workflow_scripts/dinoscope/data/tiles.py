@@ -23,7 +23,7 @@ from dinoscope.files import atomic_path
 from dinoscope.slides.manifest import manifest_digest
 from dinoscope.slides.padding import read_tile
 from dinoscope.slides.privacy import without_file_name
-from dinoscope.slides.reader import SlidePool
+from dinoscope.slides.reader import Slide, SlidePool
 from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import SlideRecord, read_slide_table
 
@@ -221,6 +221,10 @@ class SlideTiles:
     def slide_stains(self) -> dict[str, str | None]:
         """slide_id -> stain of the slides that have tiles."""
         return dict(self._stains)
+
+    def slide(self, slide_id: str) -> Slide:
+        """An open slide, which stays this object's. Raises SlideError when it cannot be opened."""
+        return self._slides[slide_id]
 
     def slide_rows(self) -> list[SlideRows]:
         """Which rows are of which slide and stratum, in the order of rows.

@@ -1,1 +1,1 @@
-"""Semantic segmentation with an adapted encoder."""
+"""Semantic segmentation: masks and their data sets, LoRA, decoders, training, measures, robustness."""

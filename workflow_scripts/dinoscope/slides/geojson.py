@@ -22,14 +22,8 @@ from dinoscope.files import write_text
 from dinoscope.slides.reader import Slide
 
 __all__ = [
-    "NO_CLASS",
-    "Annotations",
-    "Region",
-    "fill_polygon",
-    "mask_feature",
-    "outline_document",
-    "read_annotations",
-    "write_outline",
+    *("NO_CLASS", "Annotations", "Region", "check_place", "fill_polygon", "mask_feature", "outline_document"),
+    *("read_annotations", "read_regions", "write_outline"),
 ]
 
 log = logging.getLogger(__name__)
@@ -89,7 +83,7 @@ class Annotations:
         for regions in (self.included, self.excluded):
             mask = np.zeros(shape, bool)
             for region in regions:
-                _check_place(region, slide)
+                check_place(region, slide)
                 crossed = [fill_polygon(mask, polygon, downsample) for polygon in region.polygons]
                 if any(crossed):
                     log.warning(
@@ -115,8 +109,8 @@ def read_annotations(
     Raises:
         SlideError: The file is missing or no GeoJSON, a coordinate is no number, or nothing is included.
     """
-    name = f"slide {slide_id!r}: annotations {Path(path).name}"
-    regions = list(_regions(_features(_document(path, name), name), name))
+    name = _name(path, slide_id)
+    regions = read_regions(path, slide_id)
     counts = Counter(region.name for region in regions)
     included, excluded = (
         tuple(region for region in regions if region.name in names and region.polygons) for names in (include, exclude)
@@ -137,6 +131,16 @@ def read_annotations(
         )
     summary = f"{len(included)} annotations included, {len(excluded)} excluded"
     return Annotations(included, excluded, summary)
+
+
+def read_regions(path: str | Path, slide_id: str) -> list[Region]:
+    """All annotations of a GeoJSON file, in its order; those without area have no polygons.
+
+    Raises:
+        SlideError: The file is missing or no GeoJSON, or a coordinate is no number.
+    """
+    name = _name(path, slide_id)
+    return list(_regions(_features(_document(path, name), name), name))
 
 
 def write_outline(path: str | Path, mask: np.ndarray, downsample: float, width: int, height: int) -> None:
@@ -228,7 +232,12 @@ def _signed_area(ring: np.ndarray) -> float:
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
 
 
-def _check_place(region: Region, slide: Slide) -> None:
+def check_place(region: Region, slide: Slide) -> None:
+    """Refuses an annotation that lies outside of the slide, and warns of one that reaches beyond.
+
+    Raises:
+        SlideError: It lies outside.
+    """
     points = np.concatenate([polygon[0] for polygon in region.polygons])
     (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
     if right <= 0 or bottom <= 0 or left >= slide.width or top >= slide.height:
@@ -239,6 +248,10 @@ def _check_place(region: Region, slide: Slide) -> None:
         )
     if left < -1 or top < -1 or right > slide.width + 1 or bottom > slide.height + 1:
         log.warning("slide %r: %s reaches beyond the slide and is cut off there", slide.slide_id, region)
+
+
+def _name(path: str | Path, slide_id: str) -> str:
+    return f"slide {slide_id!r}: annotations {Path(path).name}"
 
 
 def _document(path: str | Path, name: str) -> Any:

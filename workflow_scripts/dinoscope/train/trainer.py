@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +61,7 @@ from dinoscope.train.speed import speed_if_readable
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.step import StepOutcome, TrainingStep, global_batch
+from dinoscope.train.stopping import stop_requests
 from dinoscope.train.teacher_heads import make_heads
 from dinoscope.train.watchdog import Watchdog, watched
 from dinoscope.train.window import MetricWindow
@@ -313,7 +313,7 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the end and writes final.json."""
-        with _stop_requests() as stop, self._progress() as shown:
+        with stop_requests() as stop, self._progress() as shown:
             for iteration, batches in self._batches():
                 values = self.schedules.at(iteration)
                 self._train_step(iteration, batches, values)
@@ -553,16 +553,3 @@ def _schedule_line(values: ScheduleValues) -> dict[str, float]:
 def _stream_seed(seed: int, run: str) -> int:
     """Seed of a run's samples, crops, masks and draws: a run that continues another sees other ones."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{run}".encode()).digest()[:7], "big")
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGUSR1 and Ctrl-C, so that the training can stop at the end of a step."""
-    received: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.signal(number, lambda number, _: received.append(number)) for number in signals]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)

@@ -18,6 +18,7 @@ from dinoscope.files import write_text
 from dinoscope.visualize.curves import RUN_COLORS, curves_svg
 from dinoscope.visualize.pca_map import without_title
 from dinoscope.visualize.report_data import ModelFacts, ReportData, RunFacts, collect
+from dinoscope.visualize.segmentation import Segmented, collect_segmentation
 
 __all__ = ["build_report", "picture_uri"]
 
@@ -52,6 +53,7 @@ def build_report(
     workflow_config: Path | None = None,
     max_slides: int = MAX_SLIDES_SHOWN,
     regions: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> None:
     """Writes the report.
 
@@ -65,6 +67,7 @@ def build_report(
         workflow_config: The workflow's config.yaml, shown without its paths.
         max_slides: Slides shown with pictures, evenly chosen from the table.
         regions: Names of the regions shown at the scale of cells; all that there are when not given.
+        tasks: Names of the tasks of segmentation that are shown; all that there are when not given.
     """
     data = collect(results, models, runs, workflow_config=workflow_config)
     shown = _evenly(data.slides, max_slides)
@@ -88,6 +91,7 @@ def build_report(
         ],
         regions=_region_pictures(results, regions),
         examples=_cluster_examples(results, data.models),
+        segmented=[(row, _segmented_picture(row)) for row in collect_segmentation(results, tasks)],
         curves=Markup(_svg_uri(curves_svg(with_metrics))) if with_metrics else "",
         losses={key: label for key, label in LOSSES.items() if any(run.first_and_last(key) for run in data.runs)},
         run_colors={run.name: RUN_COLORS[number % len(RUN_COLORS)] for number, run in enumerate(data.runs)},
@@ -199,6 +203,14 @@ def _cluster_examples(results: Path, models: Sequence[ModelFacts]) -> list[Pictu
         for model in models
     ]
     return [picture for page in pages for picture in page]
+
+
+def _segmented_picture(row: Segmented) -> list[Picture]:
+    caption = (
+        "image, truth, prediction and error, from the worst image to the best; red: missed or wrong, blue: spurious, "
+        "light grey: not asked about"
+    )
+    return [] if row.page is None else _page(row.page, row.title, caption)
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -1,0 +1,81 @@
+"""Windows over images: what they cover, and that a model without context says the same however they lie."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dinoscope.segment.inference import Inference, predict_logits, window_starts
+
+CPU = torch.device("cpu")
+
+
+class Pointwise(nn.Module):
+    """Stands for a segmenter that looks at one pixel at a time; counts its windows."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Conv2d(3, 4, 1)
+        self.seen = []
+
+    def normalised(self, images):
+        return images.permute(0, 3, 1, 2).float() / 255
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape))
+        return self.map(images)
+
+
+def image_of(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("size", [16, 17, 31, 32, 33, 100])
+def test_windows_cover_a_side_with_the_overlap(size, overlap):
+    starts = window_starts(size, 16, overlap)
+    assert starts[0] == 0
+    assert starts[-1] + 16 == size
+    steps = np.diff(starts)
+    assert (steps > 0).all()
+    assert (steps <= max(1, 16 * (1 - overlap))).all()
+    fewest = 1 if size == 16 else -(-(size - 16) // max(1, int(16 * (1 - overlap)))) + 1
+    assert len(starts) == fewest
+
+
+def test_a_side_smaller_than_the_window_takes_one():
+    assert window_starts(10, 16, 0.5) == [0]
+
+
+@pytest.mark.parametrize("size", [(16, 24), (41, 50), (16, 70), (9, 13), (5, 90)])
+def test_windows_give_what_the_whole_image_gives(size):
+    model, image = Pointwise(), image_of(*size)
+    with torch.no_grad():
+        expected = model.map(model.normalised(torch.from_numpy(image)[None]))[0]
+    model.seen.clear()
+    logits = predict_logits(model, image, Inference((16, 24), overlap=0.3, batch_size=3), CPU)
+    torch.testing.assert_close(logits, expected)
+    assert {shape[-2:] for shape in model.seen} == {(16, 24)}
+    assert max(shape[0] for shape in model.seen) <= 3
+
+
+def test_overlapping_windows_are_averaged():
+    class Numbered(Pointwise):
+        def forward(self, images):
+            values = torch.arange(1.0, 1 + len(images))
+            return values[:, None, None, None].expand(-1, 2, *images.shape[-2:])
+
+    logits = predict_logits(Numbered(), image_of(8, 12), Inference((8, 8), overlap=0.5), CPU)
+    np.testing.assert_allclose(logits[0, 0].numpy(), [1] * 4 + [1.5] * 4 + [2] * 4)
+
+
+def test_resizing_is_there_and_back():
+    model, image = Pointwise(), image_of(40, 60)
+    logits = predict_logits(model, image, Inference((16, 16), mode="resize"), CPU)
+    assert model.seen == [(1, 3, 16, 16)]
+    small = cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA)
+    with torch.no_grad():
+        there = model.map(model.normalised(torch.from_numpy(small)[None]))
+    back = torch.nn.functional.interpolate(there, (40, 60), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(logits, back)
