@@ -128,7 +128,9 @@ def linear_probe(
     """Multinomial logistic regression, all classes of the same weight.
 
     Penalty and scaling are those with the least log loss, each class of the same weight, on inner folds over the cases
-    of the training rows (on at most 20,000 of them, balanced by case).
+    of the training rows (on at most 20,000 of them, balanced by case). Where features tell nothing, pooled answers come
+    out a little below chance (AUROC 0.47 on average with 100 cases; scikit-learn's too): what is drawn into a fold that
+    is asked is missing where the regression learns.
 
     Args:
         features: (N, D).

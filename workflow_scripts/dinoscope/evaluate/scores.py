@@ -30,7 +30,8 @@ __all__ = [
     "statistic_of_confusions",
 ]
 
-_VALUES_AT_ONCE = 2**22  # 32 MiB of weights
+_VALUES_AT_ONCE = 2**20  # 8 MiB of weights
+_PAIRS_A_ROW = 200  # of cases; up to so many their products are faster than passes over the rows
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """From weights of cases (B, G) to a score of each set (B,); what a bootstrap resamples."""
@@ -77,12 +78,13 @@ class Measure:
     Attributes:
         name: As in tables.
         chance: What knowing nothing gives; None where that depends on the number of classes.
-        of_rows: From truth (N, …), what was said (N, …) and weights (B, N) to (B,).
+        prepare: From truth (N, …), what was said (N, …), the number of each row's case (N,) and G to a function of
+            weights (B, G).
     """
 
     name: str
     chance: float | None
-    of_rows: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    prepare: Callable[[np.ndarray, np.ndarray, np.ndarray, int], Statistic]
 
 
 def balanced_accuracy(confusions: np.ndarray) -> np.ndarray:
@@ -128,8 +130,8 @@ def auroc(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> 
         probabilities: (N, C).
         weights: (B, N).
     """
-    classes = range(1, 2) if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    return _mean_of_finite(np.stack([_area(truth == c, probabilities[:, c], weights) for c in classes], axis=-1))
+    areas = [_area(truth == c, probabilities[:, c], weights) for c in _asked_classes(probabilities)]
+    return _mean_of_finite(np.stack(areas, axis=-1))
 
 
 def c_index(truth: np.ndarray, risks: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -216,49 +218,74 @@ def confusion_matrices(
     return counts.reshape(num_groups, num_classes, num_classes).astype(np.float64)
 
 
-def _of_confusions(measure: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
-    def of_rows(truth: np.ndarray, said: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        num_classes = said.shape[1]
-        cells = truth * num_classes + said.argmax(1)
-        kinds, kind = np.unique(cells, return_inverse=True)
-        sums = weights @ (kind[:, None] == np.arange(len(kinds)))
-        confusions = np.zeros((len(weights), num_classes**2))
-        confusions[:, kinds] = sums
-        return measure(confusions.reshape(-1, num_classes, num_classes))
+def _by_confusions(measure: Callable[[np.ndarray], np.ndarray]) -> Callable[..., Statistic]:
+    def prepare(truth: np.ndarray, said: np.ndarray, case: np.ndarray, num_cases: int) -> Statistic:
+        confusions = confusion_matrices(truth, said.argmax(1), said.shape[1], case, num_cases, ignored=-1)
+        return statistic_of_confusions(confusions, measure)
 
-    return of_rows
+    return prepare
+
+
+def _by_rows(of_rows: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., Statistic]:
+    def prepare(truth: np.ndarray, said: np.ndarray, case: np.ndarray, num_cases: int) -> Statistic:
+        step = max(1, _VALUES_AT_ONCE // max(1, len(case)))
+
+        def statistic(weights_BG: np.ndarray) -> np.ndarray:
+            parts = [weights_BG[start : start + step] for start in range(0, len(weights_BG), step)]
+            return np.concatenate([of_rows(truth, said, part.astype(np.float64)[:, case]) for part in parts])
+
+        return statistic
+
+    return prepare
+
+
+def _by_pairs_of_cases(truth: np.ndarray, said: np.ndarray, case: np.ndarray, num_cases: int) -> Statistic:
+    """AUROC: few cases of many rows are compared once, pair by pair; many cases of few rows for each set of weights."""
+    if num_cases**2 > _PAIRS_A_ROW * len(case):
+        return _by_rows(auroc)(truth, said, case, num_cases)
+    won = np.stack([_won(truth == c, said[:, c], case, num_cases) for c in _asked_classes(said)])
+    rows = np.stack([np.bincount(case, truth == c, num_cases) for c in _asked_classes(said)], 1)
+    rest = np.bincount(case, minlength=num_cases)[:, None] - rows
+
+    def statistic(weights_BG: np.ndarray) -> np.ndarray:
+        weights_BG = weights_BG.astype(np.float64)
+        wins = np.stack([np.einsum("bg,bg->b", weights_BG @ of_class, weights_BG) for of_class in won], -1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return _mean_of_finite(wins / ((weights_BG @ rows) * (weights_BG @ rest)))
+
+    return statistic
+
+
+def _won(positive: np.ndarray, scores: np.ndarray, case: np.ndarray, num_cases: int) -> np.ndarray:
+    """(G, G): of rows of the class in the one and of the rest in the other, pairs in the right order; ties half."""
+    below = np.sort(scores[~positive])
+    order = np.argsort(scores[~positive], kind="stable")
+    case_below, found = case[~positive][order], np.zeros((num_cases, num_cases))
+    left, right = (np.searchsorted(below, scores[positive], side) for side in ("left", "right"))
+    for other in np.unique(case_below):
+        counts = np.r_[0, np.cumsum(case_below == other)]
+        found[:, other] = np.bincount(case[positive], (counts[left] + counts[right]) / 2, num_cases)
+    return found
 
 
 MEASURES = {
-    "balanced_accuracy": Measure("balanced accuracy", None, _of_confusions(balanced_accuracy)),
-    "macro_f1": Measure("macro F1", None, _of_confusions(macro_f1)),
-    "auroc": Measure("AUROC", 0.5, auroc),
-    "c_index": Measure("C-index", 0.5, c_index),
-    "r2": Measure("R²", 0.0, r2),
-    "pearson": Measure("Pearson's r", 0.0, pearson),
+    "balanced_accuracy": Measure("balanced accuracy", None, _by_confusions(balanced_accuracy)),
+    "macro_f1": Measure("macro F1", None, _by_confusions(macro_f1)),
+    "auroc": Measure("AUROC", 0.5, _by_pairs_of_cases),
+    "c_index": Measure("C-index", 0.5, _by_rows(c_index)),
+    "r2": Measure("R²", 0.0, _by_rows(r2)),
+    "pearson": Measure("Pearson's r", 0.0, _by_rows(pearson)),
 }
 
 
 def statistic_of(predictions: Predictions, measure: str) -> Statistic:
     """A measure of predictions as a function of the weights of their cases, sorted by name: the mean over repeats."""
     names, case = np.unique(predictions.cases, return_inverse=True)
-    of_rows = MEASURES[measure].of_rows
     parts = []
     for said in predictions.said:
         asked = np.isfinite(said.reshape(len(said), -1)).all(1)
-        parts.append((predictions.truth[asked], said[asked], case[asked]))
-
-    def statistic(weights_BG: np.ndarray) -> np.ndarray:
-        assert weights_BG.shape[1] == len(names), (weights_BG.shape, len(names))
-        values = np.zeros(len(weights_BG))
-        for start in range(0, len(weights_BG), step := max(1, _VALUES_AT_ONCE // max(1, len(case)))):
-            some = np.asarray(weights_BG[start : start + step], np.float64)
-            values[start : start + step] = np.mean(
-                [of_rows(truth, said, some[:, rows]) for truth, said, rows in parts], axis=0
-            )
-        return values
-
-    return statistic
+        parts.append(MEASURES[measure].prepare(predictions.truth[asked], said[asked], case[asked], len(names)))
+    return mean_of(parts)
 
 
 def statistic_of_confusions(
@@ -287,14 +314,18 @@ def score(predictions: Predictions, measure: str) -> float:
 
 def _area(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # of runs of equal scores
-    weights = weights[:, order]
-    of_class = np.add.reduceat(weights * positive[order], starts, axis=1)
-    of_rest = np.add.reduceat(weights * ~positive[order], starts, axis=1)
-    below = np.cumsum(of_rest, axis=1) - of_rest / 2
+    ordered, weights = scores[order], weights[:, order]
+    of_class, of_rest = weights[:, positive[order]], weights * ~positive[order]
+    below = np.concatenate([np.zeros((len(weights), 1)), np.cumsum(of_rest, axis=1)], axis=1)
+    left, right = (np.searchsorted(ordered, ordered[positive[order]], side) for side in ("left", "right"))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.einsum("bu,bu->b", of_class, below) / (of_class.sum(1) * of_rest.sum(1))
+        won = np.einsum("bp,bp->b", of_class, below[:, left] + below[:, right]) / 2
+        return won / (of_class.sum(1) * below[:, -1])
+
+
+def _asked_classes(probabilities: np.ndarray) -> range:
+    """One of two classes, or each of several against the rest."""
+    return range(1, 2) if probabilities.shape[1] == 2 else range(probabilities.shape[1])
 
 
 def _mean_of_finite(values: np.ndarray) -> np.ndarray:
