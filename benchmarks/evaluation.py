@@ -5,8 +5,8 @@
 Nearest neighbours of 1,000 queries among a million rows of 1,024 values that lie in a file in float16; the same among
 as many rows as scikit-learn has memory for, both in turns. A linear probe of 200,000 rows, penalty and scaling chosen
 on inner folds, and one of its regressions beside scikit-learn's. Intervals by 10,000 resamples of cases beside a loop
-over scikit-learn's score. Features are drawn: clusters with noise. Prints Markdown; files lie in a temporary folder (2 GB).
-Times are CPU seconds of all threads, and wall clock.
+over scikit-learn's score. Features are drawn: clusters with noise. Prints Markdown; files lie in a
+temporary folder (2 GB). Times are CPU seconds of all threads, and wall clock.
 """
 
 import argparse
