@@ -181,6 +181,24 @@ def test_pixels_behind_glass_come_from_near_ones():
     assert (shift[3:-3, 3:-3].max(axis=-1) > 0.5).mean() > 0.5
 
 
+@pytest.mark.parametrize("reach", [1, 2, 4])
+def test_values_are_passed_on_as_one_pixel_after_the_other(reach):
+    """The published benchmark's loop over rows and columns, with the same draws."""
+    height, width, rounds = 23, 31, 3
+    values = np.random.default_rng(1).random((height, width, 3)).astype(np.float32)
+    values = np.floor(values * 255) / np.float32(255)
+    moved = corruption_blurs.glass(values, (1e-3, reach, rounds), np.random.default_rng(2))
+    rng, expected = np.random.default_rng(2), np.round(values * 255)
+    for _ in range(rounds):
+        down, right = rng.integers(-reach, reach, (2, (height - 2 * reach) * (width - 2 * reach)))
+        steps = iter(zip(down, right, strict=True))
+        for row in range(height - reach, reach, -1):
+            for column in range(width - reach, reach, -1):
+                dy, dx = next(steps)
+                expected[row, column] = expected[row + dy, column + dx]
+    assert np.abs(moved * 255 - expected).max() <= 1
+
+
 def test_elastic_shifts_grow_and_have_no_direction():
     rows, columns = np.meshgrid(np.arange(120.0), np.arange(120.0), indexing="ij")
     ramp = np.stack([rows, columns, rows], axis=-1).round().astype(np.uint8)

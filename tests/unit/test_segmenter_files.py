@@ -14,7 +14,7 @@ from dinoscope.models.registry import ViTSettings
 from dinoscope.models.vit import DinoVisionTransformer
 from dinoscope.segment.adapters import LoraSettings
 from dinoscope.segment.encoder_parts import patch_maps
-from dinoscope.segment.files import default_palette, load_segmenter, make_card, read_card, save_segmenter
+from dinoscope.segment.files import load_segmenter, make_card, read_card, save_segmenter
 from dinoscope.segment.model import Segmenter
 from other_libraries import random_backbone
 from tiny_segmenter import own_encoder, some_images, trained, write_dinov2, write_own_encoder
@@ -105,13 +105,14 @@ def test_a_model_takes_the_place_of_an_earlier_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "model"]
 
 
-def test_the_palette_is_that_of_pascal_voc():
-    assert default_palette(21)[:9] == [
-        *((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)),
-        *((128, 128, 128), (64, 0, 0)),
-    ]
-    assert default_palette(21)[20] == (0, 64, 128)
-    assert len(set(default_palette(150))) == 150
+@pytest.mark.parametrize(
+    ("count", "last"), [(21, "tv monitor"), (150, "flag"), (7, "class 6")], ids=["voc", "ade20k", "other"]
+)
+def test_classes_of_public_files_are_those_of_the_set_with_as_many(tmp_path, count, last):
+    public_file(tmp_path / "a.pt", own_encoder(), classes=count)
+    card = load_segmenter(tmp_path / "a.pt", own_encoder()).card
+    assert len(card.classes) == count and card.classes[-1] == last
+    assert len(set(card.palette)) == count
 
 
 def public_file(path, encoder, *, rank=3, classes=4, pyramid=False, lora=True, seed=9):

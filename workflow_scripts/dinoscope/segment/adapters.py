@@ -66,10 +66,12 @@ def add_adapters(encoder: nn.Module, settings: LoraSettings, seed: int) -> None:
         raise ConfigError(f"block {absent[0]} is to be adapted, but the encoder has blocks 0 to {depth - 1}")
     if not settings.targets or settings.blocks == ():
         raise ConfigError(f"LoRA adapts nothing: name targets ({', '.join(LORA_TARGETS)}) and blocks, or leave it out")
-    if isinstance(encoder, DinoVisionTransformer):
-        add_lora(encoder, settings.rank, settings.alpha, settings.targets, settings.blocks)
-    else:
-        _add_to_separate_layers(encoder, settings)
+    device = next(encoder.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # what they begin with is replaced
+        if isinstance(encoder, DinoVisionTransformer):
+            add_lora(encoder, settings.rank, settings.alpha, settings.targets, settings.blocks)
+        else:
+            _add_to_separate_layers(encoder, settings)
     missing = encoder.load_state_dict(fresh_adapters(encoder, seed), strict=False)
     assert not missing.unexpected_keys
 

@@ -34,15 +34,30 @@ def glass(image: np.ndarray, numbers: tuple[float, int, int], rng: np.random.Gen
     sigma, reach, rounds = numbers
     height, width = image.shape[:2]
     blurred = np.floor(np.clip(gaussian(image, sigma), 0, 1) * 255).astype(np.float32) / 255
-    sources = list(range(height * width))
+    sources = np.arange(height * width)
     rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
     places = (rows[:, None] * width + columns).ravel()
     for _ in range(rounds):
         down, right = rng.integers(-reach, reach, (2, len(places)))
-        # one after the other, as values are passed on; of numbers, which is a hundred times as fast as of pixels
-        for place, other in zip(places.tolist(), (places + down * width + right).tolist(), strict=True):
-            sources[place] = sources[other]
+        sources = sources[_passed_on(height * width, places, places + down * width + right)]
     return gaussian(blurred.reshape(-1, 3)[sources].reshape(image.shape), sigma)
+
+
+def _passed_on(count: int, places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Where the value of each of `count` pixels was before, if each place in turn takes that of its other.
+
+    Places come from the last pixel to the first. A place whose other came before it takes what that one took: such
+    chains are followed by doubling their steps, which gives what one place after the other gives.
+    """
+    came = np.zeros(count, bool)
+    came[places] = True
+    before, step = np.arange(count), np.arange(count)
+    chained = came[others] & (others > places)
+    before[places[~chained]] = others[~chained]
+    step[places[chained]] = others[chained]
+    while not np.array_equal(further := step[step], step):
+        step = further
+    return before[step]
 
 
 def motion(image: np.ndarray, numbers: tuple[int, float], rng: np.random.Generator) -> np.ndarray:

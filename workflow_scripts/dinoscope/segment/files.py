@@ -25,13 +25,13 @@ from dinoscope.models.tensor_files import read_object, read_tensors
 from dinoscope.models.weights import state_digest
 from dinoscope.segment.adapters import LoraSettings
 from dinoscope.segment.model import Segmenter
+from dinoscope.segment.palettes import default_palette
 from dinoscope.segment.public_tool import is_public_state, segmenter_of_public
 
 __all__ = [
     "CARD_NAME",
     "TENSORS_NAME",
     "SegmenterCard",
-    "default_palette",
     "load_segmenter",
     "make_card",
     "read_card",
@@ -210,26 +210,25 @@ def _foreign(file: Path, encoder: LoadedEncoder, options: Mapping[str, Any]) -> 
             f"dinov2-finetune have; a model of dinoscope is a folder with {CARD_NAME}"
         )
     segmenter = segmenter_of_public(state, encoder, str(file), **options)
-    names = [f"class {index}" for index in range(segmenter.num_classes)]
+    said, names = _classes_of_public(segmenter.num_classes)
     segmenter.card = make_card(segmenter, names, default_palette(len(names)))
     _log.warning(
         "%s does not say which encoder it was trained on, nor what its %d classes are; taken is the encoder given "
-        "(%s), with its mean and std",
-        *(file.name, len(names), encoder.kind),
+        "(%s), with its mean and std, and the classes are %s",
+        *(file.name, len(names), encoder.kind, said),
     )
     return segmenter
 
 
-def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """The colours of Pascal VOC, which are apart for neighbouring indices: black, dark red, green, olive, …"""
-    palette = []
-    for index in range(num_classes):
-        channels = [0, 0, 0]
-        for place in range(8):
-            for channel in range(3):
-                channels[channel] |= (index >> (3 * place + channel) & 1) << (7 - place)
-        palette.append(tuple(channels))
-    return palette
+def _classes_of_public(count: int) -> tuple[str, Sequence[str]]:
+    """What the classes of a file of dinov2-finetune are, which was trained on two data sets, and their names."""
+    from dinoscope.segment.ade20k import ADE20K_CLASSES
+    from dinoscope.segment.voc import VOC_CLASSES
+
+    for name, classes in (("Pascal VOC", VOC_CLASSES), ("ADE20K", ADE20K_CLASSES)):
+        if len(classes) == count:
+            return f"those of {name}", classes
+    return "numbered", [f"class {index}" for index in range(count)]
 
 
 def _check_digest(folder: Path, state: dict[str, Tensor]) -> None:
