@@ -54,7 +54,7 @@ def sheet(image: np.ndarray, kinds: list[str]) -> np.ndarray:
 
 
 def measured(image: np.ndarray, kind: str, severity: int) -> tuple[str, str, str]:
-    """PSNR, mean absolute difference in grey levels, and CPU milliseconds, means of a few draws (the time: their least)."""
+    """PSNR, mean absolute difference in grey levels, CPU milliseconds: means of a few draws, of the time the least."""
     found, times = [], []
     for index in range(DRAWS):
         start = time.process_time()

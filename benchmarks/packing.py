@@ -22,14 +22,22 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow_scripts"))
 
 
-from dinoscope.data.packed import open_packed, pack_slide, write_index
+from dinoscope.data.packed import open_packed
+from dinoscope.data.packing import pack_slide, write_index
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.tiles import open_tiles
+from dinoscope.files import read_json
 from dinoscope.slides.manifest import TILE_SCHEMA, read_tiles, write_tiles
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.table import read_slide_table
 
-SETTINGS = [(80, "4:2:0"), (90, "4:2:0"), (90, "4:4:4"), (95, "4:4:4")]
+SETTINGS = [
+    (80, "4:2:0", False),
+    (90, "4:2:0", False),
+    (90, "4:4:4", False),
+    (95, "4:4:4", False),
+    (90, "4:2:0", True),  # JPEGs that the slide stores are copied
+]
 
 
 def milliseconds(action: Callable[[], object]) -> float:
@@ -39,7 +47,7 @@ def milliseconds(action: Callable[[], object]) -> float:
     return 1e3 * (time.process_time() - start)
 
 
-def pack_all(manifest: Path, slides: str, folder: Path, quality: int, subsampling: str) -> Path:
+def pack_all(manifest: Path, slides: str, folder: Path, quality: int, subsampling: str, copies: bool) -> Path:
     """The index of the packed tiles of all slides."""
     records = {record.slide_id: record for record in read_slide_table(slides)}
     table = read_tiles(manifest)
@@ -49,7 +57,8 @@ def pack_all(manifest: Path, slides: str, folder: Path, quality: int, subsamplin
         write_tiles(folder / f"{name}.parquet", mine.cast(TILE_SCHEMA), about)
         opened = functools.partial(Slide, records[name].path, name, records[name].mpp)
         output = folder / f"{name}.arrow"
-        pack_slide(name, opened, folder / f"{name}.parquet", output, quality=quality, subsampling=subsampling)
+        options = {"quality": quality, "subsampling": subsampling, "copy_stored": copies}
+        pack_slide(name, opened, folder / f"{name}.parquet", output, **options)
     write_index(manifest, folder, folder / "index.json")
     return folder / "index.json"
 
@@ -78,10 +87,10 @@ def main() -> None:
     print(f"{len(on_slides)} tiles of {on_slides.windows[0].width} px")
     print("| tiles | kB a tile | packing, CPU ms a tile | reading, CPU ms a tile | faster | mean change | pays after |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for quality, subsampling in SETTINGS:
+    for quality, subsampling, copies in SETTINGS:
         with tempfile.TemporaryDirectory() as name:
             start = time.process_time()
-            index = pack_all(arguments.manifest, arguments.slides, Path(name), quality, subsampling)
+            index = pack_all(arguments.manifest, arguments.slides, Path(name), quality, subsampling, copies)
             packing = 1e3 * (time.process_time() - start) / len(on_slides)
             packed = open_packed(arguments.manifest, arguments.slides, index)
             turns = [
@@ -89,9 +98,11 @@ def main() -> None:
             ]
             slow, fast = (statistics.median(values) for values in zip(*turns, strict=True))
             changes = [np.abs(on_slides.read(k)[0].astype(int) - packed.read(k)[0]).mean() for k in numbers]
-            size = sum(file.stat().st_size for file in Path(name).glob("*.arrow")) / len(on_slides) / 1e3
+            size = read_json(index)["bytes"] / len(on_slides) / 1e3
+            copied = read_json(index)["copied"]
         after = f"{packing / (slow - fast):.1f} readings" if slow > fast else "never"
-        row = [f"packed, quality {quality}, {subsampling}", f"{size:.0f}", f"{packing:.1f}", f"{fast:.2f}"]
+        told = f", {copied} of {len(on_slides)} copied as stored" if copies else ""
+        row = [f"packed, quality {quality}, {subsampling}{told}", f"{size:.0f}", f"{packing:.1f}", f"{fast:.2f}"]
         row += [f"{slow / fast:.1f}", f"{statistics.fmean(changes):.2f}", after]
         print(f"| {' | '.join(row)} |")
     print(f"| of the slides | | | {slow:.2f} | 1 | 0 | |")

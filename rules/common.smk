@@ -151,7 +151,7 @@ def tiling_arguments(wildcards):
     Not a function of `output`: Snakemake records no param that depends on it, and changed sets must tile anew.
     """
     tiles = [
-        str(PLAN.results / "tiles" / name / f"{wildcards.slide}.parquet")
+        f"{PLAN.results}/tiles/{name}/{wildcards.slide}.parquet"
         for name in PLAN.config["tiling"]["sets"]
     ]
     return PLAN.tiling_arguments(wildcards.slide, tiles)

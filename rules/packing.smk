@@ -1,6 +1,7 @@
-"""Tiles packed as JPEG (packing.enabled): one file a slide, and an index for each tile set that training reads."""
+"""Tiles packed as JPEG (packing.enabled): a job a slide, and an index for each tile set that training reads."""
 
 
+# A large slide has further files, which the declared one names: it is the last to come, and the first to go.
 rule pack_slide:
     input:
         slide=slide_path,
@@ -25,10 +26,12 @@ rule pack_slide:
         on_error=not_a_trigger(PLAN.config["slides"]["on_error"]),
         quality=PLAN.config["packing"]["quality"],
         subsampling=PLAN.config["packing"]["subsampling"],
+        copies=["--copy-stored"] if PLAN.config["packing"]["copy_stored"] else [],
+        file_gb=not_a_trigger(PLAN.config["packing"]["file_gb"]),
     shell:
         "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
         " {params.reader:q} --on-error {params.on_error:q} --tiles {input.tiles:q} --quality {params.quality}"
-        " --subsampling {params.subsampling} --output {output.packed:q} > {log:q} 2>&1"
+        " --subsampling {params.subsampling} {params.copies} --file-gb {params.file_gb} --output {output.packed:q} > {log:q} 2>&1"
 
 
 # The files are found in the index's folder: 10,000 arguments would burst the command line.

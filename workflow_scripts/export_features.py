@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
-from dinoscope.errors import ConfigError
+from dinoscope.errors import ConfigError, DinoscopeError
 
 
 def main() -> None:
@@ -25,9 +25,17 @@ def main() -> None:
 
     from dinoscope.features.exports import export_features
 
+    problems = []
     for feature_file, tile_file, slide in zip(features, tiles, slides, strict=True):
-        written = export_features(arguments.format, feature_file, tile_file, arguments.output_dir, slide=slide)
-        logging.info("%s: %s", feature_file.stem, ", ".join(str(path) for path in written))
+        try:
+            written = export_features(arguments.format, feature_file, tile_file, arguments.output_dir, slide=slide)
+        except DinoscopeError as error:  # the others are written all the same
+            problems.append(str(error))
+        else:
+            logging.info("%s: %s", feature_file.stem, ", ".join(str(path) for path in written))
+    if problems:
+        more = f"; {len(problems)} of {len(features)} files failed, each named here" if len(problems) > 1 else ""
+        raise DinoscopeError("\n".join(problems) + more)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from dinoscope.cli import HelpFormatter, run_script
-from dinoscope.data.packed import write_index
+from dinoscope.data.packing import write_index
 
 
 def main() -> None:
@@ -23,8 +23,10 @@ def main() -> None:
     arguments = parser.parse_args()
     index = write_index(arguments.manifest, arguments.output.parent, arguments.output)
     logging.info(
-        "%d tiles of %d slides, %.2f GB, JPEG quality %d with %s, manifest %s",
-        *(index["num_tiles"], len(index["slides"]), index["bytes"] / 1e9, index["quality"], index["subsampling"]),
+        "%d tiles of %d slides, %.2f GB in %d files, %d tiles copied as they are stored, JPEG quality %d with %s, "
+        "manifest %s",
+        *(index["num_tiles"], len(index["slides"]), index["bytes"] / 1e9, index["files"], index["copied"]),
+        *(index["quality"], index["subsampling"]),
         index["manifest"][:12],
     )
 

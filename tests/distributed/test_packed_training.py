@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscope.data.packed import pack_slide, write_index
+from dinoscope.data.packing import pack_slide, write_index
 from dinoscope.files import read_json
 from dinoscope.slides.reader import Slide
 from tiny_slides import write_manifest, write_slide

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import struct
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from dinoscope.slides import fast_tiff
 from dinoscope.slides.reader import Slide, SlidePool
 from dinoscope.slides.tiff_directory import tiled_images
 from dinoscope.slides.tile_cache import TileCache
-from synthetic_slides import APERIO, split_jpeg, texture, write_lossless, write_tiled
+from synthetic_slides import APERIO, split_jpeg, texture, write_tiled
 
 HEIGHT, WIDTH = 1000, 1240  # whole numbers of pixels at downsample 4, but no whole number of tiles
 
@@ -43,6 +44,14 @@ def jpeg2000(**options: object) -> Callable[[np.ndarray], bytes]:
     return lambda tile: imagecodecs.jpeg2k_encode(tile, level=40, codecformat="j2k", reversible=False, **options)
 
 
+def deflate(tile: np.ndarray) -> bytes:
+    return zlib.compress(tile.tobytes())
+
+
+def differences(tile: np.ndarray) -> np.ndarray:
+    return np.diff(tile, axis=1, prepend=np.zeros_like(tile[:, :1]))
+
+
 def write_abbreviated(path: Path, image: np.ndarray, colours: str) -> Path:
     encode = jpeg("420") if colours == "ycbcr" else jpeg("444", outcolorspace="RGB")
     tables, _ = split_jpeg(encode(image[:240, :240].copy()))
@@ -58,6 +67,7 @@ def write_abbreviated(path: Path, image: np.ndarray, colours: str) -> Path:
     )
 
 
+DIFFERENCES = {"photometric": "rgb", "predictor": 2}
 KINDS: dict[str, Callable[[Path, np.ndarray], Path]] = {
     "4:2:0": lambda path, image: write_tiled(path, image, jpeg("420"), subsampling=(2, 2)),
     "4:2:2": lambda path, image: write_tiled(path, image, jpeg("422"), subsampling=(2, 1)),
@@ -77,6 +87,23 @@ KINDS: dict[str, Callable[[Path, np.ndarray], Path]] = {
     ),
     "JPEG 2000, Aperio, RGB": lambda path, image: write_tiled(
         path, image, jpeg2000(), compression=33005, photometric="rgb", description=APERIO.format(WIDTH, HEIGHT)
+    ),
+    "uncompressed": lambda path, image: write_tiled(
+        path, image, lambda tile: tile.tobytes(), compression=1, photometric="rgb"
+    ),
+    "deflate": lambda path, image: write_tiled(path, image, deflate, compression=8, photometric="rgb"),
+    "deflate, old number": lambda path, image: write_tiled(path, image, deflate, compression=32946, photometric="rgb"),
+    "LZW": lambda path, image: write_tiled(path, image, imagecodecs.lzw_encode, compression=5, photometric="rgb"),
+    "LZW of differences": lambda path, image: write_tiled(
+        path,
+        image,
+        lambda tile: imagecodecs.lzw_encode(differences(tile)),
+        compression=5,
+        photometric="rgb",
+        predictor=2,
+    ),
+    "deflate of differences": lambda path, image: write_tiled(
+        path, image, lambda tile: deflate(differences(tile)), compression=8, photometric="rgb", predictor=2
     ),
 }
 
@@ -142,7 +169,6 @@ def test_a_fractional_level_is_left_to_openslide(tmp_path: Path) -> None:
 
 
 def test_other_files_are_left_to_openslide(tmp_path: Path, image: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
-    lossless = write_lossless(tmp_path / "lossless.tiff", image)
     grey = tmp_path / "grey.tiff"
     encode = lambda tile: imagecodecs.jpeg8_encode(tile[..., 1].copy(), level=80)  # noqa: E731
     with tifffile.TiffWriter(grey) as writer:
@@ -152,7 +178,10 @@ def test_other_files_are_left_to_openslide(tmp_path: Path, image: np.ndarray, ca
         )
     same_size = tmp_path / "same.tiff"  # which of two directories OpenSlide takes is not known here
     write_tiled(same_size, image[:512, :512], jpeg(), subsampling=(2, 2), downsamples=(1, 1))
-    for path in (lossless, grey, same_size):
+    separate = tmp_path / "separate.tiff"
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    tifffile.imwrite(separate, planes, tile=(256, 256), photometric="rgb", planarconfig="separate", metadata=None)
+    for path in (grey, same_size, separate):
         with caplog.at_level(logging.DEBUG, "dinoscope"), Slide(path, "S", mpp=0.5) as slide:
             assert not slide.decodes_directly(0)
             assert np.array_equal(slide.read_region(30, 40, 0, 300, 200), reference(path, 30, 40, 0, 300, 200))
@@ -197,6 +226,19 @@ def test_a_slide_whose_decoded_pixels_differ_is_left_to_openslide(
                 assert np.array_equal(slide.read_region(0, 0, 0, 512, 512), reference(path, 0, 0, 0, 512, 512))
             assert not slide.decodes_directly(0)
     assert caplog.text.count("slide 'S': level 0 is read by OpenSlide: decoding its tiles does not give") == 1
+
+
+def test_parts_of_tiles_are_compared_too(tmp_path: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fast_tiff.window_decoder
+
+    def one_off(image: object) -> Callable[..., np.ndarray]:
+        return lambda *arguments: real(image)(*arguments) ^ np.uint8(1)
+
+    path = KINDS["JPEG 2000, Aperio, RGB"](tmp_path / "s.tiff", image)
+    monkeypatch.setattr(fast_tiff, "window_decoder", one_off)
+    with Slide(path, "S") as slide:
+        assert not slide.decodes_directly(0)
+        assert np.array_equal(slide.read_region(9, 9, 0, 300, 300), reference(path, 9, 9, 0, 300, 300))
 
 
 def test_a_slide_is_checked_once_a_process_unless_its_file_changes(
@@ -421,7 +463,7 @@ def test_tiles_are_kept_only_where_they_are_found_again(tmp_path: Path, image: n
 
         for x, y in np.random.default_rng(8).integers(1, 900, (150, 2)).tolist():
             read(x, y)
-        assert keeps[0] and not any(keeps[-50:])
+        assert keeps[0] and sum(keeps[-50:]) < 5
         for y in range(30, 400, 64):
             for x in range(20, 1100, 64):
                 read(x, y)
@@ -499,6 +541,24 @@ def test_all_colours_of_jpeg_2000(tmp_path: Path) -> None:
     with Slide(path, "S") as slide:
         assert slide.decodes_directly(0)
         assert np.array_equal(slide.read_region(0, 0, 0, 4096, 256), reference(path, 0, 0, 0, 4096, 256))
+
+
+@pytest.mark.parametrize("kind", ["JPEG 2000, Aperio, YCbCr", "JPEG 2000, Aperio, RGB", "4:2:0", "deflate"])
+def test_tiles_that_are_not_kept_have_the_same_pixels(
+    tmp_path: Path, image: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of JPEG 2000 only parts are decoded then."""
+    monkeypatch.setattr(TileCache, "worthwhile", lambda self: False)
+    path = KINDS[kind](tmp_path / "s.tiff", image)
+    whole = reference(path, 0, 0, 0, WIDTH, HEIGHT)
+    rng = np.random.default_rng(11)
+    with Slide(path, "S") as slide:
+        assert slide.decodes_directly(0)
+        for _ in range(40):
+            width, height = (int(side) for side in rng.integers(1, 400, 2))
+            x, y = int(rng.integers(WIDTH - width)), int(rng.integers(HEIGHT - height))
+            assert np.array_equal(slide.read_region(x, y, 0, width, height), whole[y : y + height, x : x + width])
+        assert len(slide._fast._tiff._cache) == 0
 
 
 # real slides

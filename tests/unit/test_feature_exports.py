@@ -226,6 +226,18 @@ def test_script_exports_many_slides(sample, tmp_path):
     assert done.returncode == 1 and "error: 2 --features, 1 --tiles: give as many of each" in done.stderr
 
 
+def test_the_script_goes_on_after_a_bad_slide(sample, tmp_path):
+    path, tiles = sample[:2]
+    bad = [tmp_path / "bad 1.h5", tmp_path / "bad 2.h5"]
+    for file in bad:
+        file.write_bytes(b"no HDF5")
+    words = [sys.executable, SCRIPT, "--format", "parquet", "--features", bad[0], path, bad[1], "--tiles", *[tiles] * 3]
+    done = subprocess.run(list(map(str, [*words, "--output-dir", tmp_path / "out"])), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert str(bad[0]) in done.stderr and str(bad[1]) in done.stderr and "2 of 3 files failed" in done.stderr
+    assert pq.read_table(tmp_path / "out" / "S 1.parquet").num_rows == len(sample[2])
+
+
 def test_the_script_knows_all_formats():
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
     assert all(name in done.stdout for name in FORMATS)

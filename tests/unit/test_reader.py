@@ -121,6 +121,7 @@ def test_transparent_pixels_get_the_background_colour(pyramid: Path, monkeypatch
         place[0], place[1] = 0xFF0A141E, 0
 
     with Slide(pyramid, "S") as slide:
+        monkeypatch.setattr(slide, "_fast", None)
         monkeypatch.setattr("openslide.lowlevel._read_region", read_region)
         assert slide.read_region(0, 0, 0, 2, 1).tolist() == [[[10, 20, 30], [255, 255, 255]]]
         slide.background = (1, 2, 3)
@@ -138,6 +139,7 @@ def test_half_transparent_pixels_are_blended_as_pil_would(pyramid: Path, monkeyp
 
     with Slide(pyramid, "S") as slide:
         slide.background = (240, 7, 99)
+        monkeypatch.setattr(slide, "_fast", None)
         monkeypatch.setattr("openslide.lowlevel._read_region", read_region)
         found = slide.read_region(0, 0, 0, 256, 256)
     rgba = np.asarray(openslide.lowlevel._load_image(argb, (256, 256)))

@@ -7,7 +7,15 @@ import pytest
 from dinoscope.errors import SealError
 from dinoscope.files import read_json, write_json
 from dinoscope.recipe import load_recipe
-from dinoscope.train.seal import check_seal, compare_order, compare_with_seal, read_seal, seal_run, write_config
+from dinoscope.train.seal import (
+    check_seal,
+    compare_order,
+    compare_reader,
+    compare_with_seal,
+    read_seal,
+    seal_run,
+    write_config,
+)
 
 RECIPE = Path(__file__).resolve().parents[2] / "config" / "runs" / "tiny.yaml"
 INPUTS = {"manifest": "abc", "weights": "def", "continues": None, "gram_teacher": None}
@@ -62,6 +70,18 @@ def test_other_stains_or_strata_are_refused(run: Path) -> None:
         compare_order(run, seal, "a", "c")
     with pytest.raises(SealError, match="these columns of the slide table have changed"):
         compare_order(run, seal, "c", "b")
+
+
+def test_another_reader_of_slides_is_refused(tmp_path: Path) -> None:
+    sealed, changed = "my_formats:ISyntax 0123456789abcdef", "my_formats:ISyntax fedcba9876543210"
+    for before, now in ((sealed, changed), (sealed, None), (None, sealed), (sealed, "others:ISyntax 0123456789abcdef")):
+        with pytest.raises(
+            SealError, match=r"run main was started with slides read by slides\.reader .* put the reader"
+        ):
+            compare_reader(tmp_path / "main", {"inputs": {"reader": before}}, now)
+    for same in (sealed, None):
+        compare_reader(tmp_path / "main", {"inputs": {"reader": same}}, same)
+        compare_reader(tmp_path / "main", {"inputs": {}}, same)  # started before readers were sealed
 
 
 def test_fewer_tiles_at_once_are_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,7 +67,7 @@ def folder(tmp_path):
 
 
 def opened(folder, split="train", **options):
-    options = {"slides": str(folder / "slides.tsv"), "class_map": CLASSES} | options
+    options = {"slides": str(folder / "slides.tsv"), "class_map": CLASSES, "test_fraction": 0} | options
     return open_dataset("slides", folder / "tiles.parquet", split, annotations=str(folder / "annotations"), **options)
 
 
@@ -115,17 +115,18 @@ def test_images_are_those_of_the_tiles(folder):
 
 
 def test_cases_are_held_out_whole_and_the_table_is_followed(folder):
-    train, val = opened(folder, "train", val_fraction=0.5), opened(folder, "val", val_fraction=0.5)
-    assert len(train) == len(val) == 18
-    assert not set(train.groups) & set(val.groups)
-    assert {name[0] for name in train.names + val.names} == set(SLIDES)
-    assert all(group == f"case {name[0]}" for group, name in zip(train.groups, train.names, strict=True))
+    drawn = {split: opened(folder, split, val_fraction=0.34, test_fraction=0.25) for split in ("train", "val", "test")}
+    assert {split: len(data) for split, data in drawn.items()} == {"train": 18, "val": 9, "test": 9}
+    assert sorted({name[0] for data in drawn.values() for name in data.names}) == list(SLIDES)
+    for data in drawn.values():
+        assert data.groups == [f"case {name[0]}" for name in data.names]
     rows = [
         "\t".join((slide, f"{folder}/slides/{slide}.tiff", "eval" if slide == "b" else "train")) for slide in SLIDES
     ]
     (folder / "slides.tsv").write_text("slide_id\tpath\tuse\n" + "\n".join(rows) + "\n")
-    assert {name[0] for name in opened(folder, "val").names} == {"b"}
-    assert {name[0] for name in opened(folder).names} == {"a", "c", "d"}
+    assert {name[0] for name in opened(folder, "test", test_fraction=0.9).names} == {"b"}
+    others = [{name[0] for name in opened(folder, split).names} for split in ("train", "val")]
+    assert [len(slides) for slides in others] == [2, 1] and others[0] | others[1] == {"a", "c", "d"}
 
 
 def test_regions_limit_what_is_learned(folder):
@@ -150,6 +151,14 @@ def test_tiles_with_little_that_is_labelled_are_left_out(folder):
     some = opened(folder, background=None, val_fraction=0, min_labelled=0.5)
     assert some.names == [name for name, share in zip(every.names, shares, strict=True) if share >= 0.5]
     assert 0 < len(some) < len(every)
+
+
+def test_content_is_of_manifest_place_and_mask(folder):
+    data, again = opened(folder), opened(folder)
+    contents = [data.content(index) for index in range(len(data))]
+    assert len(set(contents)) == len(data) and contents == [again.content(index) for index in range(len(data))]
+    other = opened(folder, background=None)
+    assert not set(contents) & {other.content(index) for index in range(len(data)) if (other.mask(index) == 255).any()}
 
 
 def test_data_sets_go_to_other_processes(folder):
@@ -183,6 +192,8 @@ def test_slides_without_annotations_may_be_skipped(folder):
     (folder / "annotations/a.geojson").unlink()
     data = opened(folder, skip_unannotated=True, val_fraction=0)
     assert {name[0] for name in data.names} == {"b", "c", "d"}
+    held_out = opened(folder, "val", skip_unannotated=True, val_fraction=0.34)
+    assert len(held_out) == 9  # of the three annotated ones, whichever is first in the draw of all
     (folder / "annotations/d.geojson").rename(folder / "annotations/d.tiff.geojson")  # as QuPath names them
     assert opened(folder, skip_unannotated=True, val_fraction=0).names == data.names
 
@@ -204,7 +215,8 @@ def test_classes_that_nobody_drew(folder):
 def test_settings_that_are_missing_or_wrong(folder):
     assert "needs class_map" in refused(ConfigError, folder, class_map={})
     assert "needs slides" in refused(ConfigError, folder, slides="")
-    with pytest.raises(ConfigError, match="no split 'test'"):
+    assert "test_fraction is 1" in refused(ConfigError, folder, test_fraction=1)
+    with pytest.raises(MasksError, match=r"no tile of tiles\.parquet is in split test"):
         opened(folder, "test")
     with pytest.raises(MasksError, match=r"no tile of tiles\.parquet is in split val"):
         opened(folder, "val", val_fraction=0)

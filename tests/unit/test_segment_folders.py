@@ -59,7 +59,9 @@ def test_real_instance_maps_become_foreground(shared):
         instances = np.asarray(opened(root / "masks" / f"{sample.name}.png"))
         assert instances.max() > 1
         assert np.array_equal(sample.mask, instances > 0)
-        assert np.array_equal(sample.image, np.asarray(opened(data.image_path(index)))[..., :3])
+        image, mask = data.files(index)
+        assert image == data.image_path(index) and mask == root / "masks" / f"{sample.name}.png"
+        assert np.array_equal(sample.image, np.asarray(opened(image))[..., :3])
         counted += np.bincount(sample.mask.ravel(), minlength=2)
     assert np.array_equal(pixels, counted) and pixels.min() > 0
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dinoscope.data.tiles import SlideAccess, open_tiles
-from dinoscope.errors import ConfigError, ManifestError, SlideError
+from dinoscope.errors import ConfigError, DinoscopeError, ManifestError, SlideError
 from dinoscope.features.extract import Extractor, ExtractSettings, extract_slides
 from dinoscope.features.read_ahead import load_tiles
 from dinoscope.features.writers import read_features
@@ -104,6 +104,13 @@ def test_a_half_written_record_counts_as_none(tmp_path: Path) -> None:
     (folder / "a.json").write_text('{"slide_id": "a"')
     (folder / "b.json").write_text('{"unknown": 1}')
     assert list(read_records(tmp_path)) == []
+
+
+def test_a_record_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "skipped").write_text("a file where the folder should be")
+    attempt = Attempt(tmp_path / "s.svs", "S", "tiles", "skip", 0, tmp_path / "skipped" / "tiles" / "S.json")
+    with pytest.raises(DinoscopeError, match=r"S\.json cannot be written"):
+        attempt.end("a reason")
 
 
 def test_the_signature_is_of_all_files(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Slides read by a class of the user's own: the same tiles as OpenSlide's of the same pixels, in every script."""
 
+import hashlib
+import importlib
 import os
 import pickle
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import array_reader
+from dinoscope.data.dataset import reader_digest
 from dinoscope.data.tiles import SlideAccess, open_tiles
 from dinoscope.errors import ConfigError, SlideError
 from dinoscope.features.extract import Extractor, ExtractSettings
@@ -109,6 +112,36 @@ def test_training_and_features_read_by_it(slides: tuple[Path, Path], tmp_path: P
         extractor.extract(path, tmp_path / f"{name}.parquet", tmp_path / f"{name}.h5")
         features[name] = read_features(tmp_path / f"{name}.h5").features
     assert len(features["own"]) == len(mine) and np.array_equal(features["own"], features["tiff"])
+
+
+def test_the_seal_knows_the_reader_by_its_name_and_its_source(
+    slides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, tiff = slides
+    sets = ["--set", "train", 128, 2.0, tmp_path / "own.parquet", "--overview", tmp_path / "o.jpg"]
+    run("tile_slide.py", tmp_path, "--slide", own, "--slide-id", "S", *sets, "--slide-reader", READER)
+    merge_manifests([tmp_path / "own.parquet"], tmp_path / "all.parquet")
+    for name, path in (("own", own), ("tiff", tiff)):
+        (tmp_path / f"{name}.tsv").write_text(f"slide_id\tpath\nS\t{path}\n")
+    monkeypatch.chdir(tmp_path)
+    source = (Path(__file__).parents[1] / "array_reader.py").read_text()
+    found = []
+    for number, text in enumerate((source, source, source + "\n# changed\n")):
+        module = tmp_path / "sealed_reader.py"
+        module.write_text(text)
+        os.utime(module, (number, number))
+        sys.modules.pop("sealed_reader", None)
+        importlib.invalidate_caches()
+        access = SlideAccess("sealed_reader:Arrays")
+        images = open_tiles(tmp_path / "all.parquet", str(tmp_path / "own.tsv"), access=access)
+        found.append(reader_digest(images))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        assert found[-1] == f"sealed_reader:Arrays {digest[:16]}"
+    assert found[0] == found[1] != found[2]
+    # where OpenSlide reads all slides, a reader that is named besides changes nothing
+    by_openslide = open_tiles(tmp_path / "all.parquet", str(tmp_path / "tiff.tsv"), access=access)
+    assert reader_digest(by_openslide) is None
+    assert reader_digest(open_tiles(tmp_path / "all.parquet", str(tmp_path / "tiff.tsv"))) is None
 
 
 def test_a_pool_opens_it_anew_in_every_process(slides: tuple[Path, Path]) -> None:

@@ -482,9 +482,11 @@ def test_training_slides_are_packed_once_for_all_runs(folder):
     jobs, text = plan(folder)
     assert jobs == WHOLE_DEMO | PACKING
     assert text.count("--packed results/packed/train/index.json") == 2
-    assert "--quality 90 --subsampling 4:2:0 --output results/packed/train/demo_he_2.arrow" in text
+    assert "--quality 90 --subsampling 4:2:0  --file-gb 1.0 --output results/packed/train/demo_he_2.arrow" in text
     assert "results/packed/train/demo_he_1.arrow" not in text  # held out of training
-    jobs, _ = plan(folder, "results/packed/train/index.json")
+    change_config(folder, **{"packing.copy_stored": True, "packing.file_gb": 0.25})
+    jobs, text = plan(folder, "results/packed/train/index.json")
+    assert "--copy-stored --file-gb 0.25" in text
     assert jobs == {"demo_slides": 1, "tile_slide": 4, "merge_manifest": 1, **PACKING}
 
 

@@ -70,6 +70,9 @@ class SamplingConfig:
     exponent: float = 0.5  # a stratum's share goes with its number of tiles to this power: 1 proportional, 0 equal
     max_tiles_per_slide: int = 2  # of one slide in a step over all processes, where there are slides enough (tempered)
     tiles_per_visit: int = 1  # tiles read of a slide in a row, which spares slow storage (tempered)
+    # shares of the samples that tiles of each mpp get, the finest first, e.g. [1, 2, 1]; null: as the tiles have them
+    # (uniform)
+    mpp_shares: list[float] | None = None
 
 
 @dataclass

@@ -11,7 +11,8 @@
     │   ├── LockError      another process is training in the same folder
     │   └── StoppedError   a training run that saved its state and is to be started again
     ├── FeaturesError      a feature file that is damaged or does not fit the others
-    └── MasksError         images and masks of a segmentation data set that are missing, damaged or do not fit
+    ├── MasksError         images and masks of a segmentation data set that are missing, damaged or do not fit
+    └── EvaluationError    labels, cases or splits by which nothing can be measured
 
 Each message is one sentence that names the slide, run, file or key, the value found, what was wanted and what to do.
 Mistakes of our own are `assert`s, not these.
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DinoscopeError",
+    "EvaluationError",
     "FeaturesError",
     "LockError",
     "ManifestError",
@@ -83,3 +85,7 @@ class FeaturesError(DinoscopeError):
 
 class MasksError(DinoscopeError):
     """Images and masks of a segmentation data set are missing, damaged or do not fit each other."""
+
+
+class EvaluationError(DinoscopeError):
+    """Labels, cases or splits are such that nothing can be measured by them."""

@@ -125,7 +125,7 @@ class Plan:
     split: dict[str, str]
     runs: dict[str, Run]
 
-    @property
+    @functools.cached_property
     def results(self) -> Path:
         """Folder of all results."""
         return Path(self.config["results"])

@@ -63,6 +63,7 @@ def check_config(config: Mapping[str, Any], workflow_dir: Path) -> dict[str, Any
 def base_problems(plan: "Plan") -> Iterator[str]:
     """Starting weights that are missing, or other than the first run's; there is one set a workflow."""
     first = plan.base_run
+    wanted = first.start
     for run in plan.runs.values():
         if run.continues is not None:
             continue
@@ -70,12 +71,13 @@ def base_problems(plan: "Plan") -> Iterator[str]:
             require_weights(run.recipe, run.settings)
         except ConfigError as error:
             yield f"runs.{run.name}: {error}"
-        differing = [key for key, value in run.start.items() if value != first.start[key]]
+        start = wanted if run is first else run.start
+        differing = [key for key, value in start.items() if value != wanted[key]]
         if differing:
             key = differing[0]
             yield (
-                f"runs.{run.name} starts from other weights than runs.{first.name} ({key} is {run.start[key]!r} and "
-                f"{first.start[key]!r}): all runs of a config start from one base; give it a config with "
+                f"runs.{run.name} starts from other weights than runs.{first.name} ({key} is {start[key]!r} and "
+                f"{wanted[key]!r}): all runs of a config start from one base; give it a config with "
                 "results of its own"
             )
 

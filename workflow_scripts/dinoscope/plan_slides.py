@@ -138,7 +138,7 @@ class SlideJobs:
         if len(self._missing) > _SHOWN:
             yield f"… and {len(self._missing) - _SHOWN} more slides do not exist"
 
-    @property
+    @functools.cached_property
     def _records_folder(self) -> Path:
         return self._plan.results / "skipped"
 

@@ -1,6 +1,6 @@
 """Settings that exclude each other, found before any process group exists; each message says what to set."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -170,6 +170,8 @@ def _spreading_problems(config: RunConfig) -> Iterable[str]:
             f"train.batch_size_per_gpu ({batch}) is no multiple of sampling.tiles_per_visit "
             f"({sampling.tiles_per_visit}): change one of them"
         )
+    if sampling.mpp_shares is not None:
+        yield from _mpp_problems(config)
     if sampling.tiles_per_visit > sampling.max_tiles_per_slide:
         yield (
             f"sampling.tiles_per_visit ({sampling.tiles_per_visit}) exceeds sampling.max_tiles_per_slide "
@@ -304,3 +306,16 @@ def _running_schedules(config: RunConfig) -> Iterable[tuple[str, LinearCosineCon
         yield "gram.loss_weight_schedule", config.gram.loss_weight_schedule
     if config.dino.reweight_dino_local_loss:
         yield "dino.local_loss_weight_schedule", config.dino.local_loss_weight_schedule
+
+
+def _mpp_problems(config: RunConfig) -> Iterator[str]:
+    shares = list(config.sampling.mpp_shares)
+    if not shares or min(shares) <= 0:
+        yield f"sampling.mpp_shares is {shares}; wanted is a number above 0 for each mpp of the tiles"
+    if config.sampling.method != "uniform":
+        yield (
+            f"sampling.mpp_shares goes with sampling.method uniform, not with {config.sampling.method}, which deals "
+            "samples out by slides: leave out one of them"
+        )
+    if config.train.dataset_path is not None:
+        yield "sampling.mpp_shares goes by the mpp of tiles, but train.dataset_path names other images: leave one out"

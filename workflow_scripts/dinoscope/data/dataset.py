@@ -189,6 +189,11 @@ def pixels_digest(images: TrainingImages) -> str | None:
     return images.index.pixels if isinstance(images, PackedTiles) else None
 
 
+def reader_digest(images: TrainingImages) -> str | None:
+    """Of the user's own slide reader, where it gives pixels; None where OpenSlide or none does."""
+    return images.reader_digest() if isinstance(images, SlideTiles) else None
+
+
 def build_loader(
     dataset: ImageCrops, collate: Collate, *, first: int, last: int, rank: int, world_size: int, num_workers: int
 ) -> DataLoader[Batch]:

@@ -1,17 +1,13 @@
-"""Tiles packed as JPEG, one Arrow file a slide, for training from slow storage: memory-mapped, read without the slides.
+"""Tiles packed as JPEG, one or more Arrow files a slide, for training from slow storage: memory-mapped.
 
-A packed file holds the rows of a slide's tile manifest in their order, with their pixels. An index ties the files of a
-tile set to one merged manifest, so that a run on packed tiles draws the same tiles in the same order as one on slides;
-only the pixels differ, by what JPEG changes.
+Packed files hold the rows of a slide's tile manifest in their order, with their pixels (packing.py writes them). An
+index ties those of a tile set to one merged manifest, so that a run on packed tiles draws the same tiles in the same
+order as one on slides; only the pixels differ, by what JPEG changes.
 """
 
-import hashlib
 import json
-import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,46 +16,30 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from dinoscope.data.tiles import MappedTiles, SlideAccess, SlideTiles, find_tiles, map_manifest
+from dinoscope.data.tiles import MappedTiles, SlideAccess, SlideTiles, find_tiles
 from dinoscope.errors import ConfigError, ManifestError, SlideError
-from dinoscope.files import atomic_path, read_json, write_json
-from dinoscope.progress import progress
-from dinoscope.slides.manifest import manifest_digest, read_tiles
-from dinoscope.slides.padding import read_tile
-from dinoscope.slides.reader import Slide
+from dinoscope.files import read_json
 from dinoscope.slides.table import SlideRecord
 
 __all__ = [
-    "SUBSAMPLINGS",
+    "COORDINATES",
+    "FURTHER_FOLDER",
+    "ROWS_PER_BATCH",
+    "VERSION",
     "PackedIndex",
+    "PackedSlide",
     "PackedTiles",
     "decode_jpeg",
-    "encode_jpeg",
+    "further_path",
+    "kept_index",
     "open_packed",
-    "pack_slide",
-    "write_index",
+    "read_index",
 ]
 
-log = logging.getLogger(__name__)
-SUBSAMPLINGS = {
-    "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-    "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
-    "4:2:0": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
-}
-_VERSION = 1
-_ROWS_PER_BATCH = 64
-_SCHEMA = pa.schema(
-    [("x", pa.int32()), ("y", pa.int32()), ("tile_px", pa.int32()), ("footprint_px", pa.int32()), ("jpeg", pa.binary())]
-)
-_COORDINATES = _SCHEMA.names[:-1]
-
-
-def encode_jpeg(image: np.ndarray, quality: int, subsampling: str) -> bytes:
-    """uint8 RGB (h, w, 3) as JPEG; `subsampling` is a key of `SUBSAMPLINGS`."""
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SUBSAMPLINGS[subsampling]]
-    encoded, stream = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
-    assert encoded
-    return stream.tobytes()
+VERSION = 1
+ROWS_PER_BATCH = 64
+COORDINATES = ("x", "y", "tile_px", "footprint_px")
+FURTHER_FOLDER = ".more"
 
 
 def decode_jpeg(stream: np.ndarray) -> np.ndarray | None:
@@ -70,192 +50,122 @@ def decode_jpeg(stream: np.ndarray) -> np.ndarray | None:
         return None
 
 
-# ---- writing
+class PackedSlide:
+    """The packed tiles of one slide, mapped: one file, or where they are many a first one and others that it names.
 
-
-def pack_slide(
-    slide_id: str,
-    opened: Callable[[], AbstractContextManager[Slide]],
-    tiles: Path,
-    output: Path,
-    *,
-    quality: int,
-    subsampling: str,
-    skip_unreadable: bool = False,
-) -> int:
-    """Writes the tiles of one slide.
-
-    Args:
-        slide_id: The slide.
-        opened: Opens it; not called for a slide without tiles, which may have been skipped.
-        tiles: Its tile manifest.
-        output: Arrow file to write.
-        quality: Of the JPEGs, 1 to 100.
-        subsampling: Of their colour, a key of `SUBSAMPLINGS`.
-        skip_unreadable: Leaves the place of a tile that cannot be read empty; training has another stand in for it.
-
-    Returns:
-        Bytes of all JPEGs together.
-
-    Raises:
-        ManifestError: The manifest cannot be read, or is of another slide.
-        SlideError: A tile, or with `skip_unreadable` the slide, cannot be read.
+    Attributes:
+        path: The first file.
+        digest: Of all JPEGs.
+        settings: Quality and subsampling.
+        num_tiles: Rows in all files.
+        copied: How many of them are JPEGs of the slide itself.
     """
-    table = read_tiles(tiles)
-    _require_slide(table, slide_id, tiles)
-    header = {"version": _VERSION, "slide_id": slide_id, "num_tiles": table.num_rows}
-    schema = _SCHEMA.with_metadata({"packed": json.dumps(header | {"quality": quality, "subsampling": subsampling})})
-    digest, num_bytes = hashlib.sha256(), 0
-    starts = range(0, max(table.num_rows, 1), _ROWS_PER_BATCH)
-    with (
-        atomic_path(output) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-        progress(f"packing {slide_id}", table.num_rows, unit="tiles") as shown,
-        opened() if table.num_rows else nullcontext() as slide,
-    ):
-        for start in starts:
-            rows = table.slice(start, _ROWS_PER_BATCH)
-            streams = [_packed(slide, row, quality, subsampling, skip_unreadable) for row in _rows(rows)]
-            for stream in streams:
-                digest.update(stream)
-                num_bytes += len(stream)
-            batch = _batch(rows, streams, schema)
-            ends = {"digest": digest.hexdigest()} if start == starts[-1] else {}
-            writer.write_batch(batch, custom_metadata=ends)
-            shown.advance(rows.num_rows)
-    return num_bytes
-
-
-def _require_slide(table: pa.Table, slide_id: str, tiles: Path) -> None:
-    other = [name for name in table["slide_id"].unique().to_pylist() if name != slide_id]
-    if other:
-        raise ManifestError(
-            f"{tiles.name} has tiles of slide {other[0]}, not of {slide_id}: give the tiles of the slide"
-        )
-
-
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    columns = {name: table[name].to_numpy() for name in ("x", "y", "level", "read_px", "tile_px", "footprint_px")}
-    for row in range(table.num_rows):
-        yield {name: int(values[row]) for name, values in columns.items()}
-
-
-def _packed(slide: Slide, row: dict[str, int], quality: int, subsampling: str, skip_unreadable: bool) -> bytes:
-    try:
-        return encode_jpeg(_read(slide, row), quality, subsampling)
-    except SlideError as error:
-        if not skip_unreadable:
-            raise
-        log.warning("%s: its place stays empty", error)
-        return b""
-
-
-def _read(slide: Slide, row: dict[str, int]) -> np.ndarray:
-    return read_tile(slide, row["x"], row["y"], row["level"], row["read_px"], row["tile_px"], row["footprint_px"])
-
-
-def _batch(rows: pa.Table, streams: list[bytes], schema: pa.Schema) -> pa.RecordBatch:
-    numbers = [pa.array(rows[name].to_numpy().astype(np.int32)) for name in _COORDINATES]
-    return pa.record_batch([*numbers, pa.array(streams, pa.binary())], schema=schema)
-
-
-def write_index(manifest: Path, folder: Path, output: Path) -> dict[str, Any]:
-    """Ties packed files to the manifest whose tiles they hold; a copy is kept for runs that go on with that manifest.
-
-    Args:
-        manifest: The merged manifest.
-        folder: Of the packed files, SLIDE.arrow.
-        output: JSON file to write, in the same folder.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ManifestError: A file is missing or damaged, was packed with other settings than the first, or holds other
-            tiles than the manifest.
-    """
-    tiles = map_manifest(manifest, manifest.parent / ".mapped")
-    digest, entries, settings, num_bytes = manifest_digest(manifest), {}, None, 0
-    for slide_id, start, count in tiles.slide_runs():
-        file = PackedFile(folder / f"{slide_id}.arrow")
-        _require_same_tiles(file, tiles, slide_id, start, count)
-        if file.settings != (settings := settings or file.settings):
-            raise ManifestError(
-                f"packed file {file.path.name} has {_told(file.settings)}, others of {folder.name} have "
-                f"{_told(settings)}: delete it, so that it is packed again"
-            )
-        entries[slide_id] = file.digest
-        num_bytes += file.path.stat().st_size
-    content = hashlib.sha256(json.dumps([digest, settings, sorted(entries.items())]).encode()).hexdigest()
-    index = {"version": _VERSION, "manifest": digest, "digest": content, "num_tiles": len(tiles), "bytes": num_bytes}
-    index |= {"quality": settings[0], "subsampling": settings[1], "slides": entries}
-    write_json(_kept_index(folder, digest), index)
-    write_json(output, index)
-    return index
-
-
-def _kept_index(folder: Path, digest: str) -> Path:
-    return folder / ".indexes" / f"{digest[:16]}.json"
-
-
-def _require_same_tiles(file: "PackedFile", tiles: MappedTiles, slide_id: str, start: int, count: int) -> None:
-    wanted = [tiles[row] for row in range(start, start + count)]
-    found = file.coordinates()
-    expected = [(tile.x, tile.y, tile.kind.tile_px, tile.kind.footprint_px) for tile in wanted]
-    if not np.array_equal(found, np.array(expected, np.int32).reshape(-1, len(_COORDINATES))):
-        raise ManifestError(
-            f"packed file {file.path.name} holds other tiles of slide {slide_id} than the manifest: delete it, so that "
-            "it is packed again"
-        )
-
-
-def _told(settings: tuple[int, str]) -> str:
-    return f"JPEG quality {settings[0]} with {settings[1]}"
-
-
-# ---- reading
-
-
-class PackedFile:
-    """The packed tiles of one slide, mapped."""
 
     def __init__(self, path: Path) -> None:
-        """Maps a file.
+        """Maps the first file; the others when a tile of theirs is wanted.
 
         Raises:
             ManifestError: It is missing, damaged, or no packed file.
         """
+        self.path, self._first = path, _File(path)
+        told, header = self._first.last, self._first.header
+        try:
+            self.digest = told[b"digest"].decode()
+            self.settings = int(header["quality"]), str(header["subsampling"])
+            self.num_tiles, self.copied = int(header["num_tiles"]), int(told.get(b"copied", 0))
+            further = [(int(rows), str(digest)) for rows, digest in json.loads(told.get(b"parts", b"[]"))]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged_file(path, error) from None
+        self._digests = [digest for _, digest in further]
+        rows = [self.num_tiles - sum(rows for rows, _ in further), *(rows for rows, _ in further)]
+        self._starts = np.cumsum([0, *rows])
+        self._files: list[_File | None] = [self._first, *[None] * len(further)]
+
+    @property
+    def num_files(self) -> int:
+        """Of how many files the packed slide consists."""
+        return len(self._files)
+
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return sum(path.stat().st_size for path in (self.path, *self._further_paths()))
+
+    def coordinates(self) -> np.ndarray:
+        """(tiles, 4) int32: x, y, tile_px and footprint_px of all."""
+        return np.concatenate([self._file(number).coordinates() for number in range(self.num_files)])
+
+    def tile(self, row: int) -> tuple[tuple[int, int], np.ndarray]:
+        """x and y of a row, and the bytes of its JPEG, where they lie in the file.
+
+        Raises:
+            ManifestError: Its file is missing, damaged or not the one that belongs to the first.
+        """
+        number = int(np.searchsorted(self._starts, row, "right")) - 1
+        if not 0 <= number < self.num_files:
+            raise IndexError(f"there is no row {row}")
+        return self._file(number).tile(row - int(self._starts[number]))
+
+    def _file(self, number: int) -> "_File":
+        file = self._files[number]
+        if file is None:
+            file = self._files[number] = _File(further_path(self.path, number + 1))
+            if file.last.get(b"digest", b"").decode() != self._digests[number - 1]:
+                raise ManifestError(
+                    f"packed file {file.path.name} does not belong to {self.path.name}: delete {self.path.name}, so "
+                    "that the slide is packed again"
+                )
+        return file
+
+    def _further_paths(self) -> list[Path]:
+        return [further_path(self.path, number) for number in range(2, self.num_files + 1)]
+
+
+def further_path(first: Path, number: int) -> Path:
+    """Where a packed slide's second, third … file is; names that no first file can have."""
+    return first.parent / FURTHER_FOLDER / f"{first.stem}.{number}{first.suffix}"
+
+
+class _File:
+    """One Arrow file of packed tiles, mapped.
+
+    Attributes:
+        header: What was known before the tiles were.
+        last: What the last batch says of all.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            header = json.loads(self._reader.schema.metadata[b"packed"])
+            self.header = json.loads(self._reader.schema.metadata[b"packed"])
             last = self._reader.get_batch_with_custom_metadata(self._reader.num_record_batches - 1)
-            self.digest = last.custom_metadata[b"digest"].decode()
-            self.settings = int(header["quality"]), str(header["subsampling"])
-            self.num_tiles = int(header["num_tiles"])
+            self.last = dict(last.custom_metadata or {})
         except FileNotFoundError:
             raise ManifestError(
                 f"packed file {path.name} is missing from {path.parent.name}: pack the slide again (pack_tiles.py)"
             ) from None
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise ManifestError(
-                f"packed file {path.name} is damaged or no packed file ({_first_line(error)}): delete it, so that it "
-                "is packed again"
-            ) from None
+            raise _damaged_file(path, error) from None
 
     def coordinates(self) -> np.ndarray:
         """(tiles, 4) int32: x, y, tile_px and footprint_px of all."""
         batches = [self._reader.get_batch(index) for index in range(self._reader.num_record_batches)]
-        columns = [np.column_stack([_numbers(batch, name) for name in _COORDINATES]) for batch in batches]
+        columns = [np.column_stack([_numbers(batch, name) for name in COORDINATES]) for batch in batches]
         return np.concatenate(columns)
 
     def tile(self, row: int) -> tuple[tuple[int, int], np.ndarray]:
-        """x and y of a row, and the bytes of its JPEG, where they lie in the file."""
-        batch = self._reader.get_batch(row // _ROWS_PER_BATCH)
-        place = row % _ROWS_PER_BATCH
+        """x and y of a row, and the bytes of its JPEG."""
+        batch = self._reader.get_batch(row // ROWS_PER_BATCH)
+        place = row % ROWS_PER_BATCH
         stream = np.frombuffer(batch.column("jpeg")[place].as_buffer(), np.uint8)
         return (int(_numbers(batch, "x")[place]), int(_numbers(batch, "y")[place])), stream
+
+
+def _damaged_file(path: Path, error: Exception) -> ManifestError:
+    return ManifestError(
+        f"packed file {path.name} is damaged or no packed file ({_first_line(error)}): delete it, so that it is packed "
+        "again"
+    )
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
@@ -266,6 +176,11 @@ def _numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def kept_index(folder: Path, digest: str) -> Path:
+    """Where the index of an earlier manifest is kept, for runs that go on with it."""
+    return folder / ".indexes" / f"{digest[:16]}.json"
 
 
 @dataclass(frozen=True)
@@ -306,7 +221,7 @@ def read_index(path: Path, manifest: str) -> PackedIndex:
     """
     index = _index_of(path)
     if index["manifest"] != manifest:
-        kept = _kept_index(path.parent, manifest)
+        kept = kept_index(path.parent, manifest)
         if not kept.is_file():
             raise ManifestError(
                 f"packed tiles {path.parent.name} are those of manifest {index['manifest'][:8]}, and {manifest[:8]} is "
@@ -320,7 +235,7 @@ def read_index(path: Path, manifest: str) -> PackedIndex:
 def _index_of(path: Path) -> dict[str, Any]:
     try:
         index = read_json(path)
-        if index["version"] == _VERSION and {"manifest", "digest", "quality", "subsampling", "slides"} <= index.keys():
+        if index["version"] == VERSION and {"manifest", "digest", "quality", "subsampling", "slides"} <= index.keys():
             return index
         problem = f"version {index['version']}"
     except FileNotFoundError:
@@ -346,11 +261,15 @@ class PackedTiles(SlideTiles):
         super().__init__(tiles, slides, digest, access)
         self.index, self._max_open = index, max_open
         self._first_row = {slide_id: start for slide_id, start, _ in tiles.slide_runs()}
-        self._files: OrderedDict[str, PackedFile] = OrderedDict()
+        self._files: OrderedDict[str, PackedSlide] = OrderedDict()
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_files": OrderedDict()}
+
+    def reader_digest(self) -> None:
+        """No reader takes part any more: the pixels themselves are sealed."""
+        return
 
     def _read(self, index: int) -> tuple[np.ndarray, str]:
         """The tile as it was packed, and its id: slide_id@x,y in level-0 pixels.
@@ -379,12 +298,12 @@ class PackedTiles(SlideTiles):
             raise _damaged_tile(sample_id, file, "its JPEG cannot be decoded")
         return image, sample_id
 
-    def _file(self, slide_id: str) -> PackedFile:
+    def _file(self, slide_id: str) -> PackedSlide:
         if self._pid != os.getpid():
             self._files, self._pid = OrderedDict(), os.getpid()
         file = self._files.pop(slide_id, None)
         if file is None:
-            file = PackedFile(self.index.folder / f"{slide_id}.arrow")
+            file = PackedSlide(self.index.folder / f"{slide_id}.arrow")
             if file.digest != self.index.slides.get(slide_id):
                 raise ManifestError(
                     f"packed file {file.path.name} is not the one that the index of {file.path.parent.name} names: it "
@@ -396,7 +315,7 @@ class PackedTiles(SlideTiles):
         return file
 
 
-def _damaged_tile(sample_id: str, file: PackedFile, problem: str) -> ManifestError:
+def _damaged_tile(sample_id: str, file: PackedSlide, problem: str) -> ManifestError:
     return ManifestError(
         f"packed tile {sample_id} cannot be read from {file.path.name} ({problem}): delete the file, so that it is "
         "packed again"

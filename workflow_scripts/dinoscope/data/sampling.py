@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dinoscope.data.mpp_mix import MppMix
 from dinoscope.data.sampler import mix64, permuted_index, tile_of_sample
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.tiles import SlideRows, SlideTiles
@@ -244,7 +245,13 @@ def sample_order(
         ConfigError: The images are not tiles of slides, or visits do not fill the batch of a process.
     """
     if settings.method == "uniform":
-        return UniformOrder(len(images), seed)
+        if settings.mpp_shares is None:
+            return UniformOrder(len(images), seed)
+        if not isinstance(images, SlideTiles):
+            raise ConfigError(
+                "sampling.mpp_shares goes by the mpp of tiles, but train.dataset_path names other images: leave one out"
+            )
+        return MppMix(images.rows_of_mpps(), settings.mpp_shares, seed=seed, global_batch=global_batch)
     if not isinstance(images, SlideTiles):
         raise ConfigError(
             "sampling.method is tempered, which goes by site, scanner and stain of slides, but train.dataset_path "

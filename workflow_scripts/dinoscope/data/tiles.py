@@ -26,6 +26,7 @@ from dinoscope.slides.privacy import without_file_name
 from dinoscope.slides.reader import Slide, SlidePool
 from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import SlideRecord, read_slide_table
+from dinoscope.slides.user_reader import serves, source_digest
 
 __all__ = [
     *("MappedTiles", "SlideAccess", "SlideRows", "SlideTiles", "Tile", "TileKind", "find_tiles", "map_manifest"),
@@ -120,6 +121,15 @@ class MappedTiles:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def kind_runs(self) -> list[tuple[TileKind, int, int]]:
+        """Kind, first row and number of rows of every stretch of rows that are of one kind."""
+        runs, row = [], 0
+        for kinds, _, _ in self._columns:
+            bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+            runs += [(self.kinds[kinds[a]], row + a, b - a) for a, b in pairwise(bounds) if b > a]
+            row += len(kinds)
+        return runs
 
     def __getitem__(self, index: int) -> Tile:
         batch = int(np.searchsorted(self._ends, index, side="right"))
@@ -234,9 +244,26 @@ class SlideTiles:
         """
         return [SlideRows(slide, self._strata[slide], start, count) for slide, start, count in self.tiles.slide_runs()]
 
+    def rows_of_mpps(self) -> dict[float, list[tuple[int, int]]]:
+        """mpp -> first row and number of rows of every stretch of tiles of that mpp."""
+        rows: dict[float, list[tuple[int, int]]] = {}
+        for kind, start, count in self.tiles.kind_runs():
+            rows.setdefault(kind.mpp, []).append((start, count))
+        return rows
+
     def digest(self) -> str:
         """Of the manifest."""
         return self._digest
+
+    def reader_digest(self) -> str | None:
+        """Of the user's own reader (`source_digest`), where it reads any of the slides; None where OpenSlide reads all.
+
+        Raises:
+            ConfigError: There is no such reader.
+        """
+        reader = self._access.reader
+        used = any(serves(reader, self._slides.path(slide_id)) for slide_id in self.slide_ids)
+        return source_digest(reader) if used else None
 
 
 def _stratum(slide: SlideRecord) -> str:

@@ -5,12 +5,14 @@
 
 A pixel of a mask is of the class whose outline its centre lies in, by the even-odd rule that the tissue mask uses too.
 Where outlines overlap, the class that stands later in `class_map` covers those before it. Cases are not divided by the
-split: the slide table's `use` decides (eval: val), or a share of the cases is held out (slides/table.py).
+split: slides of use eval are the test, or a share of the cases is (slides/table.py); of the others a share is for
+validation.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,6 @@ from dinoscope.slides.table import SlideRecord, split_cases
 
 __all__ = ["AnnotatedTiles", "Outlines", "SlidesSettings", "open_slides"]
 
-_SPLITS = {"train": "train", "val": "eval"}  # split -> what a slide serves
 _SUFFIXES = (".geojson", ".json")
 
 
@@ -42,8 +43,9 @@ class SlidesSettings:
         region: QuPath class of outlines in which all was annotated: what lies outside of them is ignored.
         skip_unannotated: Slides without a file are left out; else they are an error.
         min_labelled: Least share of a tile's pixels that are not ignored; other tiles are left out.
-        val_fraction: Share of cases held out, where the table has no slide of use eval.
-        seed: Of that draw.
+        val_fraction: Share of the training cases held out for validation.
+        test_fraction: Share of all cases held out for the test, where the table has no slide of use eval.
+        seed: Of these draws.
         reader: module:Class that opens slides of other formats.
         palette: Colours of classes, "#rrggbb".
     """
@@ -56,6 +58,7 @@ class SlidesSettings:
     skip_unannotated: bool = False
     min_labelled: float = 0.0
     val_fraction: float = 0.2
+    test_fraction: float = 0.2
     seed: int = 0
     reader: str | None = None
     palette: Mapping[str, Colour] | None = None
@@ -121,6 +124,12 @@ class AnnotatedTiles:
         tile = self._tiles.tiles[int(self._rows[index])]
         return self._outlines[tile.kind.slide_id].mask(tile)
 
+    def content(self, index: int) -> bytes:
+        """What a run is sealed with of a tile: the manifest it stands in, its name and its mask, but no pixel of it."""
+        return hashlib.sha256(
+            f"{self._tiles.digest()} {self.names[index]}".encode() + self.mask(index).tobytes()
+        ).digest()
+
     def check(self, allow_empty: bool = False) -> np.ndarray:
         """Fills every mask and opens every slide; see `check_masks`."""
         problems = Problems()
@@ -143,7 +152,7 @@ def open_slides(root: Path, split: str, settings: SlidesSettings) -> AnnotatedTi
 
     Args:
         root: A manifest of tiles.
-        split: "train" or "val".
+        split: "train", "val" or "test".
         settings: Slides, annotations and classes.
 
     Raises:
@@ -151,12 +160,14 @@ def open_slides(root: Path, split: str, settings: SlidesSettings) -> AnnotatedTi
         ManifestError: The manifest is damaged or empty.
         MasksError: Annotations are missing, damaged or of unknown classes, or no tile is left.
     """
-    _check_settings(split, settings)
+    _check_settings(settings)
     mapped, records, digest = find_tiles(root, settings.slides, None)
     tiled = {kind.slide_id for kind in mapped.kinds}
     on_tiles = [record for record in records if record.slide_id in tiled]
-    serves = split_cases(on_tiles, settings.val_fraction, settings.seed)
-    chosen = [record for record in on_tiles if serves.get(record.slide_id) == _SPLITS[split]]
+    if settings.skip_unannotated:  # before the draw, so that each split has its share of what is annotated
+        on_tiles = [each for each in on_tiles if _annotation_path(each, Path(settings.annotations)) is not None]
+    split_of = _splits(on_tiles, settings)
+    chosen = [record for record in on_tiles if split_of.get(record.slide_id) == split]
     named = (settings.background, *settings.class_map.values())
     classes = tuple(dict.fromkeys(name for name in named if name not in (None, IGNORE)))
     outlines = _read_outlines(chosen, settings, classes)
@@ -164,7 +175,7 @@ def open_slides(root: Path, split: str, settings: SlidesSettings) -> AnnotatedTi
     if not rows:
         raise MasksError(
             f"no tile of {root.name} is in split {split} ({len(chosen)} of {len(tiled)} slides are, {len(outlines)} "
-            "annotated): annotate more slides, change val_fraction or column `use`, or lower min_labelled"
+            "annotated): annotate more slides, change column `use` or the fractions, or lower min_labelled"
         )
     tiles = SlideTiles(mapped, records, digest, SlideAccess(reader=settings.reader))
     cases = {record.slide_id: record.case_id for record in chosen}
@@ -183,9 +194,22 @@ def _rows(tiles: MappedTiles, outlines: Mapping[str, Outlines], min_labelled: fl
     ]
 
 
-def _check_settings(split: str, settings: SlidesSettings) -> None:
-    if split not in _SPLITS:
-        raise ConfigError(f"annotated slides have no split {split!r}: take train or val, or another slide table")
+def _splits(records: Sequence[SlideRecord], settings: SlidesSettings) -> dict[str, str]:
+    """Split of each slide."""
+    for name in ("val_fraction", "test_fraction"):
+        if not 0 <= getattr(settings, name) <= 0.9:
+            raise ConfigError(f"{name} is {getattr(settings, name)}; a share of the cases from 0 to 0.9 is wanted")
+    serves = split_cases(records, settings.test_fraction, settings.seed)
+    training = [
+        replace(record, use=frozenset({"train"})) for record in records if serves.get(record.slide_id) == "train"
+    ]
+    chosen_by = split_cases(training, settings.val_fraction, settings.seed)
+    return {slide: "test" for slide, use in serves.items() if use == "eval"} | {
+        slide: "val" if use == "eval" else "train" for slide, use in chosen_by.items()
+    }
+
+
+def _check_settings(settings: SlidesSettings) -> None:
     for name in ("slides", "annotations", "class_map"):
         if not getattr(settings, name):
             raise ConfigError(f"a data set of kind slides needs {name}")
@@ -203,8 +227,7 @@ def _read_outlines(
     for record in records:
         path = _annotation_path(record, Path(settings.annotations))
         if path is None:
-            if not settings.skip_unannotated:
-                problems.add(f"slides without annotations in {settings.annotations}", record.slide_id)
+            problems.add(f"slides without annotations in {settings.annotations}", record.slide_id)
             continue
         try:
             regions = read_regions(path, record.slide_id)

@@ -1,4 +1,4 @@
-"""Decodes the JPEG and JPEG 2000 tiles of a TIFF file directly, several times faster than OpenSlide does.
+"""Decodes the tiles of a TIFF file directly, several times faster than OpenSlide does where they are JPEG or lossless.
 
 OpenSlide composes every region anew, for which it takes three times as long as for decoding it. Where tiles lie edge to
 edge and nothing has to be interpolated, copying decoded tiles side by side gives the very same pixels. Whether it does
@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from dinoscope.errors import SlideError
+from dinoscope.slides.jpeg2000 import Window
 from dinoscope.slides.tiff_directory import TiledImage, tiled_images
 from dinoscope.slides.tile_cache import TileCache
-from dinoscope.slides.tile_decoders import decoder
+from dinoscope.slides.tile_decoders import decoder, whole_jpeg, window_decoder
 
 __all__ = ["FastLevels", "FastTiff", "Reference", "agrees"]
 
@@ -93,6 +94,19 @@ class FastLevels:
             return None
         return self._tiff.read(image, x // step, y // step, width, height)
 
+    def stored_jpeg(self, x: int, y: int, level: int, side: int, reference: Reference) -> bytes | None:
+        """The JPEG of a square that is stored as such (see `Slide.stored_jpeg`), None where it is not."""
+        image = self._image(level, reference)
+        step = round(self._downsamples[level])
+        if image is None or x % step or y % step or (image.tile_width, image.tile_height) != (side, side):
+            return None
+        left, top = x // step, y // step
+        outside = min(left, top) < 0 or left + side > image.width or top + side > image.height
+        if outside or left % side or top % side:
+            return None
+        stream = self._tiff.stream(image, top // side * image.columns + left // side)
+        return None if stream is None else whole_jpeg(stream, image)
+
     def _image(self, level: int, reference: Reference) -> TiledImage | None:
         if level not in self._images:
             with self._checking:
@@ -159,13 +173,16 @@ class FastTiff:
         images = [image for image in self._images if (image.width, image.height) == (width, height)]
         return images[0] if len(images) == 1 and decoder(images[0]) else None
 
-    def read(self, image: TiledImage, left: int, top: int, width: int, height: int) -> np.ndarray | None:
+    def read(
+        self, image: TiledImage, left: int, top: int, width: int, height: int, keep: bool | None = None
+    ) -> np.ndarray | None:
         """Pixels of an image.
 
         Args:
             image: One that `find` gave.
             left, top: Corner in pixels of the image.
             width, height: Size; the rectangle must lie within the image.
+            keep: Whether to decode whole tiles and keep them; the cache decides where that is not said.
 
         Returns:
             uint8 (height, width, 3), RGB; None when one of the tiles is missing or damaged.
@@ -173,16 +190,18 @@ class FastTiff:
         places = list(_places(image, left, top, width, height))
         if places == [(places[0][0], 0, 0)] and (width, height) == (image.tile_width, image.tile_height):
             return self._whole_tile(image, places[0][0])
-        keep = len(places) <= _MAX_KEPT_TILES and self._cache.worthwhile()
+        if keep is None:
+            keep = self._keeps(image, [number for number, _, _ in places])
         region = np.empty((height, width, 3), np.uint8)
         for number, x, y in places:
-            tile = self._tile(image, number, keep)
-            if tile is None:
+            # where the tile and the region overlap, in pixels of the tile
+            window = Window(
+                max(-x, 0), max(-y, 0), min(image.tile_width, width - x), min(image.tile_height, height - y)
+            )
+            part = self._part(image, number, window, keep)
+            if part is None:
                 return None
-            # where the tile and the region overlap, in pixels of the region
-            first_x, first_y = max(x, 0), max(y, 0)
-            last_x, last_y = min(x + image.tile_width, width), min(y + image.tile_height, height)
-            region[first_y:last_y, first_x:last_x] = tile[first_y - y : last_y - y, first_x - x : last_x - x]
+            region[y + window.top : y + window.bottom, x + window.left : x + window.right] = part
         return region
 
     def _whole_tile(self, image: TiledImage, number: int) -> np.ndarray | None:
@@ -190,14 +209,33 @@ class FastTiff:
         kept = self._cache.peek((self._owner, id(image), number))
         return self._decode(image, number) if kept is None else kept.copy()
 
-    def _tile(self, image: TiledImage, number: int, keep: bool) -> np.ndarray | None:
-        key = (self._owner, id(image), number)
-        if keep:
-            return self._cache.get(key, lambda: self._decode(image, number))
-        kept = self._cache.peek(key)
-        return self._decode(image, number) if kept is None else kept
+    def _keeps(self, image: TiledImage, numbers: list[int]) -> bool:
+        """Whether to keep the tiles of a region; those of a large one are neither kept nor remembered."""
+        if len(numbers) > _MAX_KEPT_TILES:
+            return False
+        keep = self._cache.worthwhile()
+        for number in () if keep else numbers:
+            self._cache.passed((self._owner, id(image), number), image.tile_width * image.tile_height * 3)
+        return keep
 
-    def _decode(self, image: TiledImage, number: int) -> np.ndarray | None:
+    def _part(self, image: TiledImage, number: int, window: Window, keep: bool) -> np.ndarray | None:
+        """A part of a tile; all of it is decoded where it is to be kept, or where that takes no longer."""
+        key = (self._owner, id(image), number)
+        tile = self._cache.get(key, lambda: self._decode(image, number)) if keep else self._cache.peek(key)
+        if tile is None and not keep:
+            if window_decoder(image) is not None:
+                return self._decode(image, number, window)
+            tile = self._decode(image, number)
+        return None if tile is None else tile[window.top : window.bottom, window.left : window.right]
+
+    def _decode(self, image: TiledImage, number: int, window: Window | None = None) -> np.ndarray | None:
+        stream = self.stream(image, number)
+        if stream is None:
+            return None
+        return decoder(image)(stream, image) if window is None else window_decoder(image)(stream, image, window)
+
+    def stream(self, image: TiledImage, number: int) -> bytes | None:
+        """The bytes of a tile; None where it has none, or they cannot be read."""
         offset, size = int(image.offsets[number]), int(image.sizes[number])
         if not (self._close.alive and 0 < size <= _MAX_TILE_BYTES and offset + size <= self._length):
             return None
@@ -205,7 +243,7 @@ class FastTiff:
             stream = os.pread(self._file, size, offset)
         except OSError:
             return None
-        return decoder(image)(stream, image) if len(stream) == size else None
+        return stream if len(stream) == size else None
 
 
 def agrees(tiff: FastTiff, image: TiledImage, reference: Callable[[int, int, int, int], np.ndarray]) -> bool:
@@ -228,7 +266,7 @@ def agrees(tiff: FastTiff, image: TiledImage, reference: Callable[[int, int, int
     largest, last = (_rectangle(image, int(number)) for number in (image.sizes.argmax(), stored[-1]))
     compared = 0
     for place in dict.fromkeys((largest, straddling, last)):
-        pixels = tiff.read(image, *place)
+        pixels = tiff.read(image, *place, keep=False)  # of the second, parts of tiles are decoded where that is faster
         if pixels is None:
             continue
         try:

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ OPENSLIDE_VERSION: str = openslide.__library_version__
 _BLOCK_PX = (4096, 1024)
 _VENDORS_OF_PLAIN_TIFF = frozenset({"aperio", "generic-tiff"})  # levels are images of their own, tiles edge to edge
 _SETS_OF_FILES = {".mrxs", ".vms", ".vmu", ".dcm", ""}
+_MAX_KEPT_PIXELS = 1 << 20
+_kept = threading.local()
 _MAX_SIDE = 2**31  # coordinates are stored in 32 bits
 _MOST_PIXELS_PER_BYTE = 100_000  # far above what any compression of empty glass reaches
 _ALLOWED = frozenset(
@@ -64,8 +67,9 @@ _ALLOWED = frozenset(
 class Slide:
     """An open slide. A context manager, and for several threads; not for use after a fork (see `SlidePool`).
 
-    JPEG and JPEG 2000 tiles of Aperio and generic tiled TIFFs are decoded directly where that gives OpenSlide's very
-    pixels, which is several times faster; decoded ones are kept for reuse, 32 MB of them a slide or pool.
+    The tiles of Aperio and generic tiled TIFFs (JPEG, JPEG 2000, lossless RGB) are decoded directly where that gives
+    OpenSlide's very pixels, which is several times faster; decoded ones are kept for reuse, 32 MB of them a slide or
+    pool.
 
     Attributes:
         slide_id: The name used in messages and results, never the file's unless no other was given.
@@ -225,6 +229,19 @@ class Slide:
         region = self.read_region(left, top, level, columns, rows)
         return resample_square(region, column_offset, row_offset, side, tile_px, averages=level > 0)
 
+    def stored_jpeg(self, x: int, y: int, level: int, side_px: int) -> bytes | None:
+        """A square that the file stores as one JPEG, as it lies there: with its tables, without texts and metadata.
+
+        Args:
+            x, y: Top-left corner in level-0 pixels.
+            level: Pyramid level.
+            side_px: Side of the square in pixels of that level.
+
+        Returns:
+            A JPEG that any decoder reads; None where nothing is stored that is just this square.
+        """
+        return None if self._fast is None else self._fast.stored_jpeg(x, y, level, side_px, self._reference)
+
     def thumbnail(self, max_px: int) -> np.ndarray:
         """The whole slide, area-averaged to at most `max_px` on its longer side; uint8 (height, width, 3), RGB."""
         longest = max(self.width, self.height)
@@ -302,13 +319,12 @@ class Slide:
 
     def _compose(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
         """Reads a rectangle through OpenSlide, without the detour over a PIL image."""
-        argb = np.empty((height_px, width_px), np.uint32)
-        place = argb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
+        argb, address = _argb_buffer(height_px * width_px)
         try:
-            lowlevel._read_region(self._openslide._osr, place, x, y, level, width_px, height_px)
+            lowlevel._read_region(self._openslide._osr, address, x, y, level, width_px, height_px)
         except openslide.OpenSlideError as error:
             raise self._damaged(f"cannot be read at x {x}, y {y} of level {level}", error) from None
-        return _opaque(argb, self.background)
+        return _opaque(argb.reshape(height_px, width_px), self.background)
 
     def _reference(self, x: int, y: int, level: int, width_px: int, height_px: int) -> np.ndarray:
         """What `FastLevels` compares with."""
@@ -447,6 +463,21 @@ def _colour(text: str | None) -> tuple[int, int, int]:
     except ValueError:
         return 255, 255, 255
     return red, green, blue
+
+
+def _argb_buffer(num_pixels: int) -> tuple[np.ndarray, "ctypes._Pointer"]:
+    """Memory for pixels that OpenSlide composes, uint32 (num_pixels,), and where it is.
+
+    That of tiles is kept for the next one of the thread: fresh memory would cost more than all else is done here.
+    """
+    pixels = getattr(_kept, "pixels", None)
+    if pixels is None or len(pixels) < num_pixels:
+        pixels = np.empty(num_pixels, np.uint32)
+        address = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
+        if num_pixels > _MAX_KEPT_PIXELS:
+            return pixels, address
+        _kept.pixels, _kept.address = pixels, address
+    return _kept.pixels[:num_pixels], _kept.address
 
 
 def _opaque(argb: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

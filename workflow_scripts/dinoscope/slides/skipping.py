@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dinoscope.errors import DinoscopeError, SlideError
-from dinoscope.files import read_json, write_json
+from dinoscope.files import read_json, write_json, writing
 from dinoscope.processes import die_with_parent
 from dinoscope.slides.find import slide_files
 from dinoscope.slides.privacy import without_file_name
@@ -99,7 +99,8 @@ class Attempt:
             log.warning("slide %r is skipped: %s", self.slide_id, reason)
         if self.record is not None and (reason is not None or self.number or self.record.exists()):
             kept = SkippedSlide(self.slide_id, self.stage, self.number, reason, files_signature(self.slide))
-            write_json(self.record, asdict(kept))
+            with writing(self.record, DinoscopeError):
+                write_json(self.record, asdict(kept))
         return reason
 
 

@@ -13,8 +13,9 @@ __all__ = ["TiledImage", "tiled_images"]
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _OFFSETS, _SIZES, _JPEG_TABLES = 277, 284, 322, 323, 324, 325, 347
+_PREDICTOR = 317
 _NEEDED = (_WIDTH, _HEIGHT, _COMPRESSION, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT, _OFFSETS, _SIZES)
-_TAGS = frozenset((*_NEEDED, _BITS, _SAMPLES, _PLANAR, _JPEG_TABLES))
+_TAGS = frozenset((*_NEEDED, _BITS, _SAMPLES, _PLANAR, _JPEG_TABLES, _PREDICTOR))
 _CODES = {1: "u1", 3: "u2", 4: "u4", 7: "u1", 16: "u8"}  # BYTE, SHORT, LONG, UNDEFINED, LONG8
 _MAX_DIRECTORIES = 1000
 _MAX_VALUES_BYTES = 1 << 27  # of one tag; more is damage, or a slide of 16 million tiles
@@ -30,6 +31,7 @@ class TiledImage:
         compression, photometric: The numbers that TIFF gives them.
         offsets, sizes: Of every tile in raster order, bytes from the start of the file and bytes; size 0 is no tile.
         tables: JPEG tables that all tiles share, or None.
+        predictor: How samples follow from their neighbours, the number that TIFF gives it; 1 is not at all.
     """
 
     width: int
@@ -41,6 +43,7 @@ class TiledImage:
     offsets: np.ndarray
     sizes: np.ndarray
     tables: bytes | None
+    predictor: int = 1
 
     @property
     def columns(self) -> int:
@@ -130,4 +133,5 @@ def _image(tags: dict[int, np.ndarray]) -> TiledImage | None:
         tags[_OFFSETS],
         tags[_SIZES],
         tables,
+        int(tags.get(_PREDICTOR, [1])[0]),
     )

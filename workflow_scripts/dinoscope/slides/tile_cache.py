@@ -12,7 +12,6 @@ __all__ = ["CACHE_BYTES", "TileCache"]
 CACHE_BYTES = 32 << 20  # 170 tiles of 256 px: a row of tiles of a slide that is 43,000 px wide
 _WORTHWHILE = 0.1  # share of tiles found again below which keeping them costs more than it saves
 _MEMORY = 64  # tiles over which that share is averaged
-_TRIAL = 16  # reads, of which two neighbours are kept all the same
 
 
 class TileCache:
@@ -25,9 +24,10 @@ class TileCache:
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
         self._bytes = 0
-        self._found, self._reads = 1.0, 0
+        self._found = 1.0
         self._lock = threading.Lock()
         self._tiles: OrderedDict[Hashable, Future[np.ndarray | None]] = OrderedDict()
+        self._passed: OrderedDict[Hashable, None] = OrderedDict()  # keys of tiles that were read and not kept
 
     @property
     def num_bytes(self) -> int:
@@ -38,13 +38,22 @@ class TileCache:
         return len(self._tiles)
 
     def worthwhile(self) -> bool:
-        """Whether to keep the tiles of the next read: tiles are found again, or it is time to see whether they are.
+        """Whether to keep the tiles of the next read: are tiles found again, or would they be if they were kept?
 
         Tiles at random places of a large slide are not: writing each to memory that no other use keeps warm makes
-        decoding a tenth slower.
+        decoding a tenth slower, and of those that are not kept, a part may do.
         """
-        self._reads += 1
-        return self._found > _WORTHWHILE or self._reads % _TRIAL < 2
+        return self._found > _WORTHWHILE
+
+    def passed(self, key: Hashable, num_bytes: int) -> None:
+        """Notes that an array of this key was read and is not to be kept: only whether it comes again is."""
+        with self._lock:
+            again = key in self._passed or key in self._tiles
+            self._found += (again - self._found) / _MEMORY
+            self._passed[key] = None
+            self._passed.move_to_end(key)
+            while len(self._passed) * num_bytes > self.max_bytes:
+                self._passed.popitem(last=False)
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray | None]) -> np.ndarray | None:
         """The array of this key, made when it is not there. What `make` answers with None is not kept.
@@ -71,6 +80,8 @@ class TileCache:
         with self._lock:
             for key in [key for key, tile in self._tiles.items() if key[0] == owner and tile.done()]:
                 self._remove(key)
+            for key in [key for key in self._passed if key[0] == owner]:
+                del self._passed[key]
 
     def _make(
         self, key: Hashable, tile: "Future[np.ndarray | None]", make: Callable[[], np.ndarray | None]

@@ -26,6 +26,7 @@ becomes a SlideError that names the slide.
 
 import contextlib
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,9 @@ import numpy as np
 
 from dinoscope import user_code
 from dinoscope.errors import ConfigError, SlideError
+from dinoscope.files import sha256_file
 
-__all__ = ["UserReader", "check_reader_name", "serves"]
+__all__ = ["UserReader", "check_reader_name", "serves", "source_digest"]
 
 
 class UserReader:
@@ -165,6 +167,19 @@ def serves(reader: str | None, path: Path) -> bool:
     if isinstance(suffixes, str):
         suffixes = (suffixes,)
     return suffixes is None or path.suffix.lower() in {str(suffix).lower() for suffix in suffixes}
+
+
+def source_digest(reader: str) -> str:
+    """module:Class and the digest of the file that defines the class: another text where it may give other pixels.
+
+    What that file imports is not looked at.
+
+    Raises:
+        ConfigError: There is no such class.
+    """
+    reader_class = _load(reader)
+    path = getattr(sys.modules.get(reader_class.__module__), "__file__", None)
+    return reader if path is None else f"{reader} {sha256_file(path)[:16]}"
 
 
 def _load(reader: str) -> type:

@@ -27,6 +27,7 @@ __all__ = [
     "check_seal",
     "compare_order",
     "compare_pixels",
+    "compare_reader",
     "compare_with_seal",
     "read_seal",
     "seal_run",
@@ -101,8 +102,8 @@ def seal_run(
         run_dir: The run's folder.
         config: The resolved recipe.
         global_batch: Tiles of one step over all processes.
-        inputs: Digests under "manifest" or "images", "strata", "stains", "pixels", "weights", "continues",
-            "gram_teacher" and "distillation"; None where there is none.
+        inputs: Digests under "manifest" or "images", "strata", "stains", "pixels", "reader", "weights",
+            "continues", "gram_teacher" and "distillation"; None where there is none.
         origin: Where the weights come from in the end, for the model card.
         slides: Ids of the slides that the run trains on, if it is slides.
         data: Sizes and mpp of tiles and crops, for model cards (`describe_windows`).
@@ -185,6 +186,24 @@ def compare_pixels(run_dir: Path, seal: dict[str, Any], pixels: str | None) -> N
     raise SealError(
         f"run {run_dir.name} was started on other pixels: {old}, and would go on with {new}; set packing as it was and "
         f"restore the packed files, {_WAY_OUT}"
+    )
+
+
+def compare_reader(run_dir: Path, seal: dict[str, Any], reader: str | None) -> None:
+    """Refuses to go on with another slide reader of the user's own, or with the same one after a change.
+
+    Runs from before readers were sealed go on with what there is.
+
+    Raises:
+        SealError: It is not that of the start.
+    """
+    before = seal["inputs"].get("reader", reader)
+    if before == reader:
+        return
+    raise SealError(
+        f"run {run_dir.name} was started with slides read by slides.reader {before or 'none'} and would go on with "
+        f"{reader or 'none'} (name and digest of its file): a changed reader may give other pixels; put the reader "
+        f"back as it was, {_WAY_OUT}"
     )
 
 

@@ -23,7 +23,15 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from dinoscope.data.collate import Batch, Collate
-from dinoscope.data.dataset import ImageCrops, build_loader, crop_settings, open_images, pixels_digest, stains_digest
+from dinoscope.data.dataset import (
+    ImageCrops,
+    build_loader,
+    crop_settings,
+    open_images,
+    pixels_digest,
+    reader_digest,
+    stains_digest,
+)
 from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.tiles import SlideAccess
@@ -56,7 +64,14 @@ from dinoscope.train.run_folder import (
 )
 from dinoscope.train.saving import CheckpointSaver
 from dinoscope.train.schedule import ScheduleValues, build_schedules
-from dinoscope.train.seal import compare_order, compare_pixels, compare_with_seal, seal_run, write_config
+from dinoscope.train.seal import (
+    compare_order,
+    compare_pixels,
+    compare_reader,
+    compare_with_seal,
+    seal_run,
+    write_config,
+)
 from dinoscope.train.speed import speed_if_readable
 from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
@@ -162,14 +177,15 @@ def _find(inputs: RunInputs, world: World) -> Prepared:
         images = open_images(config.train.dataset_path, **where, sealed=seal["inputs"])
         compare_order(run_dir, seal, _order_of(images, inputs, world).digest(), stains_digest(images, config))
         compare_pixels(run_dir, seal, pixels_digest(images))
+        compare_reader(run_dir, seal, reader_digest(images))
         write_config(run_dir, config)
         return Prepared(images, seal["origin"], None, *checkpoint, seal["epochs"], sealed_teacher(seal))
     start, images = inputs.resolve_start(), open_images(config.train.dataset_path, **where)
     data = describe_windows(images.windows, crop_settings(config)[0].choices)
     kind = "manifest" if config.train.dataset_path is None else "images"
     of_table = {"strata": _order_of(images, inputs, world).digest(), "stains": stains_digest(images, config)}
-    of_table["pixels"] = pixels_digest(images)
-    digests = {"manifest": None, kind: images.digest(), **of_table, **start.digests()}
+    of_pixels = {"pixels": pixels_digest(images), "reader": reader_digest(images)}
+    digests = {"manifest": None, kind: images.digest(), **of_table, **of_pixels, **start.digests()}
     shape, origin = start.shape(config), start.origin()
     seal_run(run_dir, config, batch, digests, origin, images.slide_ids, shape and shape.as_dict(), data)
     return Prepared(images, origin, start, -1, None, distilled=shape)
