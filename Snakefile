@@ -2,6 +2,7 @@
 
 snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
+snakemake --cores 1 budget             tiles, disk space, hours and jobs that the config will take
 snakemake --cores all inspect          a look at all slides before anything expensive starts
 snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, viewer, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
@@ -29,6 +30,7 @@ include: "rules/pictures.smk"
 include: "rules/viewer.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
+include: "rules/budget.smk"
 
 
 rule all:

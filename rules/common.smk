@@ -14,6 +14,7 @@ os.environ.update(
 )
 
 from dinoscope.file_lists import file_arguments
+from dinoscope.files import write_json
 from dinoscope.plan import make_plan, one_sentence
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
@@ -50,6 +51,26 @@ wildcard_constraints:
 def config_file():
     """The config that counts: the last one of the command line, else config/config.yaml."""
     return Path([*workflow.configfiles, *workflow.overwrite_configfiles][-1])
+
+
+def written_config(wildcards, resources):
+    """The config that counts, with all that the command line adds, as a file for a script that plans by itself."""
+    path = Path("logs/budget_config.json")
+    if not workflow.dryrun:
+        write_json(path, config)
+    return path
+
+
+def rule_groups(wildcards, resources):
+    """RULE=GROUP of all rules that have one; local for those that no cluster gets.
+
+    `rule.group` itself says None wherever nothing is submitted.
+    """
+    groups = {
+        each.name: "local" if each.name in workflow._localrules else each._group
+        for each in workflow.rules
+    }
+    return [f"{name}={group}" for name, group in groups.items() if group]
 
 
 def not_a_trigger(value):
