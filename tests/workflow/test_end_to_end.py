@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ import pytest
 import yaml
 
 from conftest import SHARED
+from dinoscope.budget.space import disk_use
 from dinoscope.files import read_json
 from dinoscope.models.weights import load_backbone
 from dinoscope.slides.manifest import read_metadata, read_tiles
@@ -259,6 +261,30 @@ def test_snakemakes_own_report_has_all_pictures(finished):
         assert f"report/{result['data_uri']}" in names, path
     labels = [result["labels"] for result in results.values() if result["job_properties"]["rule"] == "pca_map"]
     assert {(each["slide"], each["model"]) for each in labels} == {(s, m) for s in SLIDES for m in MODELS}
+
+
+def test_the_budget_was_right(finished):
+    """Estimates with nothing but inspected slides, against what the run really wrote."""
+    ahead = finished / "ahead"
+    for path in (finished / "results" / "slides").iterdir():
+        (ahead / "slides").mkdir(parents=True, exist_ok=True)
+        (ahead / "slides" / path.name).write_bytes(path.read_bytes())
+    snakemake(finished, "budget", "--config", "results=ahead")
+    told = read_json(ahead / "budget.json")
+    assert told["slides"] == {"tiled": 0, "thumbnail": len(SLIDES), "size": 0, "unknown": 0}
+    for name, estimated in told["tiles"].items():
+        files = (finished / "results" / "tiles" / name).glob("*.parquet")
+        real = sum(read_tiles(path).num_rows for path in files)
+        assert abs(estimated - real) <= max(2, 0.1 * real), name
+    estimated = Counter()
+    for product in told["products"]:
+        estimated[product["folder"]] += product["bytes"]
+    real = {folder: disk_use(finished / "results" / folder)[0] for folder in estimated}
+    for folder in ("runs/pretrain", "runs/gram", "models"):
+        assert estimated[folder] == pytest.approx(real[folder], rel=0.15), folder
+    for folder in (*(f"features/{model}" for model in MODELS), "slides", "pca", "viewer/slides"):
+        assert real[folder] / 2 < estimated[folder] < 2.5 * real[folder], folder
+    assert sum(real.values()) / 1.5 < told["bytes"] < 1.5 * sum(real.values())
 
 
 def test_results_tell_nothing_of_where_they_were_made(finished):

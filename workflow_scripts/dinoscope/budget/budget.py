@@ -8,7 +8,7 @@ from pathlib import Path
 from dinoscope.budget.hours import device_ahead, hours, measure
 from dinoscope.budget.jobs import count_jobs, profile_groups, submitted
 from dinoscope.budget.models import ModelSizes
-from dinoscope.budget.products import Product, products
+from dinoscope.budget.products import VIEWER_FOLDER, Product, products
 from dinoscope.budget.report import Budget
 from dinoscope.budget.space import disk_use, free_space
 from dinoscope.budget.tiles import SlideSize, slide_sizes
@@ -70,7 +70,11 @@ def _there(plan: Plan, written: Sequence[Product]) -> int:
     folders: Counter[str] = Counter()
     for product in written:
         folders[product.folder] += math.ceil(product.bytes)
-    return sum(min(disk_use(plan.results / folder)[0], size) for folder, size in folders.items())
+    pyramids = folders.pop(VIEWER_FOLDER, 0)
+    there = sum(min(disk_use(plan.results / folder)[0], size) for folder, size in folders.items())
+    # a million tiles are not looked at one by one
+    made = sum((plan.results / VIEWER_FOLDER / slide / "pyramid.js").is_file() for slide in plan.feature_slides)
+    return there + pyramids * made // max(1, len(plan.feature_slides))
 
 
 def _num_images(plan: Plan, run: str, slides: Sequence[SlideSize]) -> int:

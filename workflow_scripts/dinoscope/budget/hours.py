@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from dinoscope.budget.jobs import featured_slides
 from dinoscope.budget.measured import (
     CPU_FLOPS_PER_CORE,
     GPU_FLOPS,
@@ -18,13 +19,13 @@ from dinoscope.budget.measured import (
 from dinoscope.budget.models import Device, ModelSizes
 from dinoscope.budget.tiles import SlideSize
 from dinoscope.errors import ConfigError
-from dinoscope.train.starting import fresh_backbone
 from dinoscope.names import nearest
 from dinoscope.plan import Plan
 from dinoscope.plan_features import FeatureJobs
 from dinoscope.train.flops import backbone_flops
 from dinoscope.train.launching import num_processes
 from dinoscope.train.speed import product_rate
+from dinoscope.train.starting import fresh_backbone
 
 __all__ = ["LARGE_MODELS", "device_ahead", "hours", "measure"]
 
@@ -115,7 +116,7 @@ def hours(
         seconds["train"] += sum(each.flops_per_tile * each.iterations * each.global_batch for each in ahead) / rate
     if "extract_features" in seconds:
         one = device.flops / (device.count if device.kind != "cpu" else 1)  # a job has one GPU
-        seconds["extract_features"] += _extraction_flops(plan, used, models) / (one * device.extraction_share)
+        seconds["extract_features"] += _extraction_flops(plan, slides, models) / (one * device.extraction_share)
     if "viewer_pyramid" in seconds:
         pixels = sum(slide.pixels_at(plan.config["viewer"]["mpp"]) for slide in used)
         seconds["viewer_pyramid"] += VIEWER_SECONDS_PER_MEGAPIXEL * pixels / 1e6
@@ -132,5 +133,6 @@ def _extraction_flops(plan: Plan, slides: Sequence[SlideSize], models: ModelSize
         tile_set, settings = jobs.tile_set(model), models.settings(model)
         tile_px = plan.config["tiling"]["sets"][tile_set]["tile_px"]
         flops = _USUAL_FLOPS if settings is None else backbone_flops(settings, tile_px)
-        total += flops * sum(slide.num_tiles[tile_set] for slide in slides)
+        featured = set(featured_slides(plan, model))
+        total += flops * sum(slide.num_tiles[tile_set] for slide in slides if slide.slide_id in featured)
     return total

@@ -11,13 +11,13 @@ from dinoscope.plan import Plan
 from dinoscope.plan_features import EXPORT_FILES
 from dinoscope.plan_pictures import PictureJobs
 
-__all__ = ["count_jobs", "profile_groups", "submitted"]
+__all__ = ["count_jobs", "featured_slides", "profile_groups", "submitted"]
 
 
 def count_jobs(plan: Plan) -> Counter[str]:
     """Rule -> jobs of `snakemake` without a target, with nothing made yet; their number for 40,000 takes no planning.
 
-    Tested against Snakemake's own plan (tests/workflow/test_budget.py).
+    Tested against Snakemake's own plan (tests/workflow/test_budgeted_jobs.py).
     """
     slides, used, models = len(plan.slides), len(plan.feature_slides), len(plan.models)
     formats, clusters = plan.config["export"]["formats"], plan.config["pca"]["clusters"]
@@ -38,7 +38,7 @@ def count_jobs(plan: Plan) -> Counter[str]:
         train=len(runs),
         convert=len(runs),
         plot_metrics=len(plan.trained_runs),
-        extract_features=models * used,
+        extract_features=sum(len(featured_slides(plan, model)) for model in plan.models),
         list_features=models,
         pca_fit=models,
         pca_map=models * used,
@@ -59,6 +59,12 @@ def count_jobs(plan: Plan) -> Counter[str]:
     jobs.update({f"export_features_{name}": models * used for name in plan.config["features"]["export"]})
     assert set(plan.config["features"]["export"]) <= set(EXPORT_FILES)
     return +jobs
+
+
+def featured_slides(plan: Plan, model: str) -> list[str]:
+    """Slides whose features by a model are made: those that want them, and those that its colours are fitted on."""
+    wanted = {*plan.feature_slides, *plan.basis_slides(model)}
+    return [slide_id for slide_id in plan.slides if slide_id in wanted]
 
 
 def _made_runs(plan: Plan) -> list[str]:

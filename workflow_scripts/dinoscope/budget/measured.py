@@ -1,9 +1,10 @@
 """The numbers behind a budget: sizes and times that were measured once, and how they were.
 
-Sizes: the demo (2026-11-28: five drawn slides of 4.6 to 5.6 thousand px, three models) and its files. Real H&E sections at
-20x lie within a factor of two of its bytes a pixel. Times: the same run, virtual machine with two cores of an AMD EPYC
-(Zen 5), torch 2.13.0 on the CPU, other jobs on the machine. No GPU was at hand: what GPUs reach in matrix products is
-what their makers publish (dense bfloat16), of which a training is taken to reach the share that outlook.py takes.
+Sizes: files of the demo (2026-11-28: five drawn slides of 4.6 to 5.6 thousand px, three models). Pictures of real
+sections are within a factor of two of it, tables and features nearly exact; tests/workflow/test_end_to_end.py holds
+both. Times: the same run, virtual machine with two cores of an AMD EPYC, torch 2.13.0 on the CPU, other jobs on it. No
+GPU was at hand: what GPUs reach in matrix products is what their maker publishes (dense bfloat16), of which a training
+is taken to reach as much as outlook.py says.
 """
 
 __all__ = [

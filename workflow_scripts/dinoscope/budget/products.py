@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from dinoscope.budget.jobs import featured_slides
 from dinoscope.budget.measured import (
     JPEG_BYTES_PER_PIXEL,
     PACKED_BYTES_PER_PIXEL,
@@ -16,8 +17,9 @@ from dinoscope.plan import Plan
 from dinoscope.plan_features import FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 
-__all__ = ["Product", "Saving", "products"]
+__all__ = ["VIEWER_FOLDER", "Product", "Saving", "products"]
 
+VIEWER_FOLDER = "viewer/slides"
 _ROW = 15  # of a tile in a parquet manifest, and what a small file has besides
 _PARQUET = 5_500
 _MAPPED_ROW = 12
@@ -73,7 +75,7 @@ def products(plan: Plan, slides: Sequence[SlideSize], models: ModelSizes) -> lis
         *_packed(plan, by_id),
         *_runs(plan, models),
         *_models(plan, models),
-        *_features(plan, used, models),
+        *_features(plan, by_id, models),
         *_pictures(plan, used),
         *_viewer(plan, used, models),
         *_reports(plan),
@@ -160,15 +162,15 @@ def _models(plan: Plan, models: ModelSizes) -> Iterator[Product]:
         yield Product("models", "exported models", exported, 4 * len(formats) * len(plan.runs), 0, (saving,))
 
 
-def _features(plan: Plan, slides: Sequence[SlideSize], models: ModelSizes) -> Iterator[Product]:
+def _features(plan: Plan, by_id: Mapping[str, SlideSize], models: ModelSizes) -> Iterator[Product]:
     settings, jobs = plan.config["features"], FeatureJobs(plan)
     number = 2 if settings["dtype"] == "float16" else _FLOAT32
     for model in plan.models:
         tile_set = jobs.tile_set(model)
         shape = models.features(model, jobs.pooling(model), plan.config["tiling"]["sets"][tile_set]["tile_px"])
-        counts = [slide.num_tiles[tile_set] for slide in slides]
+        counts = [by_id[slide_id].num_tiles[tile_set] for slide_id in featured_slides(plan, model)]
         tiles, most = sum(counts), max(counts, default=0)
-        rows = tiles * (shape.width * number + _COORDS) + _H5 * len(slides)
+        rows = tiles * (shape.width * number + _COORDS) + _H5 * len(counts)
         dense = tiles * shape.patches * 2 if settings["dense"] else 0
         savings = []
         if number == _FLOAT32:
@@ -178,19 +180,12 @@ def _features(plan: Plan, slides: Sequence[SlideSize], models: ModelSizes) -> It
         guessed = ", width guessed" if shape.guessed else ""
         largest = most * (shape.width * number + _COORDS)
         yield Product(
-            f"features/{model}", f"features of {model} ({shape.width} numbers a tile{guessed})", rows, len(slides),
+            f"features/{model}", f"features of {model} ({shape.width} numbers a tile{guessed})", rows, len(counts),
             largest if not dense else 0, tuple(savings),
         )  # fmt: skip
         if dense:
-            saving = Saving("set features.dense to false", dense)
-            yield Product(
-                f"features/{model}",
-                f"features of every patch by {model}",
-                dense,
-                0,
-                most * shape.patches * 2,
-                (saving,),
-            )
+            name, saving = f"features of every patch by {model}", Saving("set features.dense to false", dense)
+            yield Product(f"features/{model}", name, dense, 0, most * shape.patches * 2, (saving,))
         yield from _feature_exports(plan, model, shape.width, counts)
 
 
@@ -233,7 +228,7 @@ def _viewer(plan: Plan, slides: Sequence[SlideSize], models: ModelSizes) -> Iter
     saved = size - coarser * _PYRAMID_SHARE * VIEWER_BYTES_PER_PIXEL
     savings = (Saving(f"set viewer.mpp to {2 * settings['mpp']:g}", saved), Saving("set viewer.enabled to false", size))
     files = round(pixels / _VIEWER_TILE_PX**2) + 2 * len(slides)
-    yield Product("viewer/slides", "viewer, pictures", size, files, 0, savings)
+    yield Product(VIEWER_FOLDER, "viewer, pictures", size, files, 0, savings)
     jobs, data, sample = FeatureJobs(plan), 0.0, 0.0
     for model in plan.models:
         tile_set = jobs.tile_set(model)

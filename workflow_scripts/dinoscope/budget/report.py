@@ -157,7 +157,10 @@ def as_table(budget: Budget) -> str:
     ]
     rows += [("time", text) for text in _times(budget)]
     rows.append(("jobs", f"{sum(budget.jobs.values()):,} of Snakemake: {_largest_first(budget.jobs)}"))
-    rows += [("", f"{count:,} submitted to the cluster by {name}") for name, count in budget.submitted.items()]
+    rows += [
+        ("", f"{count:,} at most submitted to the cluster by profile {name}")
+        for name, count in budget.submitted.items()
+    ]
     lines, before = [], None
     for label, text in rows:
         lines.append(f"{'' if label in (before, '') else label:<8}{text}")
