@@ -31,6 +31,7 @@ include: "rules/viewer.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 include: "rules/budget.smk"
+include: "rules/storage.smk"
 
 
 rule all:

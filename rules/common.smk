@@ -19,6 +19,7 @@ from dinoscope.plan import make_plan, one_sentence
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_slides import SlideJobs
+from dinoscope.plan_storage import StorageJobs
 from dinoscope.train.seal import check_seal
 
 PLAN = one_sentence(make_plan)(
@@ -27,6 +28,7 @@ PLAN = one_sentence(make_plan)(
 SLIDES = SlideJobs(PLAN)
 FEATURES = FeatureJobs(PLAN)
 PICTURES = PictureJobs(PLAN)
+STORAGE = StorageJobs(PLAN)
 
 if workflow.is_main_process:
     os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
@@ -98,22 +100,30 @@ def input_files(name):
     )
 
 
+def fetched(wildcards):
+    """The slide where it lies on object storage: Snakemake brings it before its first job and removes it after the last."""
+    address = SLIDES.address_of(wildcards.slide)
+    return [storage.s3(address)] if address else []
+
+
 @one_sentence
 def slide_path(wildcards):
     """What is opened to read the slide; nothing where it is missing and slides are skipped on error."""
-    return SLIDES.input_of(wildcards.slide)
+    return fetched(wildcards) or SLIDES.input_of(wildcards.slide)
 
 
 @one_sentence
 def slide_path_if_any(wildcards):
     """What is opened to read the slide; nothing where it is missing."""
-    return SLIDES.input_of(wildcards.slide, may_be_missing=True)
+    return fetched(wildcards) or SLIDES.input_of(wildcards.slide, may_be_missing=True)
 
 
 @one_sentence
-def slide_argument(wildcards, resources):
+def slide_argument(wildcards, input, resources):
     """The same for the command line, whether it is there or not; no trigger, since the input is one."""
     path = str(PLAN.slide(wildcards.slide).path)
+    if SLIDES.address_of(wildcards.slide):
+        path = str(input.get("slide", path))
     return f"./{path}" if path.startswith("-") else path
 
 
@@ -367,6 +377,12 @@ def exported_features(wildcards):
     return expand(FEATURES.exports(), model=PLAN.models, slide=PLAN.feature_slides)
 
 
+@one_sentence
+def uploaded(wildcards):
+    """Results on object storage."""
+    return [storage.s3(address) for address in STORAGE.objects()]
+
+
 onstart:
     FEATURES.write_wanted(workflow.dag.needrun_jobs(), Path("logs/extract_features"))
 
@@ -394,6 +410,8 @@ def cluster_pictures(wildcards):
     if PLAN.config["pca"]["clusters"] is None:
         return []
     maps = expand("<results>/clusters/maps/{slide}.png", slide=PLAN.feature_slides)
+    if PLAN.remote_slides:  # examples would be cut from slides that are not here
+        return maps
     return [*maps, *of_models("<results>/clusters/{model}/examples.png")]
 
 
@@ -435,9 +453,9 @@ def region_slide_id(wildcards):
     return PICTURES.region(wildcards.region).slide
 
 
-def region_slide_argument(wildcards, resources):
+def region_slide_argument(wildcards, input, resources):
     """The slide for the command line; no trigger, since the input is one."""
-    return slide_argument(PICTURES.wildcards(wildcards.region), resources)
+    return slide_argument(PICTURES.wildcards(wildcards.region), input, resources)
 
 
 @one_sentence

@@ -10,6 +10,7 @@ from dinoscope.errors import ConfigError
 from dinoscope.files import write_text
 from dinoscope.plan import Plan
 from dinoscope.slides.find import SLIDE_SUFFIXES
+from dinoscope.slides.remote import remote_address
 from dinoscope.slides.skipping import SkippedSlide, files_signature, read_records
 from dinoscope.slides.table import COLLECTION, SlideRecord, read_rows
 
@@ -42,6 +43,10 @@ class SlideJobs:
         if not (may_be_missing or self.skips):
             raise ConfigError("\n".join(self._missing_problems()))
         return []
+
+    def address_of(self, slide_id: str) -> str | None:
+        """Where Snakemake fetches the slide from, s3://BUCKET/KEY; None where it is a file that is there."""
+        return remote_address(self._plan.slide(slide_id).path)
 
     def own_reader(self, slide_id: str) -> list[str]:
         """Arguments for the reader of a slide whose format OpenSlide does not know."""
@@ -128,7 +133,7 @@ class SlideJobs:
         return {
             str(record.path): record
             for record in self._plan.slides.values()
-            if str(record.path) not in made and not os.path.exists(record.path)
+            if str(record.path) not in made and not remote_address(record.path) and not os.path.exists(record.path)
         }
 
     def _missing_problems(self) -> Iterator[str]:

@@ -46,7 +46,7 @@ def count_jobs(plan: Plan) -> Counter[str]:
         pca_region=len(PictureJobs(plan).regions),
         cluster_fit=models if clusters else 0,
         cluster_map=used if clusters else 0,
-        cluster_examples=models if clusters else 0,
+        cluster_examples=models if clusters and not plan.remote_slides else 0,
         viewer_pyramid=used if viewer else 0,
         list_sampled=models if viewer else 0,
         viewer_sample=models if viewer else 0,
