@@ -1,4 +1,4 @@
-"""Container definitions, as far as they can be checked without building them: both install what is pinned, and alike."""
+"""Container definitions, as far as they can be checked unbuilt: both install what is pinned, and alike."""
 
 import os
 import re
