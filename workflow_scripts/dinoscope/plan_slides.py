@@ -76,6 +76,8 @@ class SlideJobs:
         arguments = ["--slide-reader", self._settings["reader"]] if self._settings["reader"] else []
         if self.skips:
             arguments += ["--on-error", "skip", "--skip-records", str(self._records_folder)]
+        if self._plan.config["privacy"] == "hosts":
+            arguments.append("--name-hosts")
         return arguments
 
     def reading_options(self) -> list[str]:
