@@ -70,6 +70,7 @@ NUM_ITERATIONS = {"pretrain": 48, "gram": 12}
 def killed(tmp_path_factory):
     """A folder in which Snakemake was killed while it trained, and what was left of the run then."""
     folder = tmp_path_factory.mktemp("end to end")
+    os.umask(0o027)  # of all that is started from here on
     (folder / "config").mkdir()
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "root.yaml").write_text(RECIPE)
@@ -96,6 +97,14 @@ def finished(killed):
     snakemake(folder, "--unlock")
     snakemake(folder, timeout=600)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def umask_of_before():
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 def wait_for(condition, seconds):
@@ -285,6 +294,15 @@ def test_the_budget_was_right(finished):
     for folder in (*(f"features/{model}" for model in MODELS), "slides", "pca", "viewer/slides"):
         assert real[folder] / 2 < estimated[folder] < 2.5 * real[folder], folder
     assert sum(real.values()) / 1.5 < told["bytes"] < 1.5 * sum(real.values())
+
+
+def test_under_umask_027_results_are_for_the_group_alone(finished):
+    paths = [path for path in (finished / "results").rglob("*") if not path.is_symlink()]
+    assert len(paths) > 150
+    for path in paths:
+        mode = path.stat().st_mode & 0o777
+        assert mode & 0o007 == 0 and mode & 0o040, f"{path} {mode:o}"
+        assert not path.is_dir() or mode & 0o010, f"{path} {mode:o}"
 
 
 def test_results_tell_nothing_of_where_they_were_made(finished):
