@@ -1,5 +1,7 @@
 """One container for all jobs, where DINOSCOPE_CONTAINER names it and --sdm apptainer is given."""
 
-if os.environ.get("DINOSCOPE_CONTAINER"):
+image = os.environ.get("DINOSCOPE_CONTAINER")
 
-    container: os.environ["DINOSCOPE_CONTAINER"]
+if image:
+
+    container: image

@@ -1,5 +1,6 @@
-"""The number of jobs that a budget tells, against Snakemake's own plan; and the target that makes it."""
+"""The number of jobs that a budget tells, against Snakemake's own plan; the target that makes it; jobs in a container."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -109,3 +110,28 @@ def test_the_target_inspects_tells_and_refuses(folder):
         subprocess.run(["umount", folder / "small"], check=True)
     assert refused.returncode == 1
     assert re.search(r"error: the results need .* GB more and .* MB are free on its disk: set ", refused.stdout)
+
+
+APPTAINER = """#!/bin/bash
+case "$1" in
+  --version) echo "apptainer version 1.3.0";;
+  exec) echo "$*" >> "{log}"; while [ "$1" != "bash" ] && [ "${{1##*/}}" != "bash" ]; do shift; done; exec "$@";;
+esac
+"""
+
+
+def test_jobs_run_in_the_container_that_is_named(folder, monkeypatch):
+    """With a program in apptainer's place that notes what it is asked for and runs it here."""
+    configured(folder)
+    programs, image = folder / "bin", folder / "dinoscope.sif"
+    programs.mkdir()
+    image.touch()
+    apptainer = programs / "apptainer"
+    apptainer.write_text(APPTAINER.format(log=folder / "asked.log"))
+    apptainer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("DINOSCOPE_CONTAINER", str(image))
+    snakemake(folder, "results/splits.tsv", "--sdm", "apptainer")
+    assert (folder / "results" / "splits.tsv").is_file()
+    (asked,) = (folder / "asked.log").read_text().splitlines()
+    assert f" {image} " in asked and "split_slides.py" in asked
