@@ -289,11 +289,13 @@ def test_the_budget_was_right(finished):
     for product in told["products"]:
         estimated[product["folder"]] += product["bytes"]
     real = {folder: disk_use(finished / "results" / folder)[0] for folder in estimated}
-    for folder in ("runs/pretrain", "runs/gram", "models"):
-        assert estimated[folder] == pytest.approx(real[folder], rel=0.15), folder
+    assert estimated["models"] == pytest.approx(real["models"], rel=0.15)
+    for run in RUNS:  # at most one checkpoint more than are left: the one that is being written
+        whole = disk_use(next((finished / "results" / "runs" / run / "ckpt").glob("[0-9]*")))[0]
+        assert 0.95 * real[f"runs/{run}"] < estimated[f"runs/{run}"] < 1.05 * real[f"runs/{run}"] + whole, run
     for folder in (*(f"features/{model}" for model in MODELS), "slides", "pca", "viewer/slides"):
         assert real[folder] / 2 < estimated[folder] < 2.5 * real[folder], folder
-    assert sum(real.values()) / 1.5 < told["bytes"] < 1.5 * sum(real.values())
+    assert sum(real.values()) / 1.5 < told["bytes"] < 2 * sum(real.values())
 
 
 def test_under_umask_027_results_are_for_the_group_alone(finished):
