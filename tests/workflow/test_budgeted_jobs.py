@@ -1,4 +1,4 @@
-"""The number of jobs that a budget tells, against Snakemake's own plan; the target that makes it; jobs in a container."""
+"""Jobs as a budget counts them, against Snakemake's own plan; the target that makes it; jobs in a container."""
 
 import os
 import re
