@@ -1,7 +1,10 @@
 """Who made a run: commit and changes, machines with and without their names, command lines without folders."""
 
+import os
 import socket
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from dinoscope.files import read_json
 from dinoscope.train import provenance
 from dinoscope.train.distributed import World
 from dinoscope.train.provenance import code_version, without_folders, write_provenance
+from dinoscope.train.run_folder import follow_umask
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -75,6 +79,21 @@ def test_each_start_has_an_entry_and_hosts_have_names_only_where_they_may(alone,
     assert shown["machines"][1]["devices"] == {"NVIDIA H200": 2}
     assert len({machine["host"] for machine in hidden["machines"]}) == 2
     assert not {socket.gethostname(), "node-2"} & {machine["host"] for machine in hidden["machines"]}
+
+
+def test_folders_of_logs_follow_the_umask(tmp_path):
+    """As torchrun makes them: for the owner alone."""
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "file").write_text("")
+        made = Path(tempfile.mkdtemp(dir=tmp_path))
+        assert made.stat().st_mode & 0o777 == 0o700
+        follow_umask(tmp_path)
+        assert made.stat().st_mode & 0o777 == 0o750
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
 
 
 def test_a_spoilt_file_or_a_folder_that_cannot_be_written_costs_no_run(alone, tmp_path, caplog):

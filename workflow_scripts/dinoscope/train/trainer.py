@@ -50,6 +50,7 @@ from dinoscope.train.provenance import write_provenance
 from dinoscope.train.run_folder import (
     complete_checkpoints,
     exported_teachers,
+    follow_umask,
     newest_checkpoint,
     prune_exports,
     remove_partial,
@@ -145,6 +146,7 @@ def train_run(inputs: RunInputs, world: World) -> None:
 def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, locks: list[HeldLock], world: World) -> Prepared:
     """What the main process does alone: lock, seal, find the images; tidy up what a killed trainer left."""
     locks.append(stack.enter_context(run_lock(inputs.run_dir)))
+    follow_umask(inputs.run_dir / "logs")
     prepared = _find(inputs, world)
     if prepared.checkpoint is not None:
         set_damaged_aside(inputs.run_dir, prepared.iteration)
