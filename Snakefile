@@ -2,6 +2,7 @@
 
 snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
+snakemake --cores 1 budget             tiles, disk space, hours and jobs that the config will take
 snakemake --cores all inspect          a look at all slides before anything expensive starts
 snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, segmentation, viewer, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
@@ -19,6 +20,7 @@ report: "report/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/container.smk"
 include: "rules/slides.smk"
 include: "rules/packing.smk"
 include: "rules/train.smk"
@@ -30,6 +32,8 @@ include: "rules/viewer.smk"
 include: "rules/segment.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
+include: "rules/budget.smk"
+include: "rules/storage.smk"
 
 
 rule all:

@@ -14,11 +14,13 @@ os.environ.update(
 )
 
 from dinoscope.file_lists import file_arguments
+from dinoscope.files import write_json
 from dinoscope.plan import make_plan, one_sentence
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_segmentation import SegmentJobs
 from dinoscope.plan_slides import SlideJobs
+from dinoscope.plan_storage import StorageJobs
 from dinoscope.train.seal import check_seal
 
 PLAN = one_sentence(make_plan)(
@@ -28,6 +30,7 @@ SLIDES = SlideJobs(PLAN)
 FEATURES = FeatureJobs(PLAN)
 PICTURES = PictureJobs(PLAN)
 SEGMENTS = one_sentence(SegmentJobs)(PLAN)
+STORAGE = StorageJobs(PLAN)
 
 if workflow.is_main_process:
     one_sentence(SEGMENTS.check_options)()
@@ -57,6 +60,26 @@ def config_file():
     return Path([*workflow.configfiles, *workflow.overwrite_configfiles][-1])
 
 
+def written_config(wildcards, resources):
+    """The config that counts, with all that the command line adds, as a file for a script that plans by itself."""
+    path = Path("logs/budget_config.json")
+    if not workflow.dryrun:
+        write_json(path, config)
+    return path
+
+
+def rule_groups(wildcards, resources):
+    """RULE=GROUP of all rules that have one; local for those that no cluster gets.
+
+    `rule.group` itself says None wherever nothing is submitted.
+    """
+    groups = {
+        each.name: "local" if each.name in workflow._localrules else each._group
+        for each in workflow.rules
+    }
+    return [f"{name}={group}" for name, group in groups.items() if group]
+
+
 def not_a_trigger(value):
     """A param that reruns nothing when it changes: Snakemake records no param that depends on resources."""
     return one_sentence(lambda wildcards, resources: value)
@@ -82,22 +105,30 @@ def input_files(name):
     )
 
 
+def fetched(wildcards):
+    """The slide where it lies on object storage: Snakemake brings it before its first job and removes it after the last."""
+    address = SLIDES.address_of(wildcards.slide)
+    return [storage.s3(address)] if address else []
+
+
 @one_sentence
 def slide_path(wildcards):
     """What is opened to read the slide; nothing where it is missing and slides are skipped on error."""
-    return SLIDES.input_of(wildcards.slide)
+    return fetched(wildcards) or SLIDES.input_of(wildcards.slide)
 
 
 @one_sentence
 def slide_path_if_any(wildcards):
     """What is opened to read the slide; nothing where it is missing."""
-    return SLIDES.input_of(wildcards.slide, may_be_missing=True)
+    return fetched(wildcards) or SLIDES.input_of(wildcards.slide, may_be_missing=True)
 
 
 @one_sentence
-def slide_argument(wildcards, resources):
+def slide_argument(wildcards, input, resources):
     """The same for the command line, whether it is there or not; no trigger, since the input is one."""
     path = str(PLAN.slide(wildcards.slide).path)
+    if SLIDES.address_of(wildcards.slide):
+        path = str(input.get("slide", path))
     return f"./{path}" if path.startswith("-") else path
 
 
@@ -351,6 +382,12 @@ def exported_features(wildcards):
     return expand(FEATURES.exports(), model=PLAN.models, slide=PLAN.feature_slides)
 
 
+@one_sentence
+def uploaded(wildcards):
+    """Results on object storage."""
+    return [storage.s3(address) for address in STORAGE.objects()]
+
+
 onstart:
     FEATURES.write_wanted(workflow.dag.needrun_jobs(), Path("logs/extract_features"))
 
@@ -378,6 +415,8 @@ def cluster_pictures(wildcards):
     if PLAN.config["pca"]["clusters"] is None:
         return []
     maps = expand("<results>/clusters/maps/{slide}.png", slide=PLAN.feature_slides)
+    if PLAN.remote_slides:  # examples would be cut from slides that are not here
+        return maps
     return [*maps, *of_models("<results>/clusters/{model}/examples.png")]
 
 
@@ -419,9 +458,9 @@ def region_slide_id(wildcards):
     return PICTURES.region(wildcards.region).slide
 
 
-def region_slide_argument(wildcards, resources):
+def region_slide_argument(wildcards, input, resources):
     """The slide for the command line; no trigger, since the input is one."""
-    return slide_argument(PICTURES.wildcards(wildcards.region), resources)
+    return slide_argument(PICTURES.wildcards(wildcards.region), input, resources)
 
 
 @one_sentence

@@ -1,13 +1,17 @@
 """Real training runs of two processes: files, resuming after every kind of end, refusals, gram phase, conversion."""
 
+import hashlib
 import json
+import platform
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,6 +65,24 @@ def finished(place: Path) -> Path:
     """A run that nothing disturbed."""
     assert train(place, "unbroken").returncode == 0
     return place / "runs/unbroken/main"
+
+
+def test_a_run_tells_who_made_it(place: Path, finished: Path) -> None:
+    """provenance.json: code, versions, command, machines; no host, folder or user of this machine."""
+    (start,) = read_json(finished / "provenance.json")["starts"]
+    code = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SCRIPTS, capture_output=True, text=True, check=False)
+    assert start["code"]["git_commit"] == (code.stdout.strip() or None)
+    assert start["code"]["git_dirty"] in (True, False, None)
+    assert start["versions"]["torch"] == version("torch")
+    assert start["versions"]["python"] == platform.python_version()
+    assert start["command"][0] == "pretrain.py"
+    assert "recipe.yaml" in start["command"]
+    assert start["config_sha256"] == hashlib.sha256((finished / "config.yaml").read_bytes()).hexdigest()
+    (machine,) = start["machines"]
+    assert list(machine["devices"].values()) == [2]
+    text = (finished / "provenance.json").read_text()
+    assert socket.gethostname() not in text
+    assert str(place) not in text and str(SCRIPTS) not in text
 
 
 def script(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:

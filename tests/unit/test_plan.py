@@ -176,7 +176,7 @@ BAD_CONFIGS = [
     ({"runs.tiles": {"recipe": "root.yaml"}}, "runs.tiles: this name is taken by a part of the workflow"),
     ({"runs.base": {"recipe": "root.yaml"}}, "runs.base: this name is taken by a part of the workflow"),
     ({"launch.processes": "all"}, "launch.processes is 'all', but must be auto, gpu or a whole number of at least 1"),
-    ({"privacy": "none"}, "privacy is 'none', but must be strict"),
+    ({"privacy": "none"}, "privacy is 'none', but must be one of strict, hosts"),
     ({"split.fraction": 1.5}, "split.fraction is 1.5, but must be at most 0.9"),
     (
         {"tiling.sets.train.tile_px": 112},

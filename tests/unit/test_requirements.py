@@ -54,6 +54,30 @@ def test_the_libraries_of_exports_are_pinned_for_the_tests():
         assert f"{requirement.name}=={version}" in environment["dependencies"][-1]["pip"]
 
 
+def test_the_storage_plugin_is_pinned_for_the_tests():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (plugin,) = map(Requirement, project["optional-dependencies"]["s3"])
+    assert plugin.specifier.contains(pins("requirements-test.txt")[plugin.name])
+
+
+def test_every_environment_that_a_rule_names_is_there_and_used():
+    text = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "rules").glob("*.smk"))
+    named = set(re.findall(r'"\.\./envs/(\w+)\.yaml"', text))
+    assert named == {path.stem for path in (REPOSITORY / "envs").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "envs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_conda_environments_are_whole(path):
+    """pip resolves what is left open; that may be no more than what requirements.txt pins besides."""
+    environment = yaml.safe_load(path.read_text(encoding="utf-8"))
+    python, _, packages = environment["dependencies"]
+    assert python == "python =3.11"
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    names = [line.partition("==")[0] for line in packages["pip"]]
+    assert names == sorted(set(names))
+    assert needed_by(names) <= set(pins("requirements.txt") | pins("requirements-test.txt"))
+
+
 def test_test_requirements_are_complete():
     tools = pins("requirements-test.txt")
     assert needed_by(tools) - set(tools) - set(pins("requirements.txt")) == set()

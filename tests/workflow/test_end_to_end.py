@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ import pytest
 import yaml
 
 from conftest import SHARED
+from dinoscope.budget.space import disk_use
 from dinoscope.files import read_json
 from dinoscope.models.weights import load_backbone
 from dinoscope.slides.manifest import read_metadata, read_tiles
@@ -68,6 +70,7 @@ NUM_ITERATIONS = {"pretrain": 48, "gram": 12}
 def killed(tmp_path_factory):
     """A folder in which Snakemake was killed while it trained, and what was left of the run then."""
     folder = tmp_path_factory.mktemp("end to end")
+    os.umask(0o027)  # of all that is started from here on
     (folder / "config").mkdir()
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "root.yaml").write_text(RECIPE)
@@ -94,6 +97,14 @@ def finished(killed):
     snakemake(folder, "--unlock")
     snakemake(folder, timeout=600)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def umask_of_before():
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 def wait_for(condition, seconds):
@@ -259,6 +270,41 @@ def test_snakemakes_own_report_has_all_pictures(finished):
         assert f"report/{result['data_uri']}" in names, path
     labels = [result["labels"] for result in results.values() if result["job_properties"]["rule"] == "pca_map"]
     assert {(each["slide"], each["model"]) for each in labels} == {(s, m) for s in SLIDES for m in MODELS}
+
+
+def test_the_budget_was_right(finished):
+    """Estimates with nothing but inspected slides, against what the run really wrote."""
+    ahead = finished / "ahead"
+    for path in (finished / "results" / "slides").iterdir():
+        (ahead / "slides").mkdir(parents=True, exist_ok=True)
+        (ahead / "slides" / path.name).write_bytes(path.read_bytes())
+    snakemake(finished, "budget", "--config", "results=ahead")
+    told = read_json(ahead / "budget.json")
+    assert told["slides"] == {"tiled": 0, "thumbnail": len(SLIDES), "size": 0, "unknown": 0}
+    for name, estimated in told["tiles"].items():
+        files = (finished / "results" / "tiles" / name).glob("*.parquet")
+        real = sum(read_tiles(path).num_rows for path in files)
+        assert abs(estimated - real) <= max(2, 0.1 * real), name
+    estimated = Counter()
+    for product in told["products"]:
+        estimated[product["folder"]] += product["bytes"]
+    real = {folder: disk_use(finished / "results" / folder)[0] for folder in estimated}
+    assert estimated["models"] == pytest.approx(real["models"], rel=0.15)
+    for run in RUNS:  # at most one checkpoint more than are left: the one that is being written
+        whole = disk_use(next((finished / "results" / "runs" / run / "ckpt").glob("[0-9]*")))[0]
+        assert 0.95 * real[f"runs/{run}"] < estimated[f"runs/{run}"] < 1.05 * real[f"runs/{run}"] + whole, run
+    for folder in (*(f"features/{model}" for model in MODELS), "slides", "pca", "viewer/slides"):
+        assert real[folder] / 2 < estimated[folder] < 2.5 * real[folder], folder
+    assert sum(real.values()) / 1.5 < told["bytes"] < 2 * sum(real.values())
+
+
+def test_under_umask_027_results_are_for_the_group_alone(finished):
+    paths = [path for path in (finished / "results").rglob("*") if not path.is_symlink()]
+    assert len(paths) > 150
+    for path in paths:
+        mode = path.stat().st_mode & 0o777
+        assert mode & 0o007 == 0 and mode & 0o040, f"{path} {mode:o}"
+        assert not path.is_dir() or mode & 0o010, f"{path} {mode:o}"
 
 
 def test_results_tell_nothing_of_where_they_were_made(finished):

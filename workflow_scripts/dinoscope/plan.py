@@ -24,10 +24,12 @@ from dinoscope.plan_checks import (
     check_config,
     file_problems,
     process_problems,
+    remote_problems,
     window_problems,
 )
 from dinoscope.recipe import flatten, load_recipe, recipe_chain
 from dinoscope.slides.find import slide_files
+from dinoscope.slides.remote import remote_address
 from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
 from dinoscope.train.run_folder import complete_checkpoints
 from dinoscope.train.seal import read_seal
@@ -206,6 +208,11 @@ class Plan:
     def feature_slides(self) -> list[str]:
         """Slides that features and PCA maps are made of."""
         return [slide_id for slide_id, record in self.slides.items() if "features" in record.use]
+
+    @property
+    def remote_slides(self) -> list[str]:
+        """Slides that lie on object storage."""
+        return [slide_id for slide_id, record in self.slides.items() if remote_address(record.path)]
 
     def slide(self, slide_id: str) -> SlideRecord:
         """The slide of that name; raises ConfigError with the nearest known name."""
@@ -426,7 +433,7 @@ def make_plan(config: Mapping[str, Any], workflow_dir: Path, *, check_files: boo
     split = split_cases(records, checked["split"]["fraction"], checked["split"]["seed"])
     runs = {name: _run(name, settings, workflow_dir) for name, settings in checked["runs"].items()}
     plan = Plan(checked, {record.slide_id: record for record in records}, split, runs)
-    found = [*base_problems(plan), *window_problems(plan), *process_problems(plan)]
+    found = [*base_problems(plan), *window_problems(plan), *process_problems(plan), *remote_problems(plan)]
     if check_files:
         found += file_problems(plan)
     if found:

@@ -12,6 +12,7 @@ from dinoscope.recipe import require_weights
 from dinoscope.recipe_checks import check_processes
 from dinoscope.resolutions import resolutions
 from dinoscope.schema import problems, read_schema, with_defaults
+from dinoscope.slides.remote import remote_address
 
 if TYPE_CHECKING:
     from dinoscope.plan import Plan
@@ -23,22 +24,26 @@ __all__ = [
     "check_config",
     "file_problems",
     "process_problems",
+    "remote_problems",
     "window_problems",
 ]
 
 BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
-    "all", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "convert", "demo_slides", "export",
+    "all", "budget", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "convert", "demo_slides", "export",
     "export_features", "export_features_anndata", "export_features_clam", "export_features_parquet",
-    "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm",
-    "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled",
-    "manifest", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit", "pca_map",
-    "pca_region", "plot_metrics", "report", "segment_compare", "segment_corruptions", "segment_evaluate",
-    "segment_predict_slide", "segment_train", "segmentation", "slide_table", "slides_report", "split_slides",
-    "tile_slide", "tiles", "train", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
+    "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm", "extract_features",
+    "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled", "manifest",
+    "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit", "pca_map", "pca_region",
+    "plot_metrics", "report", "segment_compare", "segment_corruptions", "segment_evaluate", "segment_predict_slide",
+    "segment_train", "segmentation", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train",
+    "upload", "upload_file", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
 )  # fmt: skip
 _FOLDERS = ("compare", "maps", "regions")  # lie beside those of the models
+
+# formats whose slide is more than the file that is opened
+_SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".vsi", ".dcm")
 
 _CROPS = ("crops.global_crops_size", "crops.local_crops_size", "crops.gram_teacher_crops_size")
 
@@ -92,6 +97,28 @@ def process_problems(plan: "Plan") -> Iterator[str]:
             check_processes(run.settings, int(processes))
         except ConfigError as error:
             yield f"runs.{run.name}, launch.processes {processes}: {error}"
+
+
+def remote_problems(plan: "Plan") -> Iterator[str]:
+    """Slides on object storage that Snakemake could not fetch, or that training would open one by one."""
+    source = plan.config["slides"]["source"]
+    for slide_id in plan.remote_slides:
+        path = plan.slides[slide_id].path
+        if path.suffix.lower() in _SEVERAL_FILES or not path.suffix:
+            yield (
+                f"slide {slide_id}: {remote_address(path)} has several files, of which storage would bring one: "
+                f"convert it to a file such as TIFF, or give a path of this machine in {source}"
+            )
+            return
+    remote = set(plan.remote_slides)
+    for name in plan.trained_runs:
+        run = plan.runs[name]
+        if remote.intersection(plan.train_slides) and run.own_data is None and not plan.is_packed(run):
+            yield (
+                f"runs.{name}: training opens slides at random, and those of {source} lie on object storage: set "
+                "packing.enabled to true, which brings each of them once"
+            )
+            return
 
 
 def window_problems(plan: "Plan") -> Iterator[str]:

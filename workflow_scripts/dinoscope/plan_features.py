@@ -6,6 +6,7 @@ from typing import Any
 
 from dinoscope.features.sharing import cards_beside, write_wanted
 from dinoscope.plan import Plan
+from dinoscope.slides.remote import remote_address
 from dinoscope.user_code import function_file, is_function_name
 
 __all__ = ["EXPORT_FILES", "FeatureJobs"]
@@ -99,13 +100,15 @@ class FeatureJobs:
     def write_wanted(self, jobs: Iterable[Any], folder: Path) -> None:
         """Lists the slides whose features are about to be made, for jobs that go on with others (features/sharing.py).
 
+        Slides on object storage are left out: they are brought for their own job alone.
+
         Args:
             jobs: Snakemake's, those that are to run.
             folder: Of the lists.
         """
         wanted, tiles_to_come = [], []
         for job in jobs:
-            if job.rule.name == "extract_features":
+            if job.rule.name == "extract_features" and not remote_address(self._plan.slide(job.wildcards.slide).path):
                 slide = self._plan.slide(job.wildcards.slide).path
                 wanted.append((job.wildcards.model, slide, str(job.input.tiles), str(job.output.features)))
             elif job.rule.name == "tile_slide":

@@ -10,6 +10,7 @@ from dinoscope.errors import ConfigError
 from dinoscope.files import write_text
 from dinoscope.plan import Plan
 from dinoscope.slides.find import SLIDE_SUFFIXES
+from dinoscope.slides.remote import remote_address
 from dinoscope.slides.skipping import SkippedSlide, files_signature, read_records
 from dinoscope.slides.table import COLLECTION, SlideRecord, read_rows
 
@@ -43,6 +44,10 @@ class SlideJobs:
             raise ConfigError("\n".join(self._missing_problems()))
         return []
 
+    def address_of(self, slide_id: str) -> str | None:
+        """Where Snakemake fetches the slide from, s3://BUCKET/KEY; None where it is a file that is there."""
+        return remote_address(self._plan.slide(slide_id).path)
+
     def own_reader(self, slide_id: str) -> list[str]:
         """Arguments for the reader of a slide whose format OpenSlide does not know."""
         reader = self._settings["reader"]
@@ -71,6 +76,8 @@ class SlideJobs:
         arguments = ["--slide-reader", self._settings["reader"]] if self._settings["reader"] else []
         if self.skips:
             arguments += ["--on-error", "skip", "--skip-records", str(self._records_folder)]
+        if self._plan.config["privacy"] == "hosts":
+            arguments.append("--name-hosts")
         return arguments
 
     def reading_options(self) -> list[str]:
@@ -128,7 +135,7 @@ class SlideJobs:
         return {
             str(record.path): record
             for record in self._plan.slides.values()
-            if str(record.path) not in made and not os.path.exists(record.path)
+            if str(record.path) not in made and not remote_address(record.path) and not os.path.exists(record.path)
         }
 
     def _missing_problems(self) -> Iterator[str]:

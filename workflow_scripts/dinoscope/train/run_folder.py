@@ -1,7 +1,9 @@
 """What lies where in the folder of a run. Nothing here imports torch: planning looks into run folders too."""
 
+import contextlib
 import functools
 import logging
+import os
 import re
 import shutil
 from collections.abc import Collection
@@ -13,6 +15,7 @@ from dinoscope.train.checkpoint_files import Verification, ended_cleanly, why_da
 __all__ = [
     "complete_checkpoints",
     "exported_teachers",
+    "follow_umask",
     "newest_checkpoint",
     "prune_checkpoints",
     "prune_exports",
@@ -67,6 +70,16 @@ def set_damaged_aside(run_dir: Path, iteration: int) -> None:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
+
+
+def follow_umask(logs: Path) -> None:
+    """Opens the folders that torchrun has made for logs to whom the umask lets in; it makes them for the owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for folder in logs.glob("*"):
+        with contextlib.suppress(OSError):  # somebody else's
+            if folder.is_dir() and not folder.is_symlink():
+                folder.chmod(0o777 & ~umask)
 
 
 def prune_checkpoints(run_dir: Path, max_to_keep: int | None) -> None:

@@ -18,7 +18,7 @@ from dinoscope.train.ssl_step import compute_dtype
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["Speed", "cores_per_process", "measure_speed", "samples_per_second", "speed_if_readable"]
+__all__ = ["Speed", "cores_per_process", "measure_speed", "product_rate", "samples_per_second", "speed_if_readable"]
 
 _SHARE_REACHED, _SHARE_WHEN_RECOMPUTING = 0.4, 0.3
 
@@ -65,7 +65,7 @@ def measure_speed(config: "RunConfig", images: TrainingImages, ahead: Forecast, 
     workers = max(1, min(ahead.num_workers, cores))
     share = _SHARE_WHEN_RECOMPUTING if config.train.checkpointing_full else _SHARE_REACHED
     devices = ahead.world_size / ahead.local_size if all_cores and ahead.device_type == "cpu" else ahead.world_size
-    rate = devices * _product_rate(ahead.device_type, compute_dtype(config, ahead.device_type))
+    rate = devices * product_rate(ahead.device_type, compute_dtype(config, ahead.device_type))
     one_worker = samples_per_second(ImageCrops(images, *crop_settings(config), seed=0))
     return Speed(
         wanted=share * rate / ahead.flops_per_tile,
@@ -112,7 +112,7 @@ def samples_per_second(dataset: ImageCrops, count: int = 12, seconds: float = 5.
         cv2.setNumThreads(threads)
 
 
-def _product_rate(device_type: str, dtype: torch.dtype) -> float:
+def product_rate(device_type: str, dtype: torch.dtype) -> float:
     """FLOP/s of large matrix products in this process."""
     side = 1024 if device_type == "cpu" else 8192
     left = torch.full((side, side), 0.5, device=device_type, dtype=dtype)

@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 workflow_scripts/pretrain.py --config config/runs/tiny.yaml \
         --manifest results/manifests/train.parquet --slides config/slides.tsv --run-dir results/runs/pretrain
 
-The folder of a run: run_config.json (the seal), config.yaml (resolved), ckpt/<it>/ (DCP), eval/training_<it>/
-(exported teachers), training_metrics.json, logs/, and final.json, which is written last.
+The folder of a run: run_config.json (the seal), config.yaml (resolved), provenance.json (who made it), ckpt/<it>/
+(DCP), eval/training_<it>/ (exported teachers), training_metrics.json, logs/, and final.json, which is written last.
 """
 
 import contextlib
@@ -53,9 +53,11 @@ from dinoscope.train.metrics import append_metrics, best_iteration, metrics_at
 from dinoscope.train.optimizer import build_optimizer, copy_state
 from dinoscope.train.outlook import Warmup, outlook, warnings
 from dinoscope.train.parallelize import parallelize
+from dinoscope.train.provenance import write_provenance
 from dinoscope.train.run_folder import (
     complete_checkpoints,
     exported_teachers,
+    follow_umask,
     newest_checkpoint,
     prune_exports,
     remove_partial,
@@ -97,7 +99,8 @@ class RunInputs:
     """What a run reads: its recipe, tiles with the slides they are on (unless the recipe names images), its start.
 
     `resolve_start` is asked only when the run begins: what it began with may be gone when it goes on. The exports of
-    `keep_exports` stay, whatever the recipe says; `access` says how slides are opened.
+    `keep_exports` stay, whatever the recipe says; `access` says how slides are opened, `name_hosts` whether
+    provenance.json has the names of machines.
     """
 
     config: "RunConfig"
@@ -108,6 +111,7 @@ class RunInputs:
     keep_exports: tuple[int, ...] = ()
     access: SlideAccess | None = None
     packed: Path | None = None
+    name_hosts: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ def train_run(inputs: RunInputs, world: World) -> None:
 def _prepare(inputs: RunInputs, stack: contextlib.ExitStack, locks: list[HeldLock], world: World) -> Prepared:
     """What the main process does alone: lock, seal, find the images; tidy up what a killed trainer left."""
     locks.append(stack.enter_context(run_lock(inputs.run_dir)))
+    follow_umask(inputs.run_dir / "logs")
     prepared = _find(inputs, world)
     if prepared.checkpoint is not None:
         set_damaged_aside(inputs.run_dir, prepared.iteration)
@@ -253,6 +258,7 @@ class Trainer:
         self.warmup: Warmup | None = None
         self.next_iteration = self._restore(prepared)
         self.first_iteration = self.next_iteration
+        write_provenance(self.run_dir, world, self.first_iteration, name_hosts=inputs.name_hosts)
         self.dataset = self._dataset()
         if prepared.start is not None and self.distilled is not None and self.distilled.made:
             self._make_heads()

@@ -1,0 +1,1 @@
+"""What a configured workflow will take, before its first job: tiles, disk space, hours, jobs."""

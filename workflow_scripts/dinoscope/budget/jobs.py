@@ -1,0 +1,107 @@
+"""How many jobs Snakemake will run for a plan, rule by rule, and how many a cluster gets of them."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from dinoscope.plan import Plan
+from dinoscope.plan_features import EXPORT_FILES
+from dinoscope.plan_pictures import PictureJobs
+
+__all__ = ["count_jobs", "featured_slides", "profile_groups", "submitted"]
+
+
+def count_jobs(plan: Plan) -> Counter[str]:
+    """Rule -> jobs of `snakemake` without a target, with nothing made yet; their number for 40,000 takes no planning.
+
+    Tested against Snakemake's own plan (tests/workflow/test_budgeted_jobs.py).
+    """
+    slides, used, models = len(plan.slides), len(plan.feature_slides), len(plan.models)
+    formats, clusters = plan.config["export"]["formats"], plan.config["pca"]["clusters"]
+    viewer, runs = plan.config["viewer"]["enabled"], _made_runs(plan)
+    sets = dict.fromkeys(run.tile_set for run in map(plan.runs.get, runs) if run and run.own_data is None)
+    packed = dict.fromkeys(run.tile_set for run in map(plan.runs.get, runs) if run and plan.is_packed(run))
+    jobs = Counter(
+        demo_slides=int(bool(plan.demo_slides())),
+        inspect_slide=slides,
+        slides_report=1,
+        tile_slide=slides,
+        split_slides=1,
+        merge_manifest=len(sets),
+        slide_table=1,
+        pack_slide=len(packed) * len(plan.train_slides),
+        pack_index=len(packed),
+        initial_weights=int(bool(plan.own_models or runs)),
+        train=len(runs),
+        convert=len(runs),
+        plot_metrics=len(plan.trained_runs),
+        extract_features=sum(len(featured_slides(plan, model)) for model in plan.models),
+        list_features=models,
+        pca_fit=models,
+        pca_map=models * used,
+        pca_compare=used,
+        pca_region=len(PictureJobs(plan).regions),
+        cluster_fit=models if clusters else 0,
+        cluster_map=used if clusters else 0,
+        cluster_examples=models if clusters and not plan.remote_slides else 0,
+        viewer_pyramid=used if viewer else 0,
+        list_sampled=models if viewer else 0,
+        viewer_sample=models if viewer else 0,
+        viewer_tiles=models * used if viewer else 0,
+        viewer=int(viewer),
+        report=1,
+        all=1,
+    )
+    jobs.update({f"export_{name}": len(plan.runs) for name in formats})
+    jobs.update({f"export_features_{name}": models * used for name in plan.config["features"]["export"]})
+    assert set(plan.config["features"]["export"]) <= set(EXPORT_FILES)
+    return +jobs
+
+
+def featured_slides(plan: Plan, model: str) -> list[str]:
+    """Slides whose features by a model are made: those that want them, and those that its colours are fitted on."""
+    wanted = {*plan.feature_slides, *plan.basis_slides(model)}
+    return [slide_id for slide_id in plan.slides if slide_id in wanted]
+
+
+def _made_runs(plan: Plan) -> list[str]:
+    """Runs that are trained: those whose models are asked for, and with export.formats all."""
+    return list(plan.runs) if plan.config["export"]["formats"] else plan.trained_runs
+
+
+def submitted(jobs: Mapping[str, int], groups: Mapping[str, str], components: Mapping[str, int]) -> int:
+    """Jobs that a cluster's scheduler gets: grouped ones so many at a time, local ones not at all.
+
+    Args:
+        jobs: Rule -> jobs.
+        groups: Rule -> group, or "local" for rules that the main process runs itself.
+        components: Group -> jobs that are submitted as one.
+    """
+    total = 0
+    for rule, count in jobs.items():
+        group = groups.get(rule)
+        if group != "local":
+            total += math.ceil(count / components.get(group, 1)) if group else count
+    return total
+
+
+def profile_groups(profile: Path) -> tuple[dict[str, str], dict[str, int]] | None:
+    """What a profile says of groups: rule -> group, and group -> jobs submitted as one; None if it has no executor."""
+    try:
+        told = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    if not isinstance(told, dict) or "executor" not in told:
+        return None
+    groups, components = (_pairs(told.get(key) or {}) for key in ("groups", "group-components"))
+    return groups, {group: int(number) for group, number in components.items()}
+
+
+def _pairs(told: Mapping[str, object] | list[str]) -> dict[str, str]:
+    """A mapping, or a list of NAME=VALUE, as profiles may have either."""
+    if isinstance(told, list):
+        return dict(part.split("=", 1) for part in told)
+    return {str(name): str(value) for name, value in told.items()}

@@ -1,0 +1,51 @@
+"""Which results are copied to object storage."""
+
+from collections.abc import Iterator
+
+from dinoscope.errors import ConfigError
+from dinoscope.plan import Plan
+from dinoscope.plan_features import EXPORT_FILES
+
+__all__ = ["StorageJobs"]
+
+_OF_MODEL = ("teacher.pth", "teacher.safetensors", "model.json")
+
+
+class StorageJobs:
+    """The objects of a plan's results."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._settings = plan, plan.config["storage"]
+
+    def objects(self) -> list[str]:
+        """Addresses of all that is asked for, s3://BUCKET/KEY.
+
+        Raises:
+            ConfigError: The config names no place for them.
+        """
+        place = self._settings["results"]
+        if place is None:
+            raise ConfigError("config: storage.results is null; give s3://BUCKET/PREFIX, where results are copied to")
+        kinds = {"features": self._features, "models": self._models, "tiles": self._tiles, "report": self._report}
+        return [f"{place.rstrip('/')}/{file}" for kind in self._settings["upload"] for file in kinds[kind]()]
+
+    def _features(self) -> Iterator[str]:
+        for model in self._plan.models:
+            for slide in self._plan.feature_slides:
+                yield f"features/{model}/{slide}.h5"
+                for export in self._plan.config["features"]["export"]:
+                    for file in EXPORT_FILES[export]:
+                        yield f"exports/{export}/{model}/{file.format(slide=slide)}"
+
+    def _models(self) -> Iterator[str]:
+        for model in self._plan.own_models:
+            yield from (f"models/{model}/{file}" for file in _OF_MODEL)
+
+    def _tiles(self) -> Iterator[str]:
+        for name in self._plan.config["tiling"]["sets"]:
+            yield from (f"tiles/{name}/{slide}.parquet" for slide in self._plan.slides)
+        yield "slides.parquet"
+
+    @staticmethod
+    def _report() -> Iterator[str]:
+        yield from ("report.html", "slides_report.tsv")
