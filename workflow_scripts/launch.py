@@ -54,6 +54,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         os.execvp(command[0], command)
     if (end := job_end()) is not None:
         os.environ["SLURM_JOB_END_TIME"] = end
+    if arguments.nodes > 1:  # when the one that keeps the list ends first, the others' goodbyes are no cause for alarm
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dinoscope.train.launching import Meeting, num_processes, run_torchrun
 
     processes = num_processes(arguments.processes, step)

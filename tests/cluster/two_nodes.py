@@ -57,8 +57,8 @@ ReturnToService=2
 MaxArraySize=1001
 GresTypes=gpu
 {nodes}
-PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=UNLIMITED State=UP OverSubscribe=NO
-PartitionName=gpu Nodes=n1,n2 MaxTime=UNLIMITED State=UP OverSubscribe=NO
+PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=UNLIMITED State=UP OverSubscribe=NO LLN=YES
+PartitionName=gpu Nodes=n1,n2 MaxTime=UNLIMITED State=UP OverSubscribe=NO LLN=YES
 """
 
 
