@@ -19,6 +19,7 @@ report: "report/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/groups.smk"
 include: "rules/slides.smk"
 include: "rules/packing.smk"
 include: "rules/train.smk"

@@ -1,5 +1,6 @@
 """Working directories and Snakemake commands of the tests on a real SLURM."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,6 @@ import pyarrow.parquet as pq
 import yaml
 
 from dinoscope.files import read_json
-from dinoscope.train.metrics import read_metrics
 from snakemake_runs import REPOSITORY
 from tiny_slides import write_slide
 
@@ -154,13 +154,19 @@ def power_off(folder, node):
                 continue
 
 
+def metrics(folder):
+    """The lines of the run's metrics, without those that tell of starts and saves."""
+    lines = (folder / "results/runs/pretrain/training_metrics.json").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "event" not in row]
+
+
 def trained(folder):
     """What a finished run has come to: the exported teacher, byte by byte, and its metrics but for times."""
     run_dir = folder / "results/runs/pretrain"
     final = read_json(run_dir / "final.json")
     teacher = next(run_dir.glob(f"eval/training_{ITERATIONS - 1}/teacher_checkpoint.pth")).read_bytes()
     times = ("iter_time", "data_time", "samples_per_second", "eta", "memory", "seconds")
-    rows = read_metrics(run_dir / "training_metrics.json")
+    rows = metrics(folder)
     kept = [{name: value for name, value in row.items() if not name.startswith(times)} for row in rows]
     return {"iteration": final["iteration"], "teacher": teacher, "metrics": kept}
 

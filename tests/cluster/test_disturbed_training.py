@@ -17,13 +17,13 @@ from cluster_runs import (
     FINAL,
     checkpoints,
     copy_untrained,
+    metrics,
     power_off,
     processes_in,
     run_on_slurm,
     start_on_slurm,
     trained,
 )
-from dinoscope.train.metrics import read_metrics
 from two_nodes import run, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -125,8 +125,8 @@ def check_end(training, local):
     """The result is that of an undisturbed training, nothing was done twice, and nobody is left."""
     assert trained(training.folder) == trained(local)
     assert training.complete() == training.before
-    rows = [row["iteration"] for row in read_metrics(training.folder / "results/runs/pretrain/training_metrics.json")]
-    assert rows == sorted(set(rows))
+    iterations = [row["iteration"] for row in metrics(training.folder)]
+    assert iterations == sorted(set(iterations))
     assert re.search(r"resumes after iteration \d+", training.log()), training.log()
     assert not (training.folder / "results/runs/pretrain/.lock").exists()
     wait_for(lambda: not processes_in(training.folder), 60, "the last process to end")
