@@ -139,8 +139,10 @@ def run_torchrun(
             print(f"stopped by {stopped.sigval.name}; start it again to go on", file=sys.stderr)
             return 128 + stopped.sigval
         except (RendezvousTimeoutError, RendezvousConnectionError):
-            raise ConfigError(
-                f"not all {meeting.nodes} nodes met at {meeting.endpoint} within {meeting.minutes:g} minutes; start "
-                "the same command on each of them, and see that the others reach that address and port"
-            ) from None
+            print(
+                f"error: not all {meeting.nodes} nodes met at {meeting.endpoint} within {meeting.minutes:g} minutes; start "
+                "the same command on each of them, and see that the others reach that address and port",
+                file=sys.stderr,
+            )
+            return 1
     return 0
