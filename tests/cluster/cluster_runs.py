@@ -63,7 +63,7 @@ class Paced:
 """
 FINAL = "results/runs/pretrain/final.json"
 # The same numbers of threads everywhere, on which the last bits depend.
-THREADS = ["--set-threads", "train=2", "extract_features=2"]
+THREADS = ["--set-threads", "extract_features=2"]
 # No accounting, a scheduler that starts jobs at once, one file system.
 QUICK = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5"]
 
@@ -91,15 +91,16 @@ def copy_untrained(source, folder, processes=2):
 
 def command(*arguments, profile="slurm"):
     """The command that a user of a cluster gives."""
-    profile = REPOSITORY / "profiles" / profile
+    is_multinode, profile = profile == "slurm-multinode", REPOSITORY / "profiles" / profile
     start = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile")]
-    return [*start, "--workflow-profile", str(profile), *QUICK, *THREADS, *arguments]
+    start += ["--workflow-profile", str(profile)]
+    return [*start, *arguments, *QUICK, *THREADS, f"train={1 if is_multinode else 2}"]
 
 
 def run_locally(folder, *arguments):
     """The same workflow on this machine; its output."""
     start = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2"]
-    return _checked([*start, *THREADS, *arguments], folder)
+    return _checked([*start, *arguments, *THREADS, "train=2"], folder)
 
 
 def run_on_slurm(folder, *arguments, profile="slurm", check=True, timeout=900):

@@ -74,7 +74,7 @@ def test_a_single_stage_again(submitted):
 def test_two_nodes_train_as_one_world(cluster, local, tmp_path):
     """One process on each of two nodes is what two processes on one are, bit for bit."""
     folder = copy_untrained(local, tmp_path / "two nodes", processes=1)
-    run_on_slurm(folder, FINAL, "--set-threads", "train=1", profile="slurm-multinode")
+    run_on_slurm(folder, FINAL, profile="slurm-multinode")
     assert trained(folder) == trained(local)
     launches = sorted(path.name for path in (folder / "results/runs/pretrain/logs").iterdir())
     assert len(launches) == 2 and all(re.fullmatch(r"job-\d+\.0_\w+", name) for name in launches)

@@ -140,8 +140,8 @@ def run_torchrun(
             return 128 + stopped.sigval
         except (RendezvousTimeoutError, RendezvousConnectionError):
             print(
-                f"error: not all {meeting.nodes} nodes met at {meeting.endpoint} within {meeting.minutes:g} minutes; start "
-                "the same command on each of them, and see that the others reach that address and port",
+                f"error: not all {meeting.nodes} nodes met at {meeting.endpoint} within {meeting.minutes:g} minutes; "
+                "start the same command on each of them, and see that the others reach that address and port",
                 file=sys.stderr,
             )
             return 1
