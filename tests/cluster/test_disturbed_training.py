@@ -27,7 +27,8 @@ from cluster_runs import (
 from two_nodes import run, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
-PACE = "0.3"  # seconds a tile: 24 iterations take half a minute and more
+# Seconds a tile, four of which an iteration waits for: until a training is disturbed, and while it must not end.
+PACE, CRAWL = "0.3", "5"
 
 
 class Training:
@@ -66,6 +67,16 @@ class Training:
         assert self.snakemake.poll() is None, self.said()
         return bool(checkpoints(self.folder))
 
+    def start_now(self) -> None:
+        """Spares the two minutes that SLURM lets a job wait that it has requeued."""
+        state = ["squeue", "--noheader", "--jobs", self.job(), "--format", "%T"]
+        wait_for(lambda: run(*state).strip() == "PENDING", 60, "the job to be requeued")
+        run("scontrol", "update", f"jobid={self.job()}", "StartTime=now")
+
+    def crawl(self) -> None:
+        """From now on it gets nowhere."""
+        (self.folder / "pace").write_text(CRAWL)
+
     def hurry(self) -> None:
         """From now on it is as fast as it can be."""
         (self.folder / "pace").unlink(missing_ok=True)
@@ -77,21 +88,26 @@ class Training:
 
 def signalled(training: Training) -> None:
     """As SLURM's warning before a preemption: saved, and given again by Snakemake's retries."""
+    training.hurry()
     run("scancel", "--signal=TERM", training.job())
 
 
 def out_of_time(training: Training) -> None:
     """The limit comes down to what the job has nearly used; SLURM ends it."""
+    training.crawl()
     run("scontrol", "update", f"jobid={training.job()}", "TimeLimit=1")
 
 
 def requeued(training: Training) -> None:
     """The same job starts anew."""
+    training.hurry()
     run("scontrol", "requeue", training.job())
+    training.start_now()
 
 
 def abandoned(training: Training) -> None:
     """The main Snakemake is killed; its job goes on by itself."""
+    training.crawl()
     os.kill(training.snakemake.pid, signal.SIGKILL)
     training.snakemake.wait()
 
@@ -112,8 +128,6 @@ def disturbed(cluster, local, tmp_path_factory):
             training = waiting.pop(name)
             training.job_before = training.job()
             DISTURBANCES[name](training)
-            if name in ("signalled", "requeued"):
-                training.hurry()
         time.sleep(0.3)
     yield trainings
     for training in trainings.values():
@@ -139,13 +153,12 @@ def test_a_killed_snakemake_leaves_a_job_that_no_other_gets_past(disturbed, loca
     status, said = run_on_slurm(folder, FINAL, check=False)
     assert status == 1 and "unlock" in said
     run_on_slurm(folder, "--unlock")
-    (folder / "pace").write_text("1.5")  # so slow that it is there all the time
     status, said = run_on_slurm(folder, FINAL, "--retries", "0", check=False)
     assert status == 1
     assert re.search(rf"run pretrain is being trained by process \d+ on \S+, job {orphan}, since", said), said[-3000:]
+    training.hurry()
     run("scancel", orphan)
     wait_for(lambda: not any(job == orphan for job, *_ in training.cluster.jobs()), 60, "the orphan to end")
-    training.hurry()
     run_on_slurm(folder, FINAL)
     check_end(training, local)
 
@@ -168,10 +181,11 @@ def test_a_node_that_goes_down(cluster, local, tmp_path):
     training = Training(copy_untrained(local, tmp_path / "down"), cluster)
     wait_for(training.trains, 300, "a checkpoint")
     node, job = training.node(), training.job()
-    (training.folder / "pace").write_text("1.5")
+    training.crawl()
     cluster.kill_node(node)
     try:
         wait_for(lambda: cluster.nodes()[node].startswith("down"), 90, f"{node} to be down")
+        training.start_now()
         wait_for(lambda: training.node() not in ("", node), 120, "the job to start on the other node")
         wait_for(lambda: "waiting for run pretrain" in training.log(), 120, "the second start to meet the lock")
         assert re.search(rf"it is being trained by process \d+ on \S+, job {job}", training.log())
