@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import yaml
+from safetensors.numpy import load_file
 
 from dinoscope.files import read_json
 from snakemake_runs import REPOSITORY
@@ -175,10 +176,13 @@ def trained(folder):
 def results(folder):
     """Everything that the workflow has made of the slides, in a form that can be compared."""
     found = {"trained": trained(folder)}
-    found["weights"] = (folder / "results/models/pretrain/teacher.safetensors").read_bytes()
+    # not the file: safetensors writes the two lines of its header in any order
+    tensors = load_file(folder / "results/models/pretrain/teacher.safetensors")
+    found["weights"] = {name: tensor.tobytes() for name, tensor in tensors.items()}
     for name in NAMES:
         for tile_set in ("train", "features"):
-            found[f"tiles of {name}", tile_set] = pq.read_table(folder / f"results/tiles/{tile_set}/{name}.parquet")
+            tiles = pq.read_table(folder / f"results/tiles/{tile_set}/{name}.parquet")
+            found[f"tiles of {name}", tile_set] = repr(tiles.to_pydict())  # NaN equals NaN
         with h5py.File(folder / f"results/features/pretrain/{name}.h5") as file:
             found[f"features of {name}"] = [np.asarray(file[key]).tobytes() for key in ("features", "coords")]
         found[f"map of {name}"] = (folder / f"results/pca/pretrain/{name}.png").read_bytes()

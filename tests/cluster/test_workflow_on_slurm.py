@@ -24,7 +24,8 @@ def submitted(cluster, tmp_path_factory):
         time.sleep(0.3)
     said = (folder / "said.log").read_text()
     assert snakemake.returncode == 0, said[-6000:]
-    return folder, seen, said
+    ours = {int(number) for number in re.findall(r"has been submitted with SLURM jobid (\d+)", said)}
+    return folder, {job: seen.get(job, ["?", "not seen"]) for job in ours}, said
 
 
 def test_results_are_those_of_one_machine(submitted, local):
@@ -35,9 +36,8 @@ def test_results_are_those_of_one_machine(submitted, local):
 
 
 def test_jobs_are_seen_in_squeue_on_both_nodes(submitted):
-    _, seen, said = submitted
-    numbers = {int(number) for number in re.findall(r"has been submitted with SLURM jobid (\d+)", said)}
-    assert set(seen) == numbers
+    _, seen, _ = submitted
+    assert len(seen) > 10 and ["?", "not seen"] not in seen.values()
     nodes = {rule: {node for node, other in seen.values() if other == rule} for _, rule in seen.values()}
     assert nodes["rule_tiles_tile_slide"] == {"n1", "n2"}
     assert nodes["rule_train_wildcards_pretrain"] in ({"n1"}, {"n2"})
