@@ -28,7 +28,7 @@ dino: {{head_n_prototypes: 64, head_hidden_dim: 32, head_bottleneck_dim: 16}}
 ibot: {{head_n_prototypes: 64, head_hidden_dim: 32, head_bottleneck_dim: 16}}
 optim: {{epochs: 2, warmup_epochs: 1, freeze_last_layer_epochs: 1}}
 teacher: {{warmup_teacher_temp_epochs: 1, momentum_teacher: 0.9}}
-train: {{OFFICIAL_EPOCH_LENGTH: {ITERATIONS // 2}, batch_size_per_gpu: 4, num_workers: 1, log_every: 2, compile: false}}
+train: {{OFFICIAL_EPOCH_LENGTH: {ITERATIONS // 2}, batch_size_per_gpu: 4, num_workers: 1, log_every: 1, compile: false}}
 checkpointing: {{period: {PERIOD}}}
 """
 CONFIG = {

@@ -28,7 +28,7 @@ from two_nodes import run, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 # Seconds a tile, four of which an iteration waits for: until a training is disturbed, and while it must not end.
-PACE, CRAWL = "0.3", "5"
+PACE, CRAWL = "0.3", "30"
 
 
 class Training:
