@@ -30,13 +30,13 @@ run_script(main)
 """
 REFUSED = [
     # what SLURM is asked for, what the launcher is asked for, what it says, and how often
-    ("srun --ntasks=2 --nodes=1", "", "of the 2 that srun started in job", 2),
-    ("srun --ntasks=2 --nodes=2", "", "of the 2 that srun started in job", 2),
-    ("srun --ntasks=1 --nodes=1", "--nodes 2", "but srun started 1 task on 1 node in job", 1),
-    ("srun --ntasks=2 --nodes=1", "--nodes 2", "but srun started 2 tasks on 1 node in job", 2),
-    ("salloc --nodes=2", "", "has 2 nodes, but training was asked to run on one", 1),
-    ("salloc --nodes=2", "--nodes 3", "--nodes is 3, but job", 1),
-    ("srun --ntasks=1 --gpus=4", "", "4 GPUs on this node, but torch sees 0", 1),
+    ("srun --mem=1000 --ntasks=2 --nodes=1", "", "of the 2 that srun started in job", 2),
+    ("srun --mem=1000 --ntasks=2 --nodes=2", "", "of the 2 that srun started in job", 2),
+    ("srun --mem=1000 --ntasks=1 --nodes=1", "--nodes 2", "but srun started 1 task on 1 node in job", 1),
+    ("srun --mem=1000 --ntasks=2 --nodes=1", "--nodes 2", "but srun started 2 tasks on 1 node in job", 2),
+    ("salloc --mem=1000 --nodes=2", "", "has 2 nodes, but training was asked to run on one", 1),
+    ("salloc --mem=1000 --nodes=2", "--nodes 3", "--nodes is 3, but job", 1),
+    ("srun --mem=1000 --ntasks=1 --gpus=4", "", "4 GPUs on this node, but torch sees 0", 1),
 ]
 
 
@@ -66,7 +66,7 @@ def test_what_would_train_twice_or_with_less_is_refused(folder, slurm, launcher,
 
 def test_a_job_of_two_nodes_is_one_world(folder):
     """As from a batch script: the launcher starts itself by srun on each node."""
-    status, said = shell(folder, f"salloc --nodes=2 {LAUNCH} --nodes 2 --processes 1 -- script.py")
+    status, said = shell(folder, f"salloc --mem=1000 --nodes=2 {LAUNCH} --nodes 2 --processes 1 -- script.py")
     assert status == 0, said
     assert sorted(re.findall(r"rank (\d) of (\d), sum (\d)", said)) == [("0", "2", "1"), ("1", "2", "1")]
     assert set(re.findall(r", (n\d), ends", said)) == {"n1", "n2"}
@@ -74,7 +74,7 @@ def test_a_job_of_two_nodes_is_one_world(folder):
 
 def test_nodes_of_different_sizes_are_refused(folder):
     launch = f"{LAUNCH} --nodes 2 --processes $((SLURM_PROCID + 1)) -- script.py"
-    status, said = shell(folder, f"srun --nodes=2 --ntasks=2 bash -c '{launch}'")
+    status, said = shell(folder, f"srun --mem=1000 --nodes=2 --ntasks=2 bash -c '{launch}'")
     assert status != 0
     assert "but 3 on all 2 nodes together: each needs as many" in said, said
     assert not re.search(r"rank \d of", said)
@@ -82,7 +82,7 @@ def test_nodes_of_different_sizes_are_refused(folder):
 
 def test_when_one_node_fails_the_others_end(folder):
     started = time.monotonic()
-    status, said = shell(folder, f"salloc --nodes=2 {LAUNCH} --nodes 2 --processes 1 -- script.py fail")
+    status, said = shell(folder, f"salloc --mem=1000 --nodes=2 {LAUNCH} --nodes 2 --processes 1 -- script.py fail")
     assert status != 0, said
     assert len(re.findall(r"rank \d of 2", said)) == 2
     assert time.monotonic() - started < 240
@@ -90,7 +90,7 @@ def test_when_one_node_fails_the_others_end(folder):
 
 def test_training_is_told_when_its_job_ends(folder):
     before = time.time()
-    status, said = shell(folder, f"srun --ntasks=1 --time=7 {LAUNCH} --processes 1 -- script.py")
+    status, said = shell(folder, f"srun --mem=1000 --ntasks=1 --time=7 {LAUNCH} --processes 1 -- script.py")
     assert status == 0, said
     end = int(re.search(r"ends (\d+)", said).group(1))
     assert before + 60 < end <= time.time() + 7 * 60 + 60
