@@ -41,7 +41,7 @@ rule extract_features:
         "python {params.script:q} {params.encoder:q} --model-name {wildcards.model:q} --slide {params.slide:q}"
         " {params.reader:q} {params.options:q} --attempt {params.attempt:q} --tiles {input.tiles:q}"
         " --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype} {params.taken:q}"
-        " {params.speed:q} --wanted {params.wanted:q} --minutes {params.minutes} > {log:q} 2>&1"
+        " {params.speed:q} --wanted {params.wanted:q} --minutes {params.minutes:q} > {log:q} 2>&1"
 
 
 # In between, because Snakemake goes through all inputs of a job for each job that needs its output: through the
