@@ -133,6 +133,7 @@ def disturbed(cluster, local, tmp_path_factory):
     for training in trainings.values():
         if training.snakemake.poll() is None:
             training.snakemake.kill()
+            run("scancel", training.job())
 
 
 def check_end(training, local):
@@ -144,6 +145,19 @@ def check_end(training, local):
     assert re.search(r"resumes after iteration \d+", training.log()), training.log()
     assert not (training.folder / "results/runs/pretrain/.lock").exists()
     wait_for(lambda: not processes_in(training.folder), 60, "the last process to end")
+
+
+@pytest.mark.parametrize("name", ["out_of_time", "signalled", "requeued"])
+def test_a_disturbed_training_ends_as_if_nothing_had_been(disturbed, local, name):
+    training = disturbed[name]
+    if name == "out_of_time":
+        wait_for(lambda: "Trying to restart job" in training.said(), 240, "SLURM to end the job")
+        assert "TIMEOUT" in training.said()
+        training.hurry()
+    assert training.snakemake.wait(timeout=600) == 0, training.said()[-4000:]
+    same_job = training.job() == training.job_before
+    assert same_job == (name == "requeued")
+    check_end(training, local)
 
 
 def test_a_killed_snakemake_leaves_a_job_that_no_other_gets_past(disturbed, local):
@@ -160,19 +174,6 @@ def test_a_killed_snakemake_leaves_a_job_that_no_other_gets_past(disturbed, loca
     run("scancel", orphan)
     wait_for(lambda: not any(job == orphan for job, *_ in training.cluster.jobs()), 60, "the orphan to end")
     run_on_slurm(folder, FINAL)
-    check_end(training, local)
-
-
-@pytest.mark.parametrize("name", ["signalled", "requeued", "out_of_time"])
-def test_a_disturbed_training_ends_as_if_nothing_had_been(disturbed, local, name):
-    training = disturbed[name]
-    if name == "out_of_time":
-        wait_for(lambda: "Trying to restart job" in training.said(), 240, "SLURM to end the job")
-        assert "TIMEOUT" in training.said()
-        training.hurry()
-    assert training.snakemake.wait(timeout=600) == 0, training.said()[-4000:]
-    same_job = training.job() == training.job_before
-    assert same_job == (name == "requeued")
     check_end(training, local)
 
 
