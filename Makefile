@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: setup demo test long-test kill-test unlock clean help
+.PHONY: setup demo test long-test kill-test cluster-test unlock clean help
 
 PYTHON ?= python3
 WHEELHOUSE ?=
@@ -50,13 +50,19 @@ test: $(VENV)/.test-tools-done  ## all checks and tests but the long ones
 	ruff format --check .
 	snakefmt --check Snakefile rules
 	snakemake --lint
-	pytest -m "not long"
+	pytest -m "not long and not cluster"
 
 long-test: $(VENV)/.test-tools-done  ## trainings that are killed, hang or distil, collections with bad slides
 	pytest -m long
 
 kill-test: $(VENV)/.test-tools-done  ## kill trainings 50 times, also while they save (long)
 	DINOSCOPE_KILLS=50 pytest tests/distributed/test_checkpoints.py -k killed
+
+# Root alone may start SLURM's daemons; where the packages cannot be had the tests are skipped and say so.
+cluster-test: $(VENV)/.test-tools-done  ## the workflow on a real SLURM of two nodes on this machine (Debian, root)
+	@command -v slurmctld slurmd munged >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } || true
+	DINOSCOPE_CLUSTER_TESTS=1 pytest -m cluster tests/cluster
 
 unlock:  ## after Snakemake was killed (SIGKILL, power cut): then run the same command again
 	snakemake --unlock --cores 1

@@ -21,6 +21,7 @@ report: "report/workflow.rst"
 
 include: "rules/common.smk"
 include: "rules/container.smk"
+include: "rules/groups.smk"
 include: "rules/slides.smk"
 include: "rules/packing.smk"
 include: "rules/train.smk"

@@ -13,6 +13,7 @@ os.environ.update(
     )
 )
 
+from dinoscope.demands import grown
 from dinoscope.file_lists import file_arguments
 from dinoscope.files import write_json
 from dinoscope.plan import make_plan, one_sentence
@@ -78,6 +79,25 @@ def rule_groups(wildcards, resources):
         for each in workflow.rules
     }
     return [f"{name}={group}" for name, group in groups.items() if group]
+
+
+def growing(base, per_gb=0, of=None):
+    """A resource that grows with the size of the job's input (of the inputs of these names), and with each attempt."""
+
+    def demand(wildcards, input, attempt):
+        files = input if of is None else [input[name] for name in of]
+        return grown(base, per_gb, files, attempt)
+
+    return demand
+
+
+def all_gpus(wildcards):
+    """All GPUs that jobs of this machine may take (--resources gpu=4); a cluster's profile says its own number."""
+    return (
+        workflow.global_resources["gpu"].value or 1
+        if "gpu" in workflow.global_resources
+        else 1
+    )
 
 
 def not_a_trigger(value):
@@ -286,11 +306,16 @@ def teacher_files(wildcards):
 def launch_options(wildcards, output, resources):
     """Arguments of the launcher; no trigger, like all that depends on resources."""
     logs = Path(output.final).parent / "logs"
+    nodes, cpus = resources.get("nodes") or 1, resources.get("cpus_per_task")
+    several = ["--nodes", str(nodes)] if nodes > 1 else []
+    if several and cpus:
+        several += ["--cpus-per-node", str(cpus)]
     return [
         "--processes",
         str(PLAN.config["launch"]["processes"]),
         "--log-dir",
         str(logs),
+        *several,
     ]
 
 
@@ -369,6 +394,12 @@ def encoder_arguments(wildcards):
 def feature_pooling(wildcards):
     """What is taken of a tile with the model."""
     return FEATURES.pooling(wildcards.model)
+
+
+def minutes_for_others(wildcards, resources):
+    """How long a job may go on with slides of other jobs: half of what it asks for, so that it ends in time."""
+    runtime = resources.get("runtime")
+    return runtime // 2 if isinstance(runtime, int) else 1
 
 
 def wanted_slides(wildcards, resources):

@@ -17,8 +17,8 @@ rule export_hf:
         "../envs/export.yaml"
     threads: 4
     resources:
-        mem_mb=16000,
-        runtime=60,
+        mem_mb=growing(16000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "export_model.py",
         format="hf",

@@ -19,12 +19,12 @@ for export, files in EXPORT_FILES.items():
         log:
             f"<logs>/export_features/{export}/{{model}}/{{slide}}.log",
         group:
-            "feature_exports"
+            "feature_exports_{model}"
         conda:
             "../envs/torch.yaml"
         resources:
-            mem_mb=8000,
-            runtime=30,
+            mem_mb=growing(8000, per_gb=4000),
+            runtime=growing(10, per_gb=20),
         params:
             script=SCRIPTS / "export_features.py",
             format=export,

@@ -16,14 +16,14 @@ rule extract_features:
     benchmark:
         "<benchmarks>/extract_features/{model}/{slide}.tsv"
     group:
-        "features"
+        "features_{model}"
     conda:
         "../envs/torch.yaml"
     threads: 8
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=growing(16000),
+        runtime=growing(15, per_gb=15, of=["slide", "members"]),
     params:
         script=SCRIPTS / "extract_features.py",
         slide=slide_argument,
@@ -36,11 +36,12 @@ rule extract_features:
         taken=FEATURES.taken(),
         speed=not_a_trigger(FEATURES.speed()),
         wanted=wanted_slides,
+        minutes=minutes_for_others,
     shell:
         "python {params.script:q} {params.encoder:q} --model-name {wildcards.model:q} --slide {params.slide:q}"
         " {params.reader:q} {params.options:q} --attempt {params.attempt:q} --tiles {input.tiles:q}"
         " --output {output.features:q} --pooling {params.pooling} --dtype {params.dtype} {params.taken:q}"
-        " {params.speed:q} --wanted {params.wanted:q} > {log:q} 2>&1"
+        " {params.speed:q} --wanted {params.wanted:q} --minutes {params.minutes:q} > {log:q} 2>&1"
 
 
 # In between, because Snakemake goes through all inputs of a job for each job that needs its output: through the
@@ -73,8 +74,8 @@ rule pca_fit:
     conda:
         "../envs/plots.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=growing(8000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "pca.py",
         folder=subpath(output.basis, parent=True),
@@ -101,11 +102,13 @@ rule pca_map:
         ),
     log:
         "<logs>/pca_map/{model}/{slide}.log",
+    group:
+        "maps_{model}"
     conda:
         "../envs/plots.yaml"
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=growing(2000),
+        runtime=growing(5, per_gb=10),
     params:
         script=SCRIPTS / "pca.py",
         folder=subpath(input.basis, parent=True),

@@ -13,11 +13,13 @@ rule pack_slide:
         "<logs>/pack_slide/{set}/{slide}.log",
     benchmark:
         "<benchmarks>/pack_slide/{set}/{slide}.tsv"
+    group:
+        "packing"
     conda:
         "../envs/slides.yaml"
     resources:
-        mem_mb=1000,
-        runtime=120,
+        mem_mb=growing(1000),
+        runtime=growing(15, per_gb=20),
     params:
         script=SCRIPTS / "pack_tiles.py",
         slide=slide_argument,
@@ -46,8 +48,8 @@ rule pack_index:
     conda:
         "../envs/slides.yaml"
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=growing(2000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "pack_index.py",
     shell:

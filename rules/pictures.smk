@@ -17,11 +17,13 @@ rule pca_compare:
         ),
     log:
         "<logs>/pca_compare/{slide}.log",
+    group:
+        "comparisons"
     conda:
         "../envs/plots.yaml"
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=growing(2000),
+        runtime=growing(5, per_gb=10),
     params:
         script=SCRIPTS / "pca.py",
         folders=of_models(f"{PLAN.results}/pca/{{model}}"),
@@ -57,8 +59,8 @@ rule pca_region:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=60,
+        mem_mb=growing(16000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "pca_regions.py",
         slide=region_slide_argument,
@@ -95,8 +97,8 @@ rule cluster_fit:
     conda:
         "../envs/plots.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=growing(8000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "clusters.py",
         basis=subpath(input.basis, parent=True),
@@ -128,11 +130,13 @@ rule cluster_map:
         labels=of_models("<results>/clusters/{model}/labels/{{slide}}.npz"),
     log:
         "<logs>/cluster_map/{slide}.log",
+    group:
+        "clusters"
     conda:
         "../envs/plots.yaml"
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(10, per_gb=10),
     params:
         script=SCRIPTS / "clusters.py",
         bases=of_models(f"{PLAN.results}/pca/{{model}}"),
@@ -160,8 +164,8 @@ rule cluster_examples:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(10, per_gb=10),
     params:
         script=SCRIPTS / "clusters.py",
         folder=subpath(input.clusters, parent=True),

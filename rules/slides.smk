@@ -18,7 +18,7 @@ if PLAN.demo_slides():
             "python {params.script:q} --output-dir {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
-# On a cluster --group-components inspect=50 tiles=50 puts the jobs of so many slides into one that is submitted.
+# On a cluster group-components (profiles/slurm) puts the jobs of so many slides into one that is submitted.
 # A slide that cannot be read is written down, so that one pass finds the problems of all; tiling it fails.
 rule inspect_slide:
     input:
@@ -34,8 +34,8 @@ rule inspect_slide:
     conda:
         "../envs/slides.yaml"
     resources:
-        mem_mb=1000,
-        runtime=10,
+        mem_mb=growing(1000),
+        runtime=growing(5, per_gb=1),
     params:
         script=SCRIPTS / "inspect_slide.py",
         slide=slide_argument,
@@ -97,8 +97,8 @@ rule tile_slide:
     conda:
         "../envs/slides.yaml"
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(10, per_gb=15),
     params:
         script=SCRIPTS / "tile_slide.py",
         slide=slide_argument,
@@ -143,8 +143,8 @@ rule merge_manifest:
     conda:
         "../envs/slides.yaml"
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=growing(2000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "merge_manifest.py",
         files=input_files("tiles"),

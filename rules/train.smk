@@ -14,8 +14,8 @@ rule initial_weights:
     conda:
         "../envs/torch.yaml"
     resources:
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "initial_weights.py",
         settings=PLAN.base_digest,
@@ -45,8 +45,8 @@ rule train:
     # As many as the machine has; on a cluster the profile says.
     threads: 64
     resources:
-        gpu=1,
-        mem_mb=32000,
+        gpu=all_gpus,
+        mem_mb=growing(32000),
         runtime=2880,
     params:
         launcher=SCRIPTS / "launch.py",
@@ -75,8 +75,8 @@ rule convert:
     conda:
         "../envs/torch.yaml"
     resources:
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "convert_checkpoint.py",
     shell:

@@ -15,8 +15,8 @@ rule viewer_pyramid:
     conda:
         "../envs/slides.yaml"
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=growing(2000),
+        runtime=growing(15, per_gb=20),
     params:
         script=SCRIPTS / "build_viewer.py",
         slide=slide_argument,
@@ -62,8 +62,8 @@ rule viewer_sample:
     conda:
         "../envs/plots.yaml"
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=growing(4000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "build_viewer.py",
         max_tiles=PLAN.config["viewer"]["max_tiles"],
@@ -85,13 +85,13 @@ rule viewer_tiles:
     log:
         "<logs>/viewer_tiles/{model}/{slide}.log",
     group:
-        "viewer_tiles"
+        "viewer_tiles_{model}"
     conda:
         "../envs/plots.yaml"
     threads: 2
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=growing(4000),
+        runtime=growing(10, per_gb=10),
     params:
         script=SCRIPTS / "build_viewer.py",
         folder=subpath(input.basis, parent=True),

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
-from dinoscope.features.sharing import MadeWith, SharedSlide, cards_beside, extract_shared, read_wanted
+from dinoscope.features.sharing import (
+    MINUTES_FOR_OTHERS,
+    MadeWith,
+    SharedSlide,
+    cards_beside,
+    extract_shared,
+    read_wanted,
+)
 from dinoscope.slides.skipping import Attempt
 from dinoscope.user_code import function_file, is_function_name
 
@@ -48,6 +55,7 @@ def main() -> None:
         lambda: load_extractor(arguments),
         attempts[0],
         at_most=arguments.slides_per_job,
+        minutes=arguments.minutes,
     )
 
 
@@ -143,6 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--keep-finished", action="store_true", help="leave outputs alone that already hold the same")
     add("--slides-per-job", type=positive, metavar="N", help="of a workflow: go on with up to N - 1 slides of --wanted")
     add("--wanted", type=Path, metavar="F.json", help="slides whose features are wanted as well")
+    add("--minutes", type=float, default=MINUTES_FOR_OTHERS, metavar="M", help="begin none of these later than that")
     return parser.parse_args()
 
 

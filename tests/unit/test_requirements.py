@@ -44,6 +44,14 @@ def test_requirements_are_what_the_project_needs():
     assert needed_by(requirement.name for requirement in direct) - set(pinned) == set()
 
 
+def test_what_submits_to_slurm_is_pinned():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (plugin,) = map(Requirement, project["optional-dependencies"]["slurm"])
+    pinned = pins("requirements.txt")
+    assert plugin.specifier.contains(pinned[plugin.name])
+    assert needed_by([plugin.name]) - set(pinned) == set()
+
+
 def test_the_libraries_of_exports_are_pinned_for_the_tests():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pinned = pins("requirements-test.txt")

@@ -126,7 +126,7 @@ def test_a_cluster_gets_few_jobs_that_take_no_more_than_allowed(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     submitted = [json.loads(line) for line in (tmp_path / "submitted.jsonl").read_text(encoding="utf-8").splitlines()]
-    wanted = {"name": "inspect_inspect_slide", "jobs": 3, "cores": 2, "mem_mb": 2000, "runtime": 20}
+    wanted = {"name": "inspect_inspect_slide", "jobs": 3, "cores": 2, "mem_mb": 2000, "runtime": 10}
     assert submitted == [wanted, wanted]
     assert len((tmp_path / "results/slides_report.tsv").read_text(encoding="utf-8").splitlines()) == 7
 

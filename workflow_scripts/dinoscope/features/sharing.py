@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dinoscope.features.extract import Extractor
 
 __all__ = [
+    "MINUTES_FOR_OTHERS",
     "MadeWith",
     "SharedSlide",
     "cards_beside",
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 FINISHED = ".finished"
-MINUTES_FOR_OTHERS = 60  # of the two hours that the rule asks for: then no further slide is begun
+MINUTES_FOR_OTHERS = 60.0
 _LOOKED_AT = 4  # times as many slides as are wanted are looked at, since some are done or not ready
 _log = logging.getLogger(__name__)
 # Raise it when the same input gives other features than before, so that none of before are taken over.
@@ -165,6 +166,7 @@ def extract_shared(
     attempt: Attempt,
     *,
     at_most: int,
+    minutes: float = MINUTES_FOR_OTHERS,
 ) -> None:
     """Makes the features of one's own slide, or takes them over where they are finished, then those of others.
 
@@ -178,6 +180,7 @@ def extract_shared(
         load: Loads the weights.
         attempt: How it is taken when the own slide cannot be read.
         at_most: Slides in all.
+        minutes: After this time no further slide is begun; the job must have as much again for the one it is at.
 
     Raises:
         DinoscopeError: The own slide failed.
@@ -199,7 +202,7 @@ def extract_shared(
         else:
             own.publish()
             attempt.end(None)
-    until, left, snakemake = time.monotonic() + 60 * MINUTES_FOR_OTHERS, at_most - 1, snakemake_ancestor()
+    until, left, snakemake = time.monotonic() + 60 * minutes, at_most - 1, snakemake_ancestor()
     for other in others[: _LOOKED_AT * left]:
         was_killed = snakemake is not None and not still_alive(snakemake)
         if not left or time.monotonic() > until or was_killed:

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoscope.cli import record_error
-from dinoscope.errors import DinoscopeError
+from dinoscope.errors import ConfigError, DinoscopeError
 from dinoscope.processes import die_with_parent
+from dinoscope.train.slurm import Step
 
-__all__ = ["World", "joined_world"]
+__all__ = ["NODES_VARIABLE", "World", "joined_world"]
 
+NODES_VARIABLE = "DINOSCOPE_NODES"  # how many nodes launch.py was asked for
 _LONGER_MINUTES = 5
 
 
@@ -67,11 +69,16 @@ def joined_world(hang_minutes: float = 30.0) -> Iterator[World]:
 
     Args:
         hang_minutes: How long the other processes are waited for, with some minutes more for the watchdog's sentence.
+
+    Raises:
+        ConfigError: The world is not what was asked for: nodes of different numbers of processes, or a copy of many.
     """
     launched = "RANK" in os.environ
     if launched:
         die_with_parent()
+        _require_the_world_that_was_asked_for()
     else:
+        Step.of().require_alone()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.accelerator.is_available():
@@ -93,6 +100,18 @@ def joined_world(hang_minutes: float = 30.0) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _require_the_world_that_was_asked_for() -> None:
+    """All nodes must run as many processes, or a batch and a rank's share of it would mean different things on each."""
+    nodes, size, here = (int(os.environ.get(name, "1")) for name in (NODES_VARIABLE, "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if NODES_VARIABLE in os.environ and size != nodes * here:
+        message = (
+            f"there are {here} training processes on this node, but {size} on all {nodes} nodes together: each needs "
+            "as many; set launch.processes to a number, or give the job nodes with as many GPUs each"
+        )
+        record_error(message, ConfigError.exit_status)
+        raise ConfigError(message)
 
 
 def _free_port() -> str:
