@@ -3,7 +3,8 @@
 snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
 snakemake --cores all inspect          a look at all slides before anything expensive starts
-snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, viewer, report
+snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, viewer,
+                                       evaluate, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
 """
 
@@ -27,6 +28,7 @@ include: "rules/features.smk"
 include: "rules/feature_exports.smk"
 include: "rules/pictures.smk"
 include: "rules/viewer.smk"
+include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 

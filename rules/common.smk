@@ -13,8 +13,10 @@ os.environ.update(
     )
 )
 
+from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.file_lists import file_arguments
 from dinoscope.plan import make_plan, one_sentence
+from dinoscope.plan_evaluation import EvaluationJobs
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_slides import SlideJobs
@@ -26,10 +28,12 @@ PLAN = one_sentence(make_plan)(
 SLIDES = SlideJobs(PLAN)
 FEATURES = FeatureJobs(PLAN)
 PICTURES = PictureJobs(PLAN)
+EVALUATION = EvaluationJobs(PLAN, FEATURES)
+one_sentence(EVALUATION.check)()
 
 if workflow.is_main_process:
     os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
-    for note in PLAN.notes():
+    for note in [*PLAN.notes(), *EVALUATION.notes()]:
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -43,7 +47,8 @@ wildcard_constraints:
     slide="[^/]+",
     set="|".join(PLAN.config["tiling"]["sets"]),
     run="|".join(PLAN.runs),
-    model="|".join(PLAN.models),
+    model="|".join([*PLAN.models, *BASELINES]),
+    task="|".join(EVALUATION.tasks) or "none",
     exported="|".join(["base", *PLAN.runs]),
 
 
@@ -458,6 +463,82 @@ def named_sources(wildcards, input):
     names = [f"{model}={name}" for model, name in told.items() if name is not None]
     sources = [f"{model}={FEATURES.source(model)}" for model in PLAN.models]
     return sources + (["--architecture", *names] if names else [])
+
+
+def task_labels(wildcards):
+    """The table of labels, where the task is one of them."""
+    return PLAN.config["labels"] if wildcards.task.startswith("label-") else []
+
+
+def task_folders(wildcards):
+    """Folders of the task's images."""
+    return EVALUATION.folders(wildcards.task)
+
+
+@one_sentence
+def task_arguments(wildcards):
+    """Arguments that say what the task asks about."""
+    return EVALUATION.unit_arguments(wildcards.task)
+
+
+def task_images(wildcards):
+    """Arguments that say which images the task has; none of a task of slides."""
+    is_of_images = wildcards.task in EVALUATION.image_tasks
+    return EVALUATION.image_arguments(wildcards.task) if is_of_images else []
+
+
+def task_features(wildcards):
+    """Features that the model answers the task with."""
+    return EVALUATION.features(wildcards.task, wildcards.model)
+
+
+def task_models(wildcards):
+    """Models that answer the task."""
+    return EVALUATION.models(wildcards.task)
+
+
+def task_answers(wildcards):
+    """What they answered."""
+    return expand(
+        "<results>/evaluation/{task}/answers/{model}.npz",
+        task=wildcards.task,
+        model=EVALUATION.models(wildcards.task),
+    )
+
+
+def evaluated_pooling(wildcards):
+    """What is taken of an image with the model."""
+    return EVALUATION.pooling(wildcards.model)
+
+
+def model_history(wildcards):
+    """Arguments that say what the model was trained on."""
+    return EVALUATION.history(wildcards.task, wildcards.model)
+
+
+def model_references(wildcards):
+    """Arguments that say which models each model is held against."""
+    return EVALUATION.reference_arguments(wildcards.task)
+
+
+@one_sentence
+def primary_measure(wildcards):
+    """Argument for the measure that the verdict rests on, where the config names one."""
+    return EVALUATION.summary_arguments()
+
+
+def evaluation(wildcards):
+    """The table of all measures, and a figure of each task, where models are to be measured."""
+    wanted = PLAN.config["evaluation"]["enabled"] and EVALUATION.tasks
+    return evaluation_results() if wanted else []
+
+
+def evaluation_results():
+    """The same in any case."""
+    if not EVALUATION.tasks:
+        return []
+    figures = expand("<results>/evaluation/{task}/figure.png", task=EVALUATION.tasks)
+    return ["<results>/evaluation/summary.json", *figures]
 
 
 onsuccess:

@@ -36,6 +36,7 @@ rule report:
         maps=pca_maps,
         pictures=pictures,
         viewer=viewer_page,
+        evaluation=evaluation,
     output:
         page="<results>/report.html",
     log:

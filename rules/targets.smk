@@ -10,6 +10,7 @@ localrules:
     export_features,
     pca,
     clusters,
+    evaluate,
 
 
 rule inspect:
@@ -61,6 +62,11 @@ rule pca:
 rule clusters:
     input:
         cluster_pictures,
+
+
+rule evaluate:
+    input:
+        evaluation_results(),
 
 
 # Each run under its own name: training and the model that comes out of it.
