@@ -263,6 +263,13 @@ def launch_options(wildcards, output, resources):
     ]
 
 
+def run_probe(wildcards):
+    """The images that the run is asked about while it trains, if it is."""
+    if not EVALUATION.is_probed(wildcards.run):
+        return []
+    return kept_by_finished("<results>/evaluation/probe.npz", wildcards)
+
+
 def run_data(wildcards, input):
     """Arguments for the tiles that the run is trained on."""
     slides = str(Path(PLAN.config["slides"]["source"]))
@@ -278,7 +285,12 @@ def run_options(wildcards, input):
     """Arguments for what the run continues, and its gram teacher."""
     teacher = PLAN.runs[wildcards.run].gram_teacher
     continued = ["--continues", input.continued] if input.continued else []
-    return continued + ([] if teacher is None else ["--gram-teacher", teacher])
+    probe = ["--probe", input.probe] if input.probe else []
+    return [
+        *continued,
+        *([] if teacher is None else ["--gram-teacher", teacher]),
+        *probe,
+    ]
 
 
 def kept_exports(wildcards, resources):
@@ -504,6 +516,27 @@ def task_answers(wildcards):
         task=wildcards.task,
         model=EVALUATION.models(wildcards.task),
     )
+
+
+@one_sentence
+def probe_inputs(wildcards):
+    """What the images that runs are asked about come from."""
+    return EVALUATION.probe_inputs()
+
+
+@one_sentence
+def probe_slides(wildcards):
+    """Slides that these are read from."""
+    if EVALUATION.probed_task is not None:
+        return []
+    slides = EVALUATION.cohort.slides_of("selection")
+    return [path for slide in slides for path in SLIDES.input_of(slide)]
+
+
+@one_sentence
+def probe_arguments(wildcards):
+    """Arguments that say which images these are."""
+    return EVALUATION.probe_arguments()
 
 
 def evaluated_pooling(wildcards):

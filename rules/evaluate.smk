@@ -72,6 +72,27 @@ rule embed_images:
         " {params.images:q} --output {output.features:q} > {log:q} 2>&1"
 
 
+rule probe_set:
+    input:
+        files=probe_inputs,
+        slides=probe_slides,
+    output:
+        probe="<results>/evaluation/probe.npz",
+    log:
+        "<logs>/probe_set.log",
+    conda:
+        "../envs/pictures.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "evaluate.py",
+        reading=not_a_trigger(SLIDES.reading_options()),
+        asked=probe_arguments,
+    shell:
+        "python {params.script:q} probe {params.asked:q} {params.reading:q} --output {output.probe:q} > {log:q} 2>&1"
+
+
 rule measure_model:
     input:
         units=rules.evaluation_units.output.units,

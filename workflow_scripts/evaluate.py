@@ -34,6 +34,7 @@ def main() -> None:
         add_measure: ("measure", "the answers of one model to one task"),
         add_compare: ("compare", "the answers of all models to one task side by side"),
         add_summary: ("summary", "verdicts over all tasks"),
+        add_probe: ("probe", "the images that a run is asked about while it trains"),
     }
     for add, (name, words) in steps.items():
         add(commands.add_parser(name, help=words, formatter_class=HelpFormatter, fromfile_prefix_chars="@"))
@@ -125,6 +126,23 @@ def add_summary(parser: argparse.ArgumentParser) -> None:
     add("--document", type=Path, required=True, help="summary.json to write, for the report")
     add("--measures", type=Path, required=True, help="folder for a JSON a measure")
     parser.set_defaults(run=run_step("summarise"))
+
+
+def add_probe(parser: argparse.ArgumentParser) -> None:
+    """Options of `probe`."""
+    add = parser.add_argument
+    add("--slides", help="slide table; not for images")
+    add("--slide-mpp", type=float, help="micrometres a pixel of slides that the table gives none for")
+    add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
+    add("--probed", nargs="*", default=[], help="slides of the selection cases")
+    add("--tiles", type=Path, help="folder with the tile manifest of each slide, SLIDE.parquet")
+    add("--labels", type=Path, help="table of labels; the first label of classes is asked about")
+    add("--units", type=Path, help="units.json of the images")
+    add("--images", type=int, default=256, help="images at most")
+    add("--seed", type=int, default=0, help="which ones")
+    add("--output", type=Path, required=True, help="set of images (.npz) to write")
+    add_images(parser, required=False)
+    parser.set_defaults(run=run_step("make_probe"))
 
 
 def add_images(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--keep-exports", type=int, nargs="+", default=[], metavar="N", help="iterations whose exported teacher stays"
     )
+    parser.add_argument("--probe", type=Path, help="images that the teacher is asked about (evaluate.py probe)")
     parser.add_argument("--plan", action="store_true", help="print what the run will take, and change nothing")
     parser.add_argument("--processes", default="auto", help="with --plan: auto (as launch.py) | gpu | a number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
@@ -63,6 +64,7 @@ def main() -> None:
         tuple(arguments.keep_exports),
         SlideAccess(*how),
         arguments.packed,
+        arguments.probe,
     )
     if arguments.plan:
         from dinoscope.train.planning import plan_run

@@ -36,8 +36,8 @@ TARGETS = (
     "export_features_wsidata", "export_hf", "export_onnx", "export_timm", "extract_features", "features",
     "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled", "manifest", "measure_model",
     "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit", "pca_map", "pca_region",
-    "plot_metrics", "random_weights", "report", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles",
-    "train", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
+    "plot_metrics", "probe_set", "random_weights", "report", "slide_table", "slides_report", "split_slides",
+    "tile_slide", "tiles", "train", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
 )  # fmt: skip
 _FOLDERS = ("compare", "maps", "regions")  # lie beside those of the models
 

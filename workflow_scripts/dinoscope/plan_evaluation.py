@@ -74,6 +74,8 @@ class EvaluationJobs:
                     name = task.partition("-")[2]
                     raise ConfigError(f"config: evaluation.{section}.{name}: {folder} is no folder; give one of images")
         self.summary_arguments()
+        if any(self.is_probed(run) for run in self._plan.runs):
+            self.probe_inputs()
 
     def models(self, task: str) -> list[str]:
         """Models that are asked, the starting weights first."""
@@ -172,6 +174,52 @@ class EvaluationJobs:
             elif data is not None and task in self.image_tasks:
                 arguments += ["--trained-on", data]
         return arguments
+
+    @property
+    def probed_task(self) -> str | None:
+        """The task whose images runs are asked about while they train; None, tiles of the selection's slides."""
+        source = self._settings["probe"]["source"]
+        if source is None:
+            return None
+        known = [task.partition("-")[2] for task in self.image_tasks]
+        for task in self.image_tasks:
+            if task.partition("-")[2] == source:
+                return task
+        raise ConfigError(
+            f"config: evaluation.probe.source is {source!r}, which is no tile set or set of masks of evaluation"
+            f"{nearest(source, known)}"
+        )
+
+    def is_probed(self, run: str) -> bool:
+        """Whether a run is asked while it trains."""
+        return bool(self._plan.runs[run].settings.evaluation.probe_every)
+
+    def probe_inputs(self) -> list[str]:
+        """Files that the probe's images come from."""
+        if (task := self.probed_task) is not None:
+            return [f"<results>/evaluation/{task}/units.json"]
+        tile_set = self._plan.config["features"]["set"]
+        labels = [self._plan.config["labels"]] if self._plan.config["labels"] else []
+        return [*labels, *(f"<results>/tiles/{tile_set}/{slide}.parquet" for slide in self._probed_slides())]
+
+    def probe_arguments(self) -> list[str]:
+        """Arguments of evaluate.py that say what they are."""
+        arguments = ["--images", str(self._settings["probe"]["images"]), "--seed", str(self._settings["seed"])]
+        if (task := self.probed_task) is not None:
+            units = str(self._plan.results / "evaluation" / task / "units.json")
+            return [*arguments, "--units", units, *self.image_arguments(task)]
+        arguments += ["--slides", self._plan.config["slides"]["source"], "--probed", *self._probed_slides()]
+        arguments += ["--tiles", str(self._plan.results / "tiles" / self._plan.config["features"]["set"])]
+        return arguments + (["--labels", self._plan.config["labels"]] if self._plan.config["labels"] else [])
+
+    def _probed_slides(self) -> list[str]:
+        slides = self.cohort.slides_of("selection")
+        if not slides and any(self.is_probed(run) for run in self._plan.runs):
+            raise ConfigError(
+                "a run has evaluation.probe_every, but no case is for selection: hold out three cases or more, name "
+                "some in evaluation.selection.cases, or set evaluation.probe.source"
+            )
+        return slides
 
     def measure_arguments(self) -> list[str]:
         """Arguments that say how models are measured."""

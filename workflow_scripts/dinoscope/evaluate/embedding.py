@@ -94,6 +94,7 @@ def embed_masked(
     features = np.concatenate(rows)
     _require_finite(features, images, about)
     grid = np.array(grids, dtype=np.int32)
+    about = {**about, "enlarge": enlarge}
     return ImageFeatures(_complete(about, encoder, images), features.astype(np.float16), grid)
 
 

@@ -27,14 +27,14 @@ class UnitFeatures:
         about: model, sha256, width, pooling, mpp, tile_px.
         pooled: (N, D) float32 mean of all tiles.
         bags: N arrays (n, D) float16 or float32 of tiles, a sample where there are too many.
-        coords: N arrays (n, 2) of these tiles, level-0 pixels.
+        corners_um: N arrays (n, 2), where these tiles are on their slides.
         slides: N arrays (n,) of the number of each tile's slide.
     """
 
     about: dict[str, Any]
     pooled: np.ndarray
     bags: list[np.ndarray]
-    coords: list[np.ndarray]
+    corners_um: list[np.ndarray]
     slides: list[np.ndarray]
 
 
@@ -108,9 +108,10 @@ def slide_features(units: Units, files: Sequence[Path], *, max_tiles: int, seed:
     counts = {slide: infos[of_slide[slide]][1] for slide in wanted}
     quota = _quotas(counts, max_tiles)
     numbers = {slide: number for number, slide in enumerate(wanted)}
-    pooled, bags, coords, slides = [], [], [], []
+    pooled, bags, corners_um, slides = [], [], [], []
     for unit in units.units:
-        total, rows, places, of = 0.0, [], [], []
+        total, rows, of = 0.0, [], []
+        corners_um.append([])
         for slide in unit.slides:
             if not counts[slide]:  # it was skipped
                 continue
@@ -118,13 +119,12 @@ def slide_features(units: Units, files: Sequence[Path], *, max_tiles: int, seed:
             total = total + found.features.sum(axis=0, dtype=np.float64)
             kept = _sample(counts[slide], quota[slide], seed, slide)
             rows.append(found.features[kept])
-            places.append(found.coords[kept])
+            corners_um[-1].append(found.coords[kept] * found.info.level0_mpp)
             of.append(np.full(len(kept), numbers[slide]))
         if not rows:
             raise FeaturesError(f"task {units.task}: {unit.name} has no tile in any of its slides; leave it out")
         pooled.append((total / sum(counts[slide] for slide in unit.slides)).astype(np.float32))
         bags.append(np.concatenate(rows))
-        coords.append(np.concatenate(places))
         slides.append(np.concatenate(of))
     info = infos[of_slide[wanted[0]]][0]
     about = {"model": info.model, "sha256": info.weights_sha256, "width": len(pooled[0]), "pooling": info.pooling}
@@ -134,7 +134,7 @@ def slide_features(units: Units, files: Sequence[Path], *, max_tiles: int, seed:
         "tiles": sum(counts.values()),
         "tiles_taken": sum(map(len, bags)),
     }
-    return UnitFeatures(about, np.stack(pooled), bags, coords, slides)
+    return UnitFeatures(about, np.stack(pooled), bags, [np.concatenate(of_unit) for of_unit in corners_um], slides)
 
 
 def _quotas(counts: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -15,7 +15,6 @@ from dinoscope.errors import EvaluationError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.folds import Fold, grouped_folds, leave_one_site_out, preserved_site_folds, strata_of_values
 from dinoscope.evaluate.inputs import UnitFeatures
-from dinoscope.evaluate.mil import mil_probe
 from dinoscope.evaluate.probe import CLEAN, few_shot, knn_probe, linear_probe, ridge_probe
 from dinoscope.evaluate.scores import Predictions
 from dinoscope.evaluate.units import Units
@@ -111,6 +110,8 @@ def _mil(
     folds: Sequence[Fold],
     settings: Settings,
 ) -> dict[str, Predictions]:
+    from dinoscope.evaluate.mil import mil_probe
+
     bags = [np.asarray(features.bags[index], dtype=np.float32) for index in test]
     found = mil_probe(bags, labels, cases, folds, seed=settings.seed)
     return {"attention_mil": found["attention"], "mean_pool": found["mean"]}

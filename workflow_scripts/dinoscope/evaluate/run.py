@@ -6,17 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from dinoscope.errors import ConfigError
 from dinoscope.evaluate.answers import Answers, read_answers, write_answers
 from dinoscope.evaluate.cohort import SEEN, Cohort, make_cohort
 from dinoscope.evaluate.comparing import compare_models, read_comparison, write_comparison
+from dinoscope.evaluate.describing import describe_slides
 from dinoscope.evaluate.embedding import embed_masked, embed_tiles, read_image_features, write_features
 from dinoscope.evaluate.figures import draw_task
 from dinoscope.evaluate.inputs import groups_seen, read_history, slide_features
 from dinoscope.evaluate.labels import read_labels
-from dinoscope.evaluate.measuring import Settings, answer_classes, answer_masks, answer_values, describe
+from dinoscope.evaluate.masked import answer_masks
+from dinoscope.evaluate.measuring import Settings, answer_classes, answer_values
+from dinoscope.evaluate.probe_sets import probe_of_images, probe_of_slides
 from dinoscope.evaluate.tile_sets import ImageSet, list_masks, list_tiles
 from dinoscope.evaluate.units import (
     Units,
@@ -31,9 +35,11 @@ from dinoscope.export.convert import write_initial_weights
 from dinoscope.features.embedding import choose_device
 from dinoscope.features.encoders import load_encoder
 from dinoscope.recipe import load_recipe
+from dinoscope.slides.reader import SlidePool
 from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
+from dinoscope.train.probing import write_probe_set
 
-__all__ = ["compare", "embed", "make_units", "measure", "summarise", "write_random_weights"]
+__all__ = ["compare", "embed", "make_probe", "make_units", "measure", "summarise", "write_random_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +105,7 @@ def measure(arguments: argparse.Namespace) -> None:
     else:
         features = slide_features(units, arguments.features, max_tiles=arguments.max_tiles, seed=arguments.seed)
         if units.kind == "none":
-            answers = describe(units, features, settings)
+            answers = describe_slides(units, features, settings.seed)
         else:
             ask = answer_classes if units.kind == "classes" else answer_values
             answers = ask(units, features.pooled, settings, features)
@@ -139,6 +145,32 @@ def summarise(arguments: argparse.Namespace) -> None:
     for one in judgements:
         if one.is_primary:
             _log.info("%s", one.sentence)
+
+
+def make_probe(arguments: argparse.Namespace) -> None:
+    """Writes the images that runs are asked about."""
+    if arguments.folder is not None:
+        images, units = _images(arguments), read_units(arguments.units)
+        how = {key: getattr(arguments, key) for key in ("tile_px", "grey", "instances", "enlarge", "seed")}
+        probe = probe_of_images(images, units, count=arguments.images, **how)
+    else:
+        records = {record.slide_id: record for record in read_slide_table(arguments.slides)}
+        wanted = [records[slide] for slide in arguments.probed]
+        given = {record.slide_id: record.mpp or arguments.slide_mpp for record in wanted}
+        mpp = {slide: value for slide, value in given.items() if value is not None}
+        pool = SlidePool({record.slide_id: record.path for record in wanted}, mpp, reader=arguments.slide_reader)
+        labels = read_labels(arguments.labels) if arguments.labels else []
+        probe = probe_of_slides(
+            arguments.probed,
+            {slide: record.case_id for slide, record in records.items()},
+            pool,
+            {slide: arguments.tiles / f"{slide}.parquet" for slide in arguments.probed},
+            next((label for label in labels if label.kind == "classes"), None),
+            count=arguments.images,
+            seed=arguments.seed,
+        )
+    write_probe_set(arguments.output, probe)
+    _log.info("probe: %d images of %d groups", len(probe.images), len(np.unique(probe.groups)))
 
 
 def _answers_of_images(units: Units, images: ImageSet, arguments: argparse.Namespace, settings: Settings) -> Answers:
