@@ -10,7 +10,8 @@
     │   ├── SealError      settings differ from those the run was started with
     │   ├── LockError      another process is training in the same folder
     │   └── StoppedError   a training run that saved its state and is to be started again
-    └── FeaturesError      a feature file that is damaged or does not fit the others
+    ├── FeaturesError      a feature file that is damaged or does not fit the others
+    └── EvaluationError    labels, cases or splits by which nothing can be measured
 
 Each message is one sentence that names the slide, run, file or key, the value found, what was wanted and what to do.
 Mistakes of our own are `assert`s, not these.
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DinoscopeError",
+    "EvaluationError",
     "FeaturesError",
     "LockError",
     "ManifestError",
@@ -77,3 +79,7 @@ class StoppedError(RunError):
 
 class FeaturesError(DinoscopeError):
     """A feature file is damaged or does not fit the others."""
+
+
+class EvaluationError(DinoscopeError):
+    """Labels, cases or splits are such that nothing can be measured by them."""
