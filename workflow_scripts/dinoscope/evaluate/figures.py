@@ -21,7 +21,7 @@ _GREY = "#8a929b"
 _COLUMNS = 4
 _DPI = 150
 _NAMES = {
-    "linear": "linear probe", "attention_mil": "attention MIL", "mean_pool": "mean-pool MIL",
+    "linear": "linear probe", "attention_mil": "attention MIL",
     "ridge": "ridge regression", "cox": "Cox regression", "dense": "dense linear probe",
 }  # fmt: skip
 _SCORE_NAMES = {"mean_iou": "mean IoU", **{name: measure.name for name, measure in MEASURES.items()}}

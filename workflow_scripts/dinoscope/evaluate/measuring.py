@@ -15,8 +15,10 @@ from dinoscope.errors import EvaluationError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.folds import Fold, grouped_folds, leave_one_site_out, preserved_site_folds, strata_of_values
 from dinoscope.evaluate.inputs import UnitFeatures
+from dinoscope.evaluate.mil import attention_probe
 from dinoscope.evaluate.probe import CLEAN, few_shot, knn_probe, linear_probe, ridge_probe
 from dinoscope.evaluate.scores import Predictions
+from dinoscope.evaluate.survival import cox_probe
 from dinoscope.evaluate.units import Units
 
 __all__ = ["SPLITS", "Settings", "answer_classes", "answer_values"]
@@ -45,7 +47,7 @@ class Settings:
 def answer_classes(
     units: Units, pooled: np.ndarray, settings: Settings, features: UnitFeatures | None = None
 ) -> Answers:
-    """k-NN, linear probe, few-shot and, where units are bags of tiles, attention MIL and its mean-pool baseline.
+    """k-NN, linear probe and few-shot of a unit's mean feature and, where units are bags of tiles, attention MIL.
 
     Args:
         units: The task's.
@@ -65,8 +67,7 @@ def answer_classes(
         found |= {f"knn_{k}": of[CLEAN] for k, of in knn_probe(rows, labels, cases, folds).items()}
         found["linear"] = linear_probe(rows, labels, cases, folds, seed=settings.seed).predictions[CLEAN]
         found |= {f"few_shot_{n}": one for n, one in few_shot(rows, labels, cases, folds, seed=settings.seed).items()}
-        if features is not None:
-            found |= _mil(features, test, labels, cases, folds, settings)
+        found |= _attention(features, test, labels, cases, folds, "classes", settings.seed)
         said |= _named(found, split, settings, units, test, labels)
     return _ordered(units, said, notes)
 
@@ -74,13 +75,13 @@ def answer_classes(
 def answer_values(
     units: Units, pooled: np.ndarray, settings: Settings, features: UnitFeatures | None = None
 ) -> Answers:
-    """Ridge regression of numbers, Cox regression of times with events.
+    """Ridge regression of numbers, Cox regression of times with events, and attention MIL of either.
 
     Args:
         units: The task's.
         pooled: (N, D) a row a unit.
         settings: How.
-        features: Not needed; both are of the mean of a unit's tiles.
+        features: With the bags, for attention MIL.
     """
     test, notes = _test_rows(units), []
     truth, cases = units.targets[test], units.groups[test]
@@ -93,28 +94,29 @@ def answer_values(
         if folds is None:
             continue
         if is_survival:
-            from dinoscope.evaluate.survival import cox_probe
-
-            found = {"cox": cox_probe(rows, truth, cases, folds, seed=settings.seed).predictions[CLEAN]}
+            found = {"cox": cox_probe(rows, *truth.T, cases, folds, seed=settings.seed).predictions[CLEAN]}
         else:
             found = {"ridge": ridge_probe(rows, truth, cases, folds, seed=settings.seed).predictions[CLEAN]}
+        kind = "survival" if is_survival else "values"
+        found |= _attention(features, test, truth, cases, folds, kind, settings.seed)
         said |= _named(found, split, settings, units, test, None)
     return _ordered(units, said, notes)
 
 
-def _mil(
-    features: UnitFeatures,
+def _attention(
+    features: UnitFeatures | None,
     test: np.ndarray,
-    labels: np.ndarray,
+    truth: np.ndarray,
     cases: np.ndarray,
     folds: Sequence[Fold],
-    settings: Settings,
+    kind: str,
+    seed: int,
 ) -> dict[str, Predictions]:
-    from dinoscope.evaluate.mil import mil_probe
-
-    bags = [np.asarray(features.bags[index], dtype=np.float32) for index in test]
-    found = mil_probe(bags, labels, cases, folds, seed=settings.seed)
-    return {"attention_mil": found["attention"], "mean_pool": found["mean"]}
+    """Attention MIL, where units are bags of tiles; the linear probe of the bags' means is what it has to beat."""
+    if features is None:
+        return {}
+    bags = [features.bags[index] for index in test]
+    return {"attention_mil": attention_probe(bags, truth, cases, folds, kind=kind, seed=seed).predictions}
 
 
 def _test_rows(units: Units) -> np.ndarray:
