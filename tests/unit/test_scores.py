@@ -89,7 +89,7 @@ def plain_c_index(times: np.ndarray, events: np.ndarray, risks: np.ndarray, weig
     known = right = 0.0
     for i in range(len(times)):
         for j in range(len(times)):
-            if events[i] and times[i] < times[j]:
+            if events[i] and (times[i] < times[j] or (times[i] == times[j] and not events[j])):
                 weight = weights[i] * weights[j]
                 known += weight
                 right += weight * (1 if risks[i] > risks[j] else 0.5 if risks[i] == risks[j] else 0)

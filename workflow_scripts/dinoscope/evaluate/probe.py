@@ -28,6 +28,7 @@ __all__ = [
     "SHOTS",
     "Choice",
     "Probed",
+    "answers_by_folds",
     "few_shot",
     "inner_folds",
     "knn_probe",
@@ -154,7 +155,7 @@ def linear_probe(
         theta = fit_logistic(rows, label, num_classes, strength, weights)
         return lambda asked: log_probabilities(asked, theta)[:, 0].exp().double().cpu().numpy()
 
-    return _probed(
+    return answers_by_folds(
         features, labels, cases, folds, tested, max_rows, seed, device, losses, fit, lambda mine: labels[mine]
     )
 
@@ -199,7 +200,7 @@ def ridge_probe(
         return lambda asked: answer(asked)[:, 0].cpu().numpy()
 
     strata = lambda mine: strata_of_values(values[mine], INNER_FOLDS)  # noqa: E731
-    return _probed(features, values, cases, folds, tested, max_rows, seed, device, losses, fit, strata)
+    return answers_by_folds(features, values, cases, folds, tested, max_rows, seed, device, losses, fit, strata)
 
 
 def few_shot(
@@ -255,9 +256,9 @@ def pooled(folds: Sequence[Fold], answers: Sequence[np.ndarray], num_rows: int) 
     return said
 
 
-def inner_folds(strata: np.ndarray, cases: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Rows held out in each inner fold over the cases of training rows; none where there are too few cases."""
-    for number in range(INNER_FOLDS, 1, -1):
+def inner_folds(strata: np.ndarray, cases: np.ndarray, seed: int, most: int = INNER_FOLDS) -> list[np.ndarray]:
+    """Rows held out in each of `most` inner folds over the cases of training rows, fewer or none of too few cases."""
+    for number in range(most, 1, -1):
         try:
             return [fold.test for fold in grouped_folds(strata, cases, folds=number, repeats=1, seed=seed)]
         except EvaluationError:
@@ -291,7 +292,7 @@ def scaled(train: np.ndarray, scaling: str, device: str | torch.device = "cpu") 
     return centred, of_others
 
 
-def _probed(
+def answers_by_folds(
     features: np.ndarray,
     truth: np.ndarray,
     cases: np.ndarray,
@@ -304,6 +305,21 @@ def _probed(
     fit: Callable[[Tensor, np.ndarray, float], Callable[[Tensor], np.ndarray]],
     strata: Callable[[np.ndarray], np.ndarray],
 ) -> Probed:
+    """Chooses scaling and penalty on inner folds, fits, and asks, fold by fold.
+
+    Args:
+        features: (N, D).
+        truth: (N, …), for the predictions.
+        cases: (N,).
+        folds: Of all repeats.
+        tested: Copies of the features by name.
+        max_rows: To fit on, balanced by case.
+        seed: Of the inner folds and of the rows that are drawn.
+        device: Where the products are computed.
+        losses: From scaled rows, their numbers and what each inner fold holds out to losses (P,) of the penalties.
+        fit: From scaled rows, their numbers and a penalty to a function of scaled rows.
+        strata: From numbers of rows to what inner folds are stratified by.
+    """
     copies, choices, numbers = {CLEAN: features, **(tested or {})}, [], []
     said: dict[str, list[np.ndarray]] = {name: [] for name in copies}
     for fold in folds:

@@ -137,7 +137,8 @@ def auroc(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> 
 def c_index(truth: np.ndarray, risks: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Harrell's concordance (Harrell et al. 1982): of two cases, one known to die first, has that one the higher risk?
 
-    A pair counts where the shorter time ended in an event; equal risks count half, equal times do not count.
+    A pair counts where the shorter time ended in an event, or of equal times one did: the other lived on. Equal risks
+    count half.
 
     Args:
         truth: (N, 2) time, and whether it ended in an event.
@@ -149,7 +150,8 @@ def c_index(truth: np.ndarray, risks: np.ndarray, weights: np.ndarray) -> np.nda
     known, right = np.zeros(len(weights)), np.zeros(len(weights))
     for start in range(0, len(times), 1024):
         part = slice(start, start + 1024)
-        comparable = (times[part, None] < times) & events[part, None]
+        later = (times[part, None] < times) | ((times[part, None] == times) & ~events)
+        comparable = later & events[part, None]
         ahead = (np.sign(risks[part, None] - risks) + 1) / 2 * comparable
         known += np.einsum("bi,bi->b", weights[:, part], weights @ comparable.T)
         right += np.einsum("bi,bi->b", weights[:, part], weights @ ahead.T)
