@@ -16,6 +16,7 @@ The workflow does the same: snakemake --cores all evaluate
 """
 
 import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     add("--folds", type=int, default=5, help="of the cross-validation")
     add("--repeats", type=int, default=5, help="of the cross-validation")
     add("--splits", nargs="+", default=["grouped"], help="grouped, leave-one-site-out, preserved-site")
+    add("--no-attention", action="store_true", help="leave out attention MIL, which takes by far the most time")
     add("--max-tiles", type=int, default=200_000, help="tiles at most, as equal as possible a slide")
     add("--seed", type=int, default=0, help="of folds, draws and samples")
     add("--output", type=Path, required=True, help="answers (.npz) to write")
@@ -159,12 +161,12 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
 
 
 def run_step(name: str) -> Callable[[argparse.Namespace], None]:
-    """The function of dinoscope.evaluate.run of that name, imported when it is called: torch takes its time."""
+    """The step of that name, imported when it is called: those that ask models need torch, which takes its time."""
 
     def run(arguments: argparse.Namespace) -> None:
-        from dinoscope.evaluate import run as steps
-
-        getattr(steps, name)(arguments)
+        without_models = name in ("make_units", "compare", "summarise")
+        module = importlib.import_module(f"dinoscope.evaluate.{'run' if without_models else 'run_models'}")
+        getattr(module, name)(arguments)
 
     return run
 

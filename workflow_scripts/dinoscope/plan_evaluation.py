@@ -54,7 +54,8 @@ class EvaluationJobs:
         labels = [f"{LABEL}{name}" for name in self._label_names()]
         tiles = [f"{TILES}{name}" for name in self._settings["tile_sets"]]
         masks = [f"{MASKS}{name}" for name in self._settings["masks"]]
-        return [*labels, *tiles, *masks, *([DESCRIPTIVE] if self._described() else [])]
+        described = self._settings["descriptive"] and self._described()
+        return [*labels, *tiles, *masks, *([DESCRIPTIVE] if described else [])]
 
     @property
     def image_tasks(self) -> list[str]:
@@ -225,6 +226,7 @@ class EvaluationJobs:
         """Arguments that say how models are measured."""
         keys = ("seed", "folds", "repeats", "max_tiles")
         found = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(self._settings[key]))]
+        found += [] if self._settings["attention"] else ["--no-attention"]
         return [*found, "--splits", *self._settings["splits"]]
 
     def compare_arguments(self) -> list[str]:

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["color_histogram", "thumbnail"]
+from dinoscope.evaluate import baselines
 
-_BINS = 16
-_TOPS = (180, 256, 256)  # of hue, saturation and value
-_SIDE_PX = 8
+__all__ = ["color_histogram", "thumbnail"]
 
 
 class _OfPixels(nn.Module):
@@ -27,24 +24,14 @@ class _OfPixels(nn.Module):
         """Images (B, 3, H, W) in 0..1, not normalised -> (B, D) float32."""
         pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
         rows = np.stack([self._function(np.ascontiguousarray(image)) for image in pixels])
-        return torch.from_numpy(rows.astype(np.float32)).to(images.device)
+        return torch.from_numpy(rows).to(images.device)
 
 
 def color_histogram() -> nn.Module:
     """16 bins each of hue, saturation and value, as shares of the pixels."""
-    return _OfPixels(_histogram)
+    return _OfPixels(baselines.color_histogram)
 
 
 def thumbnail() -> nn.Module:
     """The image at 8 x 8 px, values in 0..1."""
-    return _OfPixels(_thumbnail)
-
-
-def _histogram(image: np.ndarray) -> np.ndarray:
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).reshape(-1, 3)
-    counts = [np.histogram(hsv[:, channel], _BINS, (0, top))[0] for channel, top in enumerate(_TOPS)]
-    return np.concatenate(counts) / len(hsv)
-
-
-def _thumbnail(image: np.ndarray) -> np.ndarray:
-    return cv2.resize(image, (_SIDE_PX, _SIDE_PX), interpolation=cv2.INTER_AREA).ravel() / 255
+    return _OfPixels(baselines.thumbnail)

@@ -70,6 +70,7 @@ def _drawn(found: TaskComparison, margin: float) -> Figure:
         if index >= len(measures):
             place.set_visible(False)
             continue
+        place.tick_params(labelbottom=index + across >= len(measures))
         of_measure = {row.model: row for row in rows if row.measure == measures[index]}
         _panel(place, models, of_measure, margin, measure_name(measures[index]), names=index % across == 0)
     first = rows[0]

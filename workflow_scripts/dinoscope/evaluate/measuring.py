@@ -36,12 +36,14 @@ class Settings:
         repeats: Of the cross-validation.
         splits: Some of `SPLITS`; measures on others than the first carry its name behind an @.
         seed: Of folds and draws.
+        attention: Whether attention MIL is trained, which takes by far the most time.
     """
 
     folds: int = 5
     repeats: int = 5
     splits: tuple[str, ...] = ("grouped",)
     seed: int = 0
+    attention: bool = True
 
 
 def answer_classes(
@@ -67,7 +69,7 @@ def answer_classes(
         found |= {f"knn_{k}": of[CLEAN] for k, of in knn_probe(rows, labels, cases, folds).items()}
         found["linear"] = linear_probe(rows, labels, cases, folds, seed=settings.seed).predictions[CLEAN]
         found |= {f"few_shot_{n}": one for n, one in few_shot(rows, labels, cases, folds, seed=settings.seed).items()}
-        found |= _attention(features, test, labels, cases, folds, "classes", settings.seed)
+        found |= _attention(features, test, labels, cases, folds, "classes", settings)
         said |= _named(found, split, settings, units, test, labels)
     return _ordered(units, said, notes)
 
@@ -87,7 +89,7 @@ def answer_values(
     truth, cases = units.targets[test], units.groups[test]
     rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
     is_survival = units.kind == "survival"
-    strata = truth[:, 1].astype(np.int64) if is_survival else strata_of_values(truth)
+    strata = _survival_strata(truth) if is_survival else strata_of_values(truth)
     said: dict[str, np.ndarray] = {}
     for split in settings.splits:
         folds = _folds(split, strata, cases, _sites(units, test), settings, notes)
@@ -98,7 +100,7 @@ def answer_values(
         else:
             found = {"ridge": ridge_probe(rows, truth, cases, folds, seed=settings.seed).predictions[CLEAN]}
         kind = "survival" if is_survival else "values"
-        found |= _attention(features, test, truth, cases, folds, kind, settings.seed)
+        found |= _attention(features, test, truth, cases, folds, kind, settings)
         said |= _named(found, split, settings, units, test, None)
     return _ordered(units, said, notes)
 
@@ -110,13 +112,13 @@ def _attention(
     cases: np.ndarray,
     folds: Sequence[Fold],
     kind: str,
-    seed: int,
+    settings: Settings,
 ) -> dict[str, Predictions]:
     """Attention MIL, where units are bags of tiles; the linear probe of the bags' means is what it has to beat."""
-    if features is None:
+    if features is None or not settings.attention:
         return {}
     bags = [features.bags[index] for index in test]
-    return {"attention_mil": attention_probe(bags, truth, cases, folds, kind=kind, seed=seed).predictions}
+    return {"attention_mil": attention_probe(bags, truth, cases, folds, kind=kind, seed=settings.seed).predictions}
 
 
 def _test_rows(units: Units) -> np.ndarray:
@@ -126,6 +128,12 @@ def _test_rows(units: Units) -> np.ndarray:
 def _dense_numbers(labels: np.ndarray) -> np.ndarray:
     """Numbers without gaps: a class may have selection cases only."""
     return np.unique(labels, return_inverse=True)[1]
+
+
+def _survival_strata(truth: np.ndarray) -> np.ndarray:
+    """Events and censored ones; where there are only events, early and late ones."""
+    events = truth[:, 1].astype(np.int64)
+    return events if len(np.unique(events)) > 1 else strata_of_values(truth[:, 0])
 
 
 def _sites(units: Units, test: np.ndarray) -> np.ndarray | None:
