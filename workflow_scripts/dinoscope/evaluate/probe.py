@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 CLEAN = "clean"  # the features themselves, among copies of them
-PENALTIES = tuple(10.0**power for power in range(-6, 2))  # times D: then they mean the same at any width
+PENALTIES = tuple(10.0**power for power in range(-3, 4))  # times D / N: the same prior at any width and number of rows
 SCALINGS = ("each", "all")
 SHOTS = (1, 5, 10)
 INNER_FOLDS = 3
@@ -55,7 +55,7 @@ class Choice:
     Attributes:
         scaling: "each": every dimension to a standard deviation of 1. "all": one factor for all, so that what varies
             more counts more.
-        penalty: Times D.
+        penalty: On the sum of the losses of the rows, in units of D (C of scikit-learn is 1 over this times D).
         by: "inner folds", or "default" where the training rows have too few cases to choose by.
     """
 
@@ -151,7 +151,7 @@ def linear_probe(
     def fit(rows: Tensor, mine: np.ndarray, penalty: float) -> Callable[[Tensor], np.ndarray]:
         label = torch.as_tensor(labels[mine], device=device)
         weights = _class_weights(label, num_classes)[:, None]
-        strength = torch.tensor([penalty * width], device=device)
+        strength = torch.tensor([penalty * width / len(mine)], device=device)
         theta = fit_logistic(rows, label, num_classes, strength, weights)
         return lambda asked: log_probabilities(asked, theta)[:, 0].exp().double().cpu().numpy()
 
@@ -186,17 +186,18 @@ def ridge_probe(
     target, width = torch.as_tensor(values, dtype=torch.float64, device=device), features.shape[1]
 
     def losses(rows: Tensor, mine: np.ndarray, held_out: Sequence[np.ndarray]) -> np.ndarray:
-        total, strengths = np.zeros(len(PENALTIES)), [width * penalty for penalty in PENALTIES]
+        total = np.zeros(len(PENALTIES))
         for out in held_out:
             known = torch.as_tensor(np.setdiff1d(np.arange(len(mine)), out), device=device)
             asked = torch.as_tensor(out, device=device)
             of_rows = target[mine]
+            strengths = [width * penalty / len(known) for penalty in PENALTIES]
             said = _ridge(rows[known], of_rows[known], strengths)(rows[asked])
             total += (said - of_rows[asked, None]).square().sum(0).cpu().numpy()
         return total
 
     def fit(rows: Tensor, mine: np.ndarray, penalty: float) -> Callable[[Tensor], np.ndarray]:
-        answer = _ridge(rows, target[mine], [width * penalty])
+        answer = _ridge(rows, target[mine], [width * penalty / len(mine)])
         return lambda asked: answer(asked)[:, 0].cpu().numpy()
 
     strata = lambda mine: strata_of_values(values[mine], INNER_FOLDS)  # noqa: E731
@@ -363,7 +364,7 @@ def _log_losses(
     for number, chosen in enumerate(held_out):
         out[torch.as_tensor(chosen, device=rows.device), number] = True
     weights = torch.stack([_class_weights(labels, num_classes, ~out[:, f]) for f in range(len(held_out))], 1)
-    strengths = (rows.new_tensor(PENALTIES) * width).repeat(len(held_out))
+    strengths = torch.cat([rows.new_tensor(PENALTIES) * width / (len(rows) - len(chosen)) for chosen in held_out])
     theta = fit_logistic(rows, labels, num_classes, strengths, weights.repeat_interleave(num_penalties, 1))
     log_probs = log_probabilities(rows, theta)[torch.arange(len(rows)), :, labels].unflatten(1, (-1, num_penalties))
     of_rows = (log_probs * out[..., None]).sum(1)  # each row is held out once

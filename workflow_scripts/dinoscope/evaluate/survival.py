@@ -47,7 +47,7 @@ def fit_cox(features: Tensor, times: Tensor, events: Tensor, penalty: float) -> 
     features, order = features.double(), torch.argsort(times, descending=True, stable=True)
     rows, ordered, happened = features[order], times[order], events[order]
     last = torch.searchsorted(-ordered, -ordered, right=True) - 1
-    number, beta = happened.sum(), rows.new_zeros(rows.shape[1])
+    number, beta = happened.sum().clamp(min=1), rows.new_zeros(rows.shape[1])
 
     def objective(coefficients: Tensor) -> Tensor:
         return cox_loss(rows @ coefficients, ordered, happened) + penalty / 2 * coefficients.square().sum()
@@ -121,13 +121,15 @@ def cox_probe(
         for out in held_out:
             known = torch.as_tensor(np.setdiff1d(np.arange(len(mine)), out), device=device)
             for index, penalty in enumerate(PENALTIES):
-                beta = fit_cox(rows[known], its_times[known], its_events[known], penalty * width)
+                strength = penalty * width / max(1, int(its_events[known].sum()))
+                beta = fit_cox(rows[known], its_times[known], its_events[known], strength)
                 total[index] += _partial(rows, beta, its_times, its_events)
                 total[index] -= _partial(rows[known], beta, its_times[known], its_events[known])
         return total
 
     def fit(rows: Tensor, mine: np.ndarray, penalty: float) -> Callable[[Tensor], np.ndarray]:
-        beta = fit_cox(rows, all_times[mine], all_events[mine], penalty * width)
+        strength = penalty * width / max(1, int(all_events[mine].sum()))
+        beta = fit_cox(rows, all_times[mine], all_events[mine], strength)
         of_train = rows.double() @ beta
         center, spread = of_train.mean(), of_train.std().clamp(min=1e-12)
         return lambda asked: ((asked.double() @ beta - center) / spread).cpu().numpy()
