@@ -519,6 +519,12 @@ def task_answers(wildcards):
 
 
 @one_sentence
+def task_shifts(wildcards):
+    """Arguments for changed copies of the task's tiles, where robustness is asked."""
+    return EVALUATION.shift_arguments(wildcards.task)
+
+
+@one_sentence
 def probe_inputs(wildcards):
     """What the images that runs are asked about come from."""
     return EVALUATION.probe_inputs()

@@ -67,9 +67,10 @@ rule embed_images:
         encoder=encoder_arguments,
         pooling=evaluated_pooling,
         images=task_images,
+        shifts=task_shifts,
     shell:
         "python {params.script:q} embed {params.encoder:q} --model-name {wildcards.model:q} --pooling {params.pooling}"
-        " {params.images:q} --output {output.features:q} > {log:q} 2>&1"
+        " {params.images:q} {params.shifts:q} --output {output.features:q} > {log:q} 2>&1"
 
 
 rule probe_set:

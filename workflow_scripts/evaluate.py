@@ -76,6 +76,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add("--encoder-version", default="", help="anything; part of its digest")
     add("--model-name", required=True, help="as in tables")
     add("--pooling", default="cls", help="cls, mean, cls+mean or cls+storage")
+    add("--shifts", nargs="*", default=[], help="changes of tiles too: stain, blur, jpeg, mpp, rotation, grey")
     add("--device", default="auto", help="auto, cpu, or a GPU, e.g. cuda:0")
     add("--output", type=Path, required=True, help="features (.npz) to write")
     add_images(parser)

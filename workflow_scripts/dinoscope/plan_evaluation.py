@@ -22,6 +22,7 @@ from dinoscope.recipe import flatten
 
 __all__ = ["DESCRIPTIVE", "LABEL", "MASKS", "TILES", "EvaluationJobs"]
 
+SHIFTS = ("stain", "blur", "jpeg", "mpp", "rotation", "grey")  # of evaluate/shifts.py, without its imports
 DESCRIPTIVE, LABEL, TILES, MASKS = "descriptive", "label-", "tiles-", "masks-"
 _FEW_CASES = 3  # of the test set, below which training slides are described as well
 
@@ -157,6 +158,10 @@ class EvaluationJobs:
                 if same and not other.settings.gram.use_loss and _without_gram(other) == _without_gram(run):
                     found[run.name] = other.name
         return found
+
+    def shift_arguments(self, task: str) -> list[str]:
+        """Arguments of evaluate.py embed for changed copies of tiles, where robustness is asked."""
+        return ["--shifts", *SHIFTS] if self._settings["robustness"] and task.startswith(TILES) else []
 
     def pooling(self, model: str) -> str:
         """What is taken of an image with a model."""

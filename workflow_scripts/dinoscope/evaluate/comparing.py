@@ -118,6 +118,8 @@ def compare_models(
             transductive = is_test & (answer.seen == yes)
             if transductive.any():
                 rows += _rows(units, answer, measure, model, transductive, draws, seed, seen="yes")
+        if "~" in measure:  # of changed copies: beside the clean figure, without a verdict
+            continue
         differences |= _differences(measure, statistics, references, draws, seed)
     return TaskComparison(
         units.task,

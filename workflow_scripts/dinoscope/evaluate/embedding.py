@@ -5,8 +5,8 @@ Shapes: N images, D width, h x w patches.
 
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dinoscope.data.images import read_image
 from dinoscope.errors import FeaturesError, WeightsError
+from dinoscope.evaluate.shifts import shifted
 from dinoscope.evaluate.tile_sets import ImageSet
 from dinoscope.evaluate.units import digest_of
 from dinoscope.features.embedding import Embedder
@@ -38,17 +39,26 @@ class ImageFeatures:
         about: model, sha256, kind, width, pooling, digest of the images' names.
         features: (N, D) float32 of tiles; of images with masks (P, D) float16, all patches one image after another.
         grids: (N, 2) rows and columns of patches; empty for tiles.
+        shifted: Kind of change -> (N, D) float32 of changed copies of the tiles (shifts.py).
     """
 
     about: dict[str, Any]
     features: np.ndarray
     grids: np.ndarray
+    shifted: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def embed_tiles(
-    encoder: LoadedEncoder, images: ImageSet, about: dict[str, Any], *, tile_px: int, grey: bool, device: torch.device
+    encoder: LoadedEncoder,
+    images: ImageSet,
+    about: dict[str, Any],
+    *,
+    tile_px: int,
+    grey: bool,
+    device: torch.device,
+    shifts: Sequence[str] = (),
 ) -> ImageFeatures:
-    """A row for each tile, brought to `tile_px` x `tile_px`.
+    """A row for each tile, brought to `tile_px` x `tile_px`, and one for each changed copy of it.
 
     Raises:
         DinoscopeError: An image cannot be read, the side is no multiple of the patch size, a feature is not finite.
@@ -56,16 +66,20 @@ def embed_tiles(
     embedder = Embedder(encoder.model, about["model"], about["pooling"], device)
     embedder.image_px = encoder.image_px
     embedder.patch_shape(tile_px, images.name)
-    rows = []
+    rows: dict[str, list[np.ndarray]] = {kind: [] for kind in ("", *shifts)}
     with progress(f"features of {images.name} by {about['model']}", len(images), unit="images") as shown:
         for first in range(0, len(images), 64):
             files = images.files[first : first + 64]
             batch = np.stack([tile(read_image(images.folder, file), tile_px, grey) for file in files])
-            rows.append(embedder.embed(torch.from_numpy(batch))[0].cpu().numpy())
+            for kind, of_kind in rows.items():
+                changed = [shifted(one, kind, first + place) if kind else one for place, one in enumerate(batch)]
+                of_kind.append(embedder.embed(torch.from_numpy(np.stack(changed)))[0].cpu().numpy())
             shown.advance(len(files))
-    features = np.concatenate(rows)
-    _require_finite(features, images, about)
-    return ImageFeatures(_complete(about, encoder, images), features, np.zeros((0, 2), dtype=np.int32))
+    found = {kind: np.concatenate(of_kind) for kind, of_kind in rows.items()}
+    for features in found.values():
+        _require_finite(features, images, about)
+    none = np.zeros((0, 2), dtype=np.int32)
+    return ImageFeatures(_complete(about, encoder, images), found.pop(""), none, found)
 
 
 def embed_masked(
@@ -125,7 +139,8 @@ def write_features(path: Path, found: ImageFeatures) -> None:
     """Writes the features of a set, by rename."""
     about = np.frombuffer(json.dumps(found.about).encode(), dtype=np.uint8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, about=about, features=found.features, grids=found.grids)
+        shifts = {f"shifted/{kind}": rows for kind, rows in found.shifted.items()}
+        np.savez(file, about=about, features=found.features, grids=found.grids, **shifts)
 
 
 def read_image_features(path: Path, digest: str) -> ImageFeatures:
@@ -137,7 +152,8 @@ def read_image_features(path: Path, digest: str) -> ImageFeatures:
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(bytes(file["about"]))
-            found = ImageFeatures(about, file["features"], file["grids"])
+            shifts = {name.partition("/")[2]: file[name] for name in file.files if name.startswith("shifted/")}
+            found = ImageFeatures(about, file["features"], file["grids"], shifts)
     except (OSError, ValueError, KeyError) as error:
         raise FeaturesError(f"{path}: no features of images ({error}); delete it and embed again") from None
     if found.about["images"] != digest:

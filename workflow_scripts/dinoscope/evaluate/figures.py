@@ -44,11 +44,14 @@ def draw_task(found: TaskComparison, output: Path, *, margin: float) -> None:
 def measure_name(measure: str) -> str:
     """A measure's name for people."""
     name, _, split = measure.partition("@")
+    name, _, change = name.partition("~")
+    split, _, change_of_split = split.partition("~")
+    change = change or change_of_split
     if name.startswith("knn_"):
         name = f"{name.removeprefix('knn_')}-NN"
     elif name.startswith("few_shot_"):
         name = f"{name.removeprefix('few_shot_')} a class"
-    return _NAMES.get(name, name) + (f", {split}" if split else "")
+    return _NAMES.get(name, name) + (f", {split}" if split else "") + (f", under {change}" if change else "")
 
 
 def _drawn(found: TaskComparison, margin: float) -> Figure:

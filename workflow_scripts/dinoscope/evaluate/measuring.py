@@ -13,10 +13,19 @@ import numpy as np
 
 from dinoscope.errors import EvaluationError
 from dinoscope.evaluate.answers import Answers
-from dinoscope.evaluate.folds import Fold, grouped_folds, leave_one_site_out, preserved_site_folds, strata_of_values
+from dinoscope.evaluate.describing import MAX_TILES
+from dinoscope.evaluate.folds import (
+    Fold,
+    balanced_rows,
+    grouped_folds,
+    leave_one_site_out,
+    preserved_site_folds,
+    strata_of_values,
+)
 from dinoscope.evaluate.inputs import UnitFeatures
 from dinoscope.evaluate.mil import attention_probe
 from dinoscope.evaluate.probe import CLEAN, few_shot, knn_probe, linear_probe, ridge_probe
+from dinoscope.evaluate.robustness import retention, robustness_index, site_readout
 from dinoscope.evaluate.scores import Predictions
 from dinoscope.evaluate.survival import cox_probe
 from dinoscope.evaluate.units import Units
@@ -47,7 +56,11 @@ class Settings:
 
 
 def answer_classes(
-    units: Units, pooled: np.ndarray, settings: Settings, features: UnitFeatures | None = None
+    units: Units,
+    pooled: np.ndarray,
+    settings: Settings,
+    features: UnitFeatures | None = None,
+    shifted: Mapping[str, np.ndarray] | None = None,
 ) -> Answers:
     """k-NN, linear probe and few-shot of a unit's mean feature and, where units are bags of tiles, attention MIL.
 
@@ -56,22 +69,29 @@ def answer_classes(
         pooled: (N, D) a row a unit.
         settings: How.
         features: With the bags, for units of slides.
+        shifted: Features of changed copies of the units: the same probes are asked about these too, and which
+            neighbours remain (retention). Measures of changed copies are named MEASURE~CHANGE and have no verdict.
     """
     test, notes = _test_rows(units), []
     labels, cases = _dense_numbers(units.targets[test]), units.groups[test]
     rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
+    copies = {kind: np.ascontiguousarray(of[test], dtype=np.float32) for kind, of in (shifted or {}).items()}
     said: dict[str, np.ndarray] = {}
     for split in settings.splits:
         folds = _folds(split, labels, cases, _sites(units, test), settings, notes)
         if folds is None:
             continue
         found: dict[str, Predictions] = {}
-        found |= {f"knn_{k}": of[CLEAN] for k, of in knn_probe(rows, labels, cases, folds).items()}
-        found["linear"] = linear_probe(rows, labels, cases, folds, seed=settings.seed).predictions[CLEAN]
+        for k, of_copies in knn_probe(rows, labels, cases, folds, tested=copies).items():
+            found |= {_copy_name(f"knn_{k}", kind): of for kind, of in of_copies.items()}
+        linear = linear_probe(rows, labels, cases, folds, tested=copies, seed=settings.seed).predictions
+        found |= {_copy_name("linear", kind): of for kind, of in linear.items()}
         found |= {f"few_shot_{n}": one for n, one in few_shot(rows, labels, cases, folds, seed=settings.seed).items()}
         found |= _attention(features, test, labels, cases, folds, "classes", settings)
         said |= _named(found, split, settings, units, test, labels)
-    return _ordered(units, said, notes)
+    answers = _ordered(units, said, notes)
+    answers.numbers.update(_robustness(units, test, rows, copies, labels, cases, features, settings.seed, notes))
+    return answers
 
 
 def answer_values(
@@ -103,6 +123,50 @@ def answer_values(
         found |= _attention(features, test, truth, cases, folds, kind, settings)
         said |= _named(found, split, settings, units, test, None)
     return _ordered(units, said, notes)
+
+
+def _copy_name(measure: str, kind: str) -> str:
+    return measure if kind == CLEAN else f"{measure}~{kind}"
+
+
+def _robustness(
+    units: Units,
+    test: np.ndarray,
+    rows: np.ndarray,
+    copies: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    cases: np.ndarray,
+    features: UnitFeatures | None,
+    seed: int,
+    notes: list[str],
+) -> dict[str, float]:
+    """Neighbours that remain under changes, and where sites are known, what features tell of them."""
+    found: dict[str, float] = {}
+    try:
+        for kind, changed in copies.items():
+            means = retention(rows, changed, cases, labels=labels).means()
+            found |= {f"{name}~{kind}": value for name, value in means.items() if np.isfinite(value)}
+    except EvaluationError as error:
+        notes.append(f"retention: {error}")
+    sites = _sites(units, test)
+    if sites is None or features is None or len(np.unique(sites)) < 2:
+        return found
+    counts = [len(features.bags[index]) for index in test]
+    of = np.repeat(np.arange(len(test)), counts)
+    taken = balanced_rows(cases[of], MAX_TILES, seed)
+    tiles = np.concatenate([features.bags[index] for index in test])[taken].astype(np.float32)
+    place = of[taken]
+    try:
+        found["robustness_index"] = robustness_index(tiles, labels[place], sites[place], cases[place], seed=seed).value
+    except EvaluationError as error:
+        notes.append(f"robustness index: {error}")
+    try:
+        told = site_readout(tiles, labels[place], sites[place], cases[place], seed=seed)
+        found |= {"site_readout": float(told.statistic()(np.ones((1, len(told.cases))))[0]), "site_chance": told.chance}
+        notes += told.left_out
+    except EvaluationError as error:
+        notes.append(f"site read-out: {error}")
+    return found
 
 
 def _attention(

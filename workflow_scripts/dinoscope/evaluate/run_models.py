@@ -54,7 +54,7 @@ def embed(arguments: argparse.Namespace) -> None:
     about = {"model": arguments.model_name, "pooling": arguments.pooling}
     how: dict[str, Any] = {"grey": arguments.grey, "device": device}
     if arguments.masks is None:
-        found = embed_tiles(encoder, images, about, tile_px=arguments.tile_px, **how)
+        found = embed_tiles(encoder, images, about, tile_px=arguments.tile_px, shifts=arguments.shifts, **how)
     else:
         found = embed_masked(encoder, images, about, enlarge=arguments.enlarge, **how)
     write_features(arguments.output, found)
@@ -122,7 +122,7 @@ def _answers_of_images(units: Units, images: ImageSet, arguments: argparse.Names
     if units.kind == "masks":
         answers = answer_masks(units, images, features, arguments.instances, settings)
     else:
-        answers = answer_classes(units, features.features, settings)
+        answers = answer_classes(units, features.features, settings, shifted=features.shifted)
     answers.about.update(features.about)
     return answers
 
