@@ -594,7 +594,12 @@ class Trainer:
         """Which teacher is used onwards, why, and out of how many; the start is none of them, but is told beside."""
         select, found = self.config.evaluation.select, self._selected()
         if found is None:
-            return {"select": select, "iteration": last, "why": "it is the last", "out_of": 1}
+            why = (
+                "it is the last"
+                if select == "last"
+                else "it is the last; no export has a probe of its own to choose by"
+            )
+            return {"select": select, "iteration": last, "why": why, "out_of": 1}
         column = select.removeprefix("best:")
         values = read_metrics(self.run_dir)[column].dropna()
         at_start = float(values.iloc[0])
