@@ -8,6 +8,7 @@ import numpy as np
 from feature_probes import cut_windows
 
 from dinoscope.data.color import jitter, shift_stains
+from dinoscope.evaluate.baselines import color_histogram, thumbnail
 
 __all__ = [
     *("PATCH_PX", "Cells", "Tissue", "grey", "histograms", "mean_colors", "pixels", "read_cells", "read_tissue"),
@@ -107,14 +108,12 @@ def rebrightened(images: np.ndarray) -> np.ndarray:
 
 def histograms(images: np.ndarray) -> np.ndarray:
     """16 bins each of hue, saturation and value."""
-    hsv = [cv2.cvtColor(image, cv2.COLOR_RGB2HSV).reshape(-1, 3) for image in images]
-    tops = (180, 256, 256)
-    return np.stack([np.concatenate([np.histogram(i[:, c], 16, (0, tops[c]))[0] for c in range(3)]) for i in hsv])
+    return np.stack([color_histogram(image) for image in images])
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
     """Each image shrunk to 8×8 px."""
-    return np.stack([cv2.resize(i, (8, 8), interpolation=cv2.INTER_AREA).ravel() for i in images]).astype(float)
+    return np.stack([thumbnail(image) for image in images])
 
 
 def pixels(images: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dinoscope import load_backbone
+from dinoscope.evaluate import scores
+from dinoscope.evaluate.knn import knn_predict
 from dinoscope.models.vit import DinoVisionTransformer
 
 __all__ = [
@@ -71,7 +73,7 @@ def neighbour_votes(
     """The most frequent class among the k nearest neighbours by cosine, none of them of the query's own group.
 
     Features are centred on the mean of the bank first: a part that is the same everywhere says nothing, and it is large
-    in random networks.
+    in random networks. As `dinoscope.evaluate.knn` has it.
 
     Args:
         features: (N, D).
@@ -79,17 +81,14 @@ def neighbour_votes(
         groups: (N,) what may not be its own neighbour.
         bank: (N,) bool, the possible neighbours.
         queries: (N,) bool, what is classified; it may overlap with the bank.
-        k: Number of neighbours; of classes with equal votes the one with the nearest neighbour wins.
+        k: Number of neighbours; of classes with equal votes the one with the nearer neighbour wins.
     """
-    centred = features - features[bank].mean(axis=0)
-    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
-    cosines = np.where(groups[queries][:, None] == groups[bank], -np.inf, unit[queries] @ unit[bank].T)
-    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-    assert np.isfinite(np.take_along_axis(cosines, nearest, axis=1)).all(), "fewer than k neighbours of other groups"
-    classes = np.unique(labels)
-    votes = (labels[bank][nearest][..., None] == classes).sum(axis=1).astype(float)
-    first = (labels[bank][nearest[:, :1]] == classes) * 0.5
-    return classes[np.argmax(votes + first, axis=1)]
+    names, group = np.unique(groups, return_inverse=True)
+    classes, label = np.unique(labels, return_inverse=True)
+    apart = group[queries], group[bank]
+    assert (bank.sum() - np.bincount(group[bank], minlength=len(names))).min() >= k, "fewer than k of other groups"
+    said = knn_predict(features[queries], features[bank], label[bank], len(classes), ks=(k,), exclude_groups=apart)
+    return classes[said[k].argmax(axis=1)]
 
 
 def linear_probe(
@@ -145,9 +144,9 @@ def _probabilities(probe: Pipeline, features: np.ndarray) -> np.ndarray:
 
 def mean_iou(probabilities: np.ndarray, targets: np.ndarray) -> float:
     """Mean of the IoU of foreground and of background, from one confusion matrix over all patches."""
-    said = probabilities >= 0.5
-    ious = [(a & b).sum() / (a | b).sum() for a, b in ((said, targets), (~said, ~targets))]
-    return float(np.mean(ious))
+    return float(
+        scores.mean_iou(scores.confusion_matrices(targets.astype(int), (probabilities >= 0.5).astype(int), 2))[0]
+    )
 
 
 def interval(

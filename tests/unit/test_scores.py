@@ -18,6 +18,7 @@ from dinoscope.evaluate.scores import (
     score,
     statistic_of,
     statistic_of_confusions,
+    statistic_of_means,
 )
 
 
@@ -158,3 +159,8 @@ def test_the_smallest_class_counts_cases() -> None:
     assert Predictions(np.arange(6.0), np.zeros((1, 6)), cases).smallest_class() == 3
     survival = np.stack([np.arange(6), [1, 1, 0, 0, 0, 0]], 1).astype(float)
     assert Predictions(survival, np.zeros((1, 6)), cases).smallest_class() == 1
+
+
+def test_means_are_of_rows_by_the_weights_of_their_cases() -> None:
+    statistic = statistic_of_means(np.array([1.0, 2, 6, np.nan, 4]), np.array(["b", "b", "a", "a", "c"]))
+    assert statistic(np.array([[1, 1, 1], [0, 2, 0], [3, 0, 1]])).tolist() == [13 / 4, 1.5, 22 / 4]

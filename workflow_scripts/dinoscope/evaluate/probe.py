@@ -45,6 +45,7 @@ SHOTS = (1, 5, 10)
 INNER_FOLDS = 3
 MAX_ROWS = 200_000  # to fit on, balanced by case
 MAX_ROWS_CHOOSING = 20_000
+_TOLERANCE_CHOOSING = 5e-4  # losses to three digits tell which is the least
 _TEMPERATURE = 0.1
 
 
@@ -365,7 +366,8 @@ def _log_losses(
         out[torch.as_tensor(chosen, device=rows.device), number] = True
     weights = torch.stack([_class_weights(labels, num_classes, ~out[:, f]) for f in range(len(held_out))], 1)
     strengths = torch.cat([rows.new_tensor(PENALTIES) * width / (len(rows) - len(chosen)) for chosen in held_out])
-    theta = fit_logistic(rows, labels, num_classes, strengths, weights.repeat_interleave(num_penalties, 1))
+    weights = weights.repeat_interleave(num_penalties, 1)
+    theta = fit_logistic(rows, labels, num_classes, strengths, weights, tolerance=_TOLERANCE_CHOOSING)
     log_probs = log_probabilities(rows, theta)[torch.arange(len(rows)), :, labels].unflatten(1, (-1, num_penalties))
     of_rows = (log_probs * out[..., None]).sum(1)  # each row is held out once
     class_weights = _class_weights(labels, num_classes, out.any(1))

@@ -28,6 +28,7 @@ __all__ = [
     "score",
     "statistic_of",
     "statistic_of_confusions",
+    "statistic_of_means",
 ]
 
 _VALUES_AT_ONCE = 2**20  # 8 MiB of weights
@@ -302,6 +303,25 @@ def statistic_of_confusions(
     num_cases, num_classes, _ = confusions_GCC.shape
     flat = confusions_GCC.reshape(num_cases, -1)
     return lambda weights_BG: measure((weights_BG @ flat).reshape(-1, num_classes, num_classes))
+
+
+def statistic_of_means(values: np.ndarray, cases: np.ndarray) -> Statistic:
+    """The mean of one number a row, e.g. `robustness.Retention.retained`, as a function of the weights of the cases.
+
+    Args:
+        values: (N,) of rows; NaN does not count.
+        cases: (N,); weights belong to them sorted.
+    """
+    names, case = np.unique(cases, return_inverse=True)
+    known = np.isfinite(values)
+    sums = np.bincount(case[known], values[known].astype(np.float64), len(names))
+    counts = np.bincount(case[known], minlength=len(names))
+
+    def statistic(weights_BG: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return (weights_BG @ sums) / (weights_BG @ counts)
+
+    return statistic
 
 
 def mean_of(statistics: Sequence[Statistic]) -> Statistic:
