@@ -4,7 +4,8 @@ snakemake --cores all                  everything in config/config.yaml
 snakemake --cores all -n               what would run, and why
 snakemake --cores 1 budget             tiles, disk space, hours and jobs that the config will take
 snakemake --cores all inspect          a look at all slides before anything expensive starts
-snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, segmentation, viewer, report
+snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, segmentation,
+                                       evaluate, viewer, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
 """
 
@@ -22,6 +23,8 @@ report: "report/workflow.rst"
 include: "rules/common.smk"
 include: "rules/container.smk"
 include: "rules/groups.smk"
+include: "rules/segment_inputs.smk"
+include: "rules/evaluate_inputs.smk"
 include: "rules/slides.smk"
 include: "rules/packing.smk"
 include: "rules/train.smk"
@@ -31,6 +34,7 @@ include: "rules/feature_exports.smk"
 include: "rules/pictures.smk"
 include: "rules/viewer.smk"
 include: "rules/segment.smk"
+include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 include: "rules/budget.smk"

@@ -14,9 +14,11 @@ os.environ.update(
 )
 
 from dinoscope.demands import grown
+from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.file_lists import file_arguments
 from dinoscope.files import write_json
 from dinoscope.plan import make_plan, one_sentence
+from dinoscope.plan_evaluation import EvaluationJobs
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_segmentation import SegmentJobs
@@ -32,11 +34,13 @@ FEATURES = FeatureJobs(PLAN)
 PICTURES = PictureJobs(PLAN)
 SEGMENTS = one_sentence(SegmentJobs)(PLAN)
 STORAGE = StorageJobs(PLAN)
+EVALUATION = EvaluationJobs(PLAN, FEATURES)
+one_sentence(EVALUATION.check)()
 
 if workflow.is_main_process:
     one_sentence(SEGMENTS.check_options)()
     os.environ.update(one_sentence(PLAN.visible_gpus)(os.environ))
-    for note in PLAN.notes():
+    for note in [*PLAN.notes(), *EVALUATION.notes()]:
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -50,9 +54,9 @@ wildcard_constraints:
     slide="[^/]+",
     set="|".join(PLAN.config["tiling"]["sets"]),
     run="|".join(PLAN.runs),
-    model="|".join(PLAN.models),
+    model="|".join([*PLAN.models, *BASELINES]),
     exported="|".join(["base", *PLAN.runs]),
-    task="|".join(SEGMENTS.tasks) or "-",
+    task="|".join([*EVALUATION.tasks, *SEGMENTS.tasks]) or "-",
     variant="|".join(SEGMENTS.all_variants) or "-",
 
 
@@ -319,6 +323,13 @@ def launch_options(wildcards, output, resources):
     ]
 
 
+def run_probe(wildcards):
+    """The images that the run is asked about while it trains, if it is."""
+    if not EVALUATION.is_probed(wildcards.run):
+        return []
+    return kept_by_finished("<results>/evaluation/probe.npz", wildcards)
+
+
 def run_data(wildcards, input):
     """Arguments for the tiles that the run is trained on."""
     slides = str(Path(PLAN.config["slides"]["source"]))
@@ -334,7 +345,12 @@ def run_options(wildcards, input):
     """Arguments for what the run continues, and its gram teacher."""
     teacher = PLAN.runs[wildcards.run].gram_teacher
     continued = ["--continues", input.continued] if input.continued else []
-    return continued + ([] if teacher is None else ["--gram-teacher", teacher])
+    probe = ["--probe", input.probe] if input.probe else []
+    return [
+        *continued,
+        *([] if teacher is None else ["--gram-teacher", teacher]),
+        *probe,
+    ]
 
 
 def kept_exports(wildcards, resources):
@@ -533,78 +549,6 @@ def named_sources(wildcards, input):
     names = [f"{model}={name}" for model, name in told.items() if name is not None]
     sources = [f"{model}={FEATURES.source(model)}" for model in PLAN.models]
     return sources + (["--architecture", *names] if names else [])
-
-
-@one_sentence
-def segment_encoder(wildcards):
-    """The files of a task's encoder; refused while planning when a training was begun with other settings."""
-    task, model, variant = wildcards.task, wildcards.model, wildcards.variant
-    SEGMENTS.check_seal(task, model, variant)
-    files = SEGMENTS.encoder_files(model)
-    return (
-        [ancient(file) for file in files]
-        if SEGMENTS.is_finished(task, model, variant)
-        else files
-    )
-
-
-@one_sentence
-def segment_arguments(wildcards):
-    """Arguments for all that changes the weights of a segmenter."""
-    return SEGMENTS.train_arguments(wildcards.task, wildcards.model, wildcards.variant)
-
-
-def segment_launch(wildcards, output, resources):
-    """Arguments of the launcher; no trigger, like all that depends on resources."""
-    logs = Path(output.final).parent / "logs"
-    processes = str(PLAN.config["launch"]["processes"])
-    return ["--processes", processes, "--log-dir", str(logs)]
-
-
-def segment_workers(wildcards, resources):
-    """Arguments that change nothing but speed; no trigger."""
-    return ["--workers", str(SEGMENTS.tasks[wildcards.task]["workers"])]
-
-
-@one_sentence
-def segment_question(wildcards):
-    """Arguments for the encoder of a segmenter and the images that it is asked about."""
-    return SEGMENTS.asked_arguments(wildcards.task, wildcards.model)
-
-
-@one_sentence
-def segment_kinds(wildcards):
-    """Arguments for what is done to images."""
-    return SEGMENTS.corruption_arguments(wildcards.task)
-
-
-def segment_measures(wildcards):
-    """What all segmenters of all tasks were measured at."""
-    return [f"{folder}/evaluation.json" for folder in SEGMENTS.folders()]
-
-
-def segment_corruption_measures(wildcards):
-    """The same under corruptions, where these are wanted."""
-    folders = SEGMENTS.folders(corrupted=True)
-    return [f"{folder}/corruptions.json" for folder in folders]
-
-
-def segmentations(wildcards):
-    """All that tasks of segmentation are to end with; nothing without tasks."""
-    if not SEGMENTS.tasks:
-        return []
-    return ["<results>/segmentation/comparison.tsv", *SEGMENTS.slide_maps()]
-
-
-@one_sentence
-def segment_tissue(wildcards):
-    """Arguments for where on a slide classes are predicted: on its tissue, found as for tiles."""
-    return SEGMENTS.tissue_arguments(wildcards.slide)
-
-
-def segmenter_source(wildcards):
-    """Where the encoder of a segmenter is loaded from."""
-    return FEATURES.source(wildcards.model)
 
 
 onsuccess:

@@ -37,6 +37,7 @@ rule report:
         pictures=pictures,
         viewer=viewer_page,
         segmentations=segmentations,
+        evaluation=evaluation,
     output:
         page="<results>/report.html",
     log:

@@ -11,6 +11,7 @@ localrules:
     pca,
     clusters,
     segmentation,
+    evaluate,
 
 
 rule inspect:
@@ -67,6 +68,11 @@ rule clusters:
 rule segmentation:
     input:
         segmentations,
+
+
+rule evaluate:
+    input:
+        evaluation_results(),
 
 
 # Each run under its own name: training and the model that comes out of it.

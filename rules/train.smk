@@ -34,6 +34,7 @@ rule train:
         weights=run_weights,
         continued=continued_run,
         teachers=teacher_files,
+        probe=run_probe,
     output:
         final="<results>/runs/{run}/final.json",
     log:

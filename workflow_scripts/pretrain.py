@@ -34,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         "--keep-exports", type=int, nargs="+", default=[], metavar="N", help="iterations whose exported teacher stays"
     )
     parser.add_argument("--name-hosts", action="store_true", help="names of machines go into provenance.json")
+    parser.add_argument("--probe", type=Path, help="images that the teacher is asked about (evaluate.py probe)")
     parser.add_argument("--plan", action="store_true", help="print what the run will take, and change nothing")
     parser.add_argument("--processes", default="auto", help="with --plan: auto (as launch.py) | gpu | a number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
@@ -65,6 +66,7 @@ def main() -> None:
         SlideAccess(*how),
         arguments.packed,
         arguments.name_hosts,
+        arguments.probe,
     )
     if arguments.plan:
         from dinoscope.train.planning import plan_run

@@ -22,6 +22,7 @@ WHOLE_DEMO = {
     "list_features": 3, "pca_fit": 3, "pca_map": 15, "pca_compare": 5, "pca_region": 2, "cluster_fit": 3,
     "cluster_map": 5, "cluster_examples": 3, "plot_metrics": 2, "report": 1, "all": 1,
     "viewer_pyramid": 5, "list_sampled": 3, "viewer_sample": 3, "viewer_tiles": 15, "viewer": 1,
+    "evaluation_units": 1, "measure_model": 3, "compare_models": 1, "evaluation_summary": 1,
 }  # fmt: skip
 VIEWER = ("viewer_pyramid", "list_sampled", "viewer_sample", "viewer_tiles", "viewer")
 # of a slide that comes to a finished demo

@@ -294,13 +294,22 @@ class TrainConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Exports of the teacher while training."""
+    """Exports of the teacher while training, and questions to it."""
 
     eval_period_iterations: int = 12500  # the last iteration is always exported; 0: only that
     # newest exports kept; the first, the last, the best and those that other runs need always stay; null keeps all
     max_to_keep: int | None = None
     # column of training_metrics.json that is highest at the best export (-column: lowest); null: none is the best
     best_by: str | None = None
+    # iterations between questions to the EMA teacher about images of the selection cases (columns probe_… of
+    # training_metrics.json); asked before the first iteration too; 0: never
+    probe_every: int = 0
+    # end the run where, in 3 probes running after its first tenth, the interval of the labelled measure lies below that
+    # of the start
+    stop_when_worse: bool = False
+    # last | best:probe_knn | best:probe_dense: the teacher export that is converted and used onwards; the best is
+    # exported at the probe itself
+    select: str = "last"
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dinoscope import user_code
 from dinoscope.data.sources import is_class_name
 from dinoscope.errors import ConfigError
+from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.names import nearest
 from dinoscope.recipe import require_weights
 from dinoscope.recipe_checks import check_processes
@@ -31,14 +32,16 @@ __all__ = [
 BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
-    "all", "budget", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "convert", "demo_slides", "export",
-    "export_features", "export_features_anndata", "export_features_clam", "export_features_parquet",
-    "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm", "extract_features",
-    "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled", "manifest",
+    "all", "budget", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "compare_models", "convert",
+    "demo_slides", "embed_images", "evaluate", "evaluation_summary", "evaluation_units", "export", "export_features",
+    "export_features_anndata", "export_features_clam", "export_features_parquet", "export_features_stamp",
+    "export_features_wsidata", "export_hf", "export_onnx", "export_timm", "extract_features", "features",
+    "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled", "manifest", "measure_model",
     "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit", "pca_map", "pca_region",
-    "plot_metrics", "report", "segment_compare", "segment_corruptions", "segment_evaluate", "segment_predict_slide",
-    "segment_train", "segmentation", "slide_table", "slides_report", "split_slides", "tile_slide", "tiles", "train",
-    "upload", "upload_file", "viewer", "viewer_pyramid", "viewer_sample", "viewer_tiles",
+    "plot_metrics", "probe_set", "random_weights", "report", "segment_compare", "segment_corruptions",
+    "segment_evaluate", "segment_predict_slide", "segment_train", "segmentation", "slide_table", "slides_report",
+    "split_slides", "tile_slide", "tiles", "train", "upload", "upload_file", "viewer", "viewer_pyramid",
+    "viewer_sample", "viewer_tiles",
 )  # fmt: skip
 _FOLDERS = ("compare", "maps", "regions")  # lie beside those of the models
 
@@ -212,13 +215,13 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
         if name not in known:
             yield f"{key} is {name!r}, which is not defined{nearest(name, known)}; known are {', '.join(known)}"
     for name, run in runs.items():
-        if name in (*TARGETS, *_FOLDERS, BASE):
+        if name in (*TARGETS, *_FOLDERS, *BASELINES, BASE):
             yield f"runs.{name}: this name is taken by a part of the workflow; give the run another"
         teacher = run["gram_teacher"]
         if run["continues"] is None and (teacher == "last" or str(teacher).isdecimal()):
             yield f"runs.{name}.gram_teacher is {teacher}, but the run continues none: name a file or set `continues`"
     for name in encoders:
-        if name in (*TARGETS, *_FOLDERS, BASE) or name in runs:
+        if name in (*TARGETS, *_FOLDERS, *BASELINES, BASE) or name in runs:
             taken_by = "a run" if name in runs else "a part of the workflow"
             yield f"features.encoders.{name}: this name is taken by {taken_by}; give the encoder another"
     taken_from = {"features.set": config["features"]["set"]}

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.features.sharing import cards_beside, write_wanted
 from dinoscope.plan import Plan
 from dinoscope.slides.remote import remote_address
@@ -19,6 +20,7 @@ EXPORT_FILES = {
     "parquet": ("{slide}.parquet",),
     "wsidata": ("{slide}.zarr",),
 }
+_BASELINES_VERSION = "1"  # of evaluate/baseline_encoders.py, whose file is not watched
 # Files of a model's folder that its features depend on.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".pt")
 
@@ -43,7 +45,7 @@ class FeatureJobs:
 
     def encoder_files(self, model: str) -> list[str]:
         """The files that an encoder consists of, as far as they are known; when they change, features are made anew."""
-        if model not in self._plan.encoders:
+        if not self._encoder(model):
             return [f"<results>/models/{model}/teacher.pth", f"<results>/models/{model}/model.json"]
         encoder = self._encoder(model)
         source = Path(encoder["source"])
@@ -66,7 +68,7 @@ class FeatureJobs:
 
     def encoder_arguments(self, model: str) -> list[str]:
         """Arguments of extract_features.py that name the encoder."""
-        if model not in self._plan.encoders:
+        if not self._encoder(model):
             return ["--weights", str(self._plan.results / "models" / model / "teacher.pth")]
         encoder = self._encoder(model)
         arguments = ["--weights", encoder["source"]]
@@ -116,4 +118,8 @@ class FeatureJobs:
         write_wanted(folder, wanted, tiles_to_come)
 
     def _encoder(self, model: str) -> dict[str, Any]:
+        """Settings of an encoder of other origin, a baseline of evaluation among them; nothing for models of ours."""
+        if BASELINES.get(model) is not None:
+            source = {"source": BASELINES[model], "architecture": None, "set": None, "pooling": "cls"}
+            return source | {"files": [], "version": _BASELINES_VERSION}
         return self._plan.encoders.get(model, {})

@@ -34,6 +34,7 @@ _SMALLEST = {
     "student.lora_rank": 1,
     "student.unfrozen_blocks": 0,
     "evaluation.eval_period_iterations": 0,
+    "evaluation.probe_every": 0,
 }
 
 _ABOVE_ZERO = ("train.hang_minutes",)
@@ -41,6 +42,7 @@ _CHOICES = {
     "augmentation.recipe": ("dinov3", "pathology"),
     "compute_precision.param_dtype": ("bf16", "fp32"),
     "compute_precision.reduce_dtype": ("bf16", "fp32"),
+    "evaluation.select": ("last", "best:probe_knn", "best:probe_dense"),
     "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"),
     "gram.tokens_used": ("all", "masked", "unmasked"),
     "gram.global_teacher_resize_method": ("bicubic", "bilinear"),
@@ -75,9 +77,20 @@ def check_recipe(config: RunConfig, values: dict[str, Any], name: str) -> None:
         *_gram_problems(config),
         *_distillation_problems(config),
         *_length_problems(config),
+        *_probe_problems(config),
     ]
     if problems:
         raise ConfigError(f"recipe {name}: " + "; ".join(problems))
+
+
+def _probe_problems(config: RunConfig) -> Iterable[str]:
+    evaluation = config.evaluation
+    if evaluation.probe_every:
+        return
+    if evaluation.stop_when_worse:
+        yield "evaluation.stop_when_worse needs probes; set evaluation.probe_every, e.g. to 500"
+    if evaluation.select != "last":
+        yield f"evaluation.select {evaluation.select} needs probes; set evaluation.probe_every, e.g. to 500"
 
 
 def _choice_problems(values: dict[str, Any]) -> Iterable[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "SlideRecord",
     "check_cases",
     "check_labels",
+    "draw_cases",
     "read_rows",
     "read_slide_table",
     "split_cases",
@@ -181,7 +182,7 @@ def split_cases(records: Sequence[SlideRecord], fraction: float, seed: int) -> d
     if fraction == 0 or any("eval" in record.use for record in records):
         held_out: set[str] = set()
     else:
-        held_out = _held_out_cases([record for record in records if "train" in record.use], fraction, seed)
+        held_out = draw_cases([record for record in records if "train" in record.use], fraction, seed)
     split = {}
     for record in records:
         if "eval" in record.use or ("train" in record.use and record.case_id in held_out):
@@ -191,7 +192,8 @@ def split_cases(records: Sequence[SlideRecord], fraction: float, seed: int) -> d
     return split
 
 
-def _held_out_cases(records: Sequence[SlideRecord], fraction: float, seed: int) -> set[str]:
+def draw_cases(records: Sequence[SlideRecord], fraction: float, seed: int) -> set[str]:
+    """Cases whose share of all cases is `fraction`, drawn as `split_cases` says."""
     looks: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for record in records:
         looks[record.case_id].add((record.site or "", record.stain or ""))

@@ -117,7 +117,7 @@ def _last_attempts(lines: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any
             rows = {iteration: row for iteration, row in rows.items() if iteration <= last}
         if "event" not in line:
             last = line["iteration"]
-            rows[last] = line
+            rows[last] = rows.get(last, {}) | line  # a probe's line is of the same iteration
     return rows, events
 
 

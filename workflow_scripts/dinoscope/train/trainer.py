@@ -36,7 +36,7 @@ from dinoscope.data.sampling import SampleOrder, sample_order
 from dinoscope.data.sources import TrainingImages
 from dinoscope.data.tiles import SlideAccess
 from dinoscope.data.windows import CropRange, crop_ranges, describe_windows
-from dinoscope.errors import DinoscopeError, RunError, StoppedError
+from dinoscope.errors import ConfigError, DinoscopeError, RunError, StoppedError
 from dinoscope.files import write_json
 from dinoscope.models.registry import settings_from_config
 from dinoscope.progress import Progress, progress
@@ -49,10 +49,11 @@ from dinoscope.train.distributed import World
 from dinoscope.train.forecast import forecast
 from dinoscope.train.health import HealthWindow
 from dinoscope.train.lock import HeldLock, run_lock
-from dinoscope.train.metrics import append_metrics, best_iteration, metrics_at
+from dinoscope.train.metrics import append_metrics, best_iteration, metrics_at, read_metrics
 from dinoscope.train.optimizer import build_optimizer, copy_state
 from dinoscope.train.outlook import Warmup, outlook, warnings
 from dinoscope.train.parallelize import parallelize
+from dinoscope.train.probing import TeacherProbe, best_probe, read_probe_set
 from dinoscope.train.provenance import write_provenance
 from dinoscope.train.run_folder import (
     complete_checkpoints,
@@ -112,6 +113,7 @@ class RunInputs:
     access: SlideAccess | None = None
     packed: Path | None = None
     name_hosts: bool = False
+    probe: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,7 @@ class Trainer:
         self.next_iteration = self._restore(prepared)
         self.first_iteration = self.next_iteration
         write_provenance(self.run_dir, world, self.first_iteration, name_hosts=inputs.name_hosts)
+        self.probe = self._open_probe(inputs.probe)
         self.dataset = self._dataset()
         if prepared.start is not None and self.distilled is not None and self.distilled.made:
             self._make_heads()
@@ -336,13 +339,18 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end and writes final.json."""
         with stop_requests() as stop, self._progress() as shown:
-            for iteration, batches in self._batches():
+            if self.probe is not None and not self.next_iteration:
+                self._ask(0, start=True)
+            for iteration, batches in [] if self._ended_worse() else self._batches():
                 values = self.schedules.at(iteration)
                 self._train_step(iteration, batches, values)
                 self.next_iteration = iteration + 1
                 self._log_step(iteration, values, shown)
-                self._keep(iteration, bool(stop))
+                worse = self._probe_if_due(iteration)
+                self._keep(iteration, bool(stop), worse=worse)
                 self.watchdog.beat()
+                if worse:
+                    break
         self._finish()
 
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
@@ -463,9 +471,50 @@ class Trainer:
             )
             shown.advance(note=f"{rate}lr {values.lr:.2e}")
 
-    def _keep(self, iteration: int, stop: bool) -> None:
+    def _open_probe(self, path: Path | None) -> TeacherProbe | None:
+        if not self.config.evaluation.probe_every:
+            return None
+        if path is None:
+            raise ConfigError(
+                f"run {self.run_dir.name}: evaluation.probe_every is {self.config.evaluation.probe_every}, but there "
+                "are no images to ask about: give pretrain.py --probe (evaluate.py probe makes it)"
+            )
+        patch_size, batch_size = self.config.student.patch_size, 2 * self.config.train.batch_size_per_gpu
+        return TeacherProbe(read_probe_set(path), self.run_dir, self.world, patch_size, batch_size)
+
+    def _ask(self, iteration: int, *, start: bool = False) -> None:
+        """Puts the probe to the teacher and logs what it answers; the step's clock does not count it."""
+        line = self.probe(self.model, start=start)
+        if self.world.is_main:
+            self._append({"iteration": iteration} | line)
+
+    def _probe_if_due(self, iteration: int) -> bool:
+        """Asks the teacher where that is due; whether the run is to end because it has got worse."""
+        evaluation, last = self.config.evaluation, self.next_iteration == self.num_iterations
+        if self.probe is None or not (last or self.next_iteration % evaluation.probe_every == 0):
+            return False
+        self._ask(iteration)
+        if evaluation.select != "last" and not last and self._is_best(iteration):
+            self._export(iteration, last=False)
+        return not last and self._ended_worse()
+
+    def _is_best(self, iteration: int) -> bool:
+        """Whether no probe before was as good, by the measure that chooses the teacher; all processes agree."""
+        column = self.config.evaluation.select.removeprefix("best:")
+        if not self.world.is_main:
+            return self.world.any(False)
+        exported = [it for it in exported_teachers(self.run_dir) if it < iteration]
+        before, now = best_probe(self.run_dir, exported, column), best_probe(self.run_dir, [iteration], column)
+        return self.world.any(now is not None and (before is None or now[1] > before[1]))
+
+    def _ended_worse(self) -> bool:
+        if self.probe is None or not self.config.evaluation.stop_when_worse:
+            return False
+        return self.probe.has_got_worse(self.num_iterations)
+
+    def _keep(self, iteration: int, stop: bool, *, worse: bool = False) -> None:
         """Teacher export and checkpoint where they are due, and the end of a run that must stop."""
-        last = self.next_iteration == self.num_iterations
+        last = worse or self.next_iteration == self.num_iterations
         stop, out_of_time, save_is_due = self._agree(stop)
         ends = last or stop or out_of_time
         export_period, period = self.config.evaluation.eval_period_iterations, self.config.checkpointing.period
@@ -511,7 +560,16 @@ class Trainer:
             best = best_iteration(self.run_dir, exported_teachers(self.run_dir), evaluation.best_by)
             if best is None:
                 _log.warning("evaluation.best_by is %s, which the metrics do not have (yet)", evaluation.best_by)
-        prune_exports(self.run_dir, evaluation.max_to_keep, {best, *self.keep_exports})
+        selected = self._selected()
+        chosen = set() if selected is None else {selected[0]}
+        prune_exports(self.run_dir, evaluation.max_to_keep, {best, *chosen, *self.keep_exports})
+
+    def _selected(self) -> tuple[int, float] | None:
+        """The export with the best probe so far, and its value; None where the last is taken anyhow."""
+        select = self.config.evaluation.select
+        if select == "last":
+            return None
+        return best_probe(self.run_dir, exported_teachers(self.run_dir), select.removeprefix("best:"))
 
     def _stop_early(self, iteration: int, why: str) -> None:
         raise StoppedError(
@@ -520,7 +578,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        iteration = self.num_iterations - 1
+        iteration = self.next_iteration - 1
         teacher = teacher_export_path(self.run_dir, iteration)
         # one that is there may be of an earlier attempt, whose last checkpoint was damaged
         if self.next_iteration > self.first_iteration or not _main_first(self.world, teacher.is_file):
@@ -529,7 +587,8 @@ class Trainer:
 
     def _write_final(self, iteration: int, teacher: Path) -> None:
         self.saver.require_held()
-        _log.info("run %s is finished after %d iterations", self.run_dir.name, self.num_iterations)
+        why = "" if self.next_iteration == self.num_iterations else ", since the probe got worse than at its start"
+        _log.info("run %s is finished after %d iterations%s", self.run_dir.name, self.next_iteration, why)
         write_json(self.run_dir / "final.json", self._final(iteration, teacher))
 
     def _final(self, iteration: int, teacher: Path) -> dict[str, Any]:
@@ -539,12 +598,43 @@ class Trainer:
             "run": self.run_dir.name,
             "iteration": iteration,
             "checkpoint": str(folder.relative_to(self.run_dir)),
-            "teacher": str(teacher.relative_to(self.run_dir)),
+            "teacher": str(self._chosen_teacher(iteration, teacher).relative_to(self.run_dir)),
+            "selected": self._selection(iteration),
+            "stopped_early": self.next_iteration < self.num_iterations,
             "num_tiles": len(self.images),
-            "samples_seen": self.num_iterations * self.global_batch,
+            "samples_seen": self.next_iteration * self.global_batch,
             **describe_windows(self.images.windows, sizes.choices),
-            "strata": [vars(share) for share in self.order.shares(self.num_iterations)],
+            "strata": [vars(share) for share in self.order.shares(self.next_iteration)],
             "metrics": metrics_at(self.run_dir),
+        }
+
+    def _chosen_teacher(self, last: int, teacher: Path) -> Path:
+        selected = self._selected()
+        return teacher if selected is None else teacher_export_path(self.run_dir, selected[0])
+
+    def _selection(self, last: int) -> dict[str, Any]:
+        """Which teacher is used onwards, why, and out of how many; the start is none of them, but is told beside."""
+        select, found = self.config.evaluation.select, self._selected()
+        if found is None:
+            why = (
+                "it is the last"
+                if select == "last"
+                else "it is the last; no export has a probe of its own to choose by"
+            )
+            return {"select": select, "iteration": last, "why": why, "out_of": 1}
+        column = select.removeprefix("best:")
+        values = read_metrics(self.run_dir)[column].dropna()
+        at_start = float(values.iloc[0])
+        why = f"{column} is highest there: {found[1]:.4f}, {at_start:.4f} at the start"
+        if at_start >= found[1]:
+            why += "; the start was no worse, so training gained nothing by this measure"
+        return {
+            "select": select,
+            "iteration": found[0],
+            "why": why,
+            "out_of": len(values) - 1,
+            "value": found[1],
+            "value_at_start": at_start,
         }
 
 

@@ -84,6 +84,15 @@ PANELS = (
     _Panel("Mean cosine of the features", {"mean_cosine": ""}),
     _Panel("Teacher entropy, nats", {"teacher_entropy": "each", "target_marginal_entropy": "mean"}),
     _Panel("KL, teacher to student, nats", {"teacher_student_kl": ""}),
+    _Panel("Probe: k-NN, balanced accuracy", {"probe_knn": ""}),
+    _Panel("Probe: patches, mean IoU", {"probe_dense": ""}),
+    _Panel(
+        "Probe: difference from the start, 95 %",
+        {"probe_difference": "difference", "probe_difference_low": "low", "probe_difference_high": "high"},
+    ),
+    _Panel("Probe: RankMe", {"probe_rankme": ""}),
+    _Panel("Probe: mean cosine", {"probe_mean_cosine": ""}),
+    _Panel("Probe: seconds each", {"probe_seconds": ""}),
 )
 # in place of the throughput, which the published trainer does not log
 TIME_PANEL = _Panel("Seconds an iteration", {"iter_time": "all", "data_time": "data"})

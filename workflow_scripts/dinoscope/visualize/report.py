@@ -16,6 +16,7 @@ from PIL import Image
 
 from dinoscope.files import write_text
 from dinoscope.visualize.curves import RUN_COLORS, curves_svg
+from dinoscope.visualize.evaluation_section import EvaluationFacts, evaluation_facts
 from dinoscope.visualize.pca_map import without_title
 from dinoscope.visualize.report_data import ModelFacts, ReportData, RunFacts, collect
 from dinoscope.visualize.segmentation import Segmented, collect_segmentation
@@ -72,6 +73,7 @@ def build_report(
     data = collect(results, models, runs, workflow_config=workflow_config)
     shown = _evenly(data.slides, max_slides)
     with_metrics = {run.name: run.metrics for run in data.runs if run.metrics is not None}
+    evaluation = evaluation_facts(results)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -84,7 +86,9 @@ def build_report(
         data=data,
         viewer="viewer/index.html" if (results / "viewer" / "index.html").is_file() else None,
         date=datetime.date.today().isoformat(),
-        summary=summary_sentences(data),
+        summary=[*(evaluation.on_top if evaluation else []), *summary_sentences(data)],
+        evaluation=evaluation,
+        task_figures=_task_figures(results, evaluation),
         rows=[
             (slide, _slide_pictures(results, slide.slide_id, data.models), _cluster_map(results, slide.slide_id))
             for slide in shown
@@ -211,6 +215,20 @@ def _segmented_picture(row: Segmented) -> list[Picture]:
         "light grey: not asked about"
     )
     return [] if row.page is None else _page(row.page, row.title, caption)
+
+
+def _task_figures(results: Path, evaluation: EvaluationFacts | None) -> dict[str, Picture]:
+    """The figure of each task that has one."""
+    figures = {}
+    for task in evaluation.tasks if evaluation else []:
+        caption = (
+            "scores of all models with 95 % intervals by bootstrap over cases; grey: margin around the first model"
+        )
+        if not task.rows:
+            caption = "numbers that describe the features; none has a better direction"
+        page = _page(results / "evaluation" / task.name / "figure.png", task.name, caption)
+        figures |= dict.fromkeys([task.name], page[0]) if page else {}
+    return figures
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

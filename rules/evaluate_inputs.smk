@@ -1,0 +1,104 @@
+"""Input functions of the rules of evaluation."""
+
+
+def task_labels(wildcards):
+    """The table of labels, where the task is one of them."""
+    return PLAN.config["labels"] if wildcards.task.startswith("label-") else []
+
+
+def task_folders(wildcards):
+    """Folders of the task's images."""
+    return EVALUATION.folders(wildcards.task)
+
+
+@one_sentence
+def task_arguments(wildcards):
+    """Arguments that say what the task asks about."""
+    return EVALUATION.unit_arguments(wildcards.task)
+
+
+def task_images(wildcards):
+    """Arguments that say which images the task has; none of a task of slides."""
+    is_of_images = wildcards.task in EVALUATION.image_tasks
+    return EVALUATION.image_arguments(wildcards.task) if is_of_images else []
+
+
+def task_features(wildcards):
+    """Features that the model answers the task with."""
+    return EVALUATION.features(wildcards.task, wildcards.model)
+
+
+def task_models(wildcards):
+    """Models that answer the task."""
+    return EVALUATION.models(wildcards.task)
+
+
+def task_answers(wildcards):
+    """What they answered."""
+    return expand(
+        "<results>/evaluation/{task}/answers/{model}.npz",
+        task=wildcards.task,
+        model=EVALUATION.models(wildcards.task),
+    )
+
+
+@one_sentence
+def task_shifts(wildcards):
+    """Arguments for changed copies of the task's tiles, where robustness is asked."""
+    return EVALUATION.shift_arguments(wildcards.task)
+
+
+@one_sentence
+def probe_inputs(wildcards):
+    """What the images that runs are asked about come from."""
+    return EVALUATION.probe_inputs()
+
+
+@one_sentence
+def probe_slides(wildcards):
+    """Slides that these are read from."""
+    if EVALUATION.probed_task is not None:
+        return []
+    slides = EVALUATION.cohort.slides_of("selection")
+    return [path for slide in slides for path in SLIDES.input_of(slide)]
+
+
+@one_sentence
+def probe_arguments(wildcards):
+    """Arguments that say which images these are."""
+    return EVALUATION.probe_arguments()
+
+
+def evaluated_pooling(wildcards):
+    """What is taken of an image with the model."""
+    return EVALUATION.pooling(wildcards.model)
+
+
+def model_history(wildcards):
+    """Arguments that say what the model was trained on."""
+    return EVALUATION.history(wildcards.task, wildcards.model)
+
+
+def model_references(wildcards):
+    """Arguments that say which models each model is held against."""
+    return EVALUATION.reference_arguments(wildcards.task)
+
+
+@one_sentence
+def primary_measure(wildcards):
+    """Argument for the measure that the verdict rests on, where the config names one."""
+    return EVALUATION.summary_arguments()
+
+
+def evaluation(wildcards):
+    """The table of all measures, and a figure of each task, where models are to be measured."""
+    wanted = PLAN.config["evaluation"]["enabled"] and EVALUATION.tasks
+    return evaluation_results() if wanted else []
+
+
+def evaluation_results():
+    """The same in any case."""
+    if not EVALUATION.tasks:
+        return []
+    figures = expand("<results>/evaluation/{task}/figure.png", task=EVALUATION.tasks)
+    return ["<results>/evaluation/summary.json", *figures]

@@ -1,0 +1,112 @@
+"""Which models are asked what, and with which arguments, before any job runs."""
+
+from pathlib import Path
+
+import pytest
+
+from dinoscope.errors import ConfigError
+from dinoscope.plan import make_plan
+from dinoscope.plan_evaluation import SHIFTS, EvaluationJobs
+from dinoscope.plan_features import FeatureJobs
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = "student: {arch: vit_nano}\ncrops: {global_crops_size: 96, local_crops_size: 48}\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("root.yaml").write_text(RECIPE)
+    gram = "extends: root.yaml\ngram: {use_loss: true}\ncrops: {gram_teacher_crops_size: 128}\n"
+    Path("gram.yaml").write_text(gram)
+    rows = ["slide_id\tpath\tcase_id\tuse"]
+    rows += [f"t{i}\tt{i}.svs\tT{i}\ttrain,features" for i in range(3)]
+    rows += [f"e{i}\te{i}.svs\tE{i}\teval,features" for i in range(8)]
+    for row in rows[1:]:
+        Path(row.split("\t")[1]).touch()
+    Path("slides.tsv").write_text("\n".join(rows) + "\n")
+    Path("labels.tsv").write_text("case_id\tgrade\tos_time\tos_event\nE1\tlow\t3\t1\nE2\thigh\t2\t0\n")
+    Path("cells/a").mkdir(parents=True)
+    return tmp_path
+
+
+def jobs_of(evaluation=None, **further):
+    config = {
+        "slides": {"source": "slides.tsv"},
+        "labels": "labels.tsv",
+        "tiling": {"sets": {"train": {"tile_px": 256}, "features": None}},
+        "runs": {
+            "pretrain": {"recipe": "root.yaml"},
+            "gram": {"recipe": "gram.yaml", "continues": "pretrain"},
+            "more": {"recipe": "root.yaml", "continues": "pretrain"},
+        },
+        "evaluation": evaluation or {},
+    } | further
+    plan = make_plan(config, REPOSITORY)
+    jobs = EvaluationJobs(plan, FeatureJobs(plan))
+    jobs.check()
+    return jobs
+
+
+def test_tasks_and_the_models_that_answer_them(folder):
+    jobs = jobs_of({"tile_sets": {"cells": {"folder": "cells"}}, "masks": {"nuclei": {"images": ".", "masks": "."}}})
+    assert jobs.tasks == ["label-grade", "label-os", "tiles-cells", "masks-nuclei", "descriptive"]
+    # starting from a random initialisation, that is base itself
+    assert jobs.models("label-grade") == ["base", "pretrain", "gram", "more", "color-histogram", "thumbnail"]
+    assert jobs.models("masks-nuclei") == jobs.models("descriptive") == ["base", "pretrain", "gram", "more"]
+    assert jobs_of({"labels": ["os"], "descriptive": False}).tasks == ["label-os"]
+    assert jobs_of(labels=None).tasks == ["descriptive"]
+
+
+def test_features_of_test_slides_alone_are_taken(folder):
+    jobs = jobs_of()
+    slides = {Path(file).stem for file in jobs.features("label-grade", "gram")}
+    assert len(slides) == 6 and all(slide.startswith("e") for slide in slides)
+    assert slides == set(jobs.cohort.slides_of("test"))
+    assert not slides & set(jobs.cohort.slides_of("selection"))
+
+
+def test_a_model_is_told_with_all_runs_that_it_comes_from(folder):
+    jobs = jobs_of()
+    seals = [part for part in jobs.history("label-grade", "gram") if part != "--seal"]
+    assert seals == ["results/runs/gram/run_config.json", "results/runs/pretrain/run_config.json"]
+    assert jobs.history("label-grade", "base") == jobs.history("label-grade", "thumbnail") == []
+    Path("root.yaml").write_text(RECIPE + "MODEL: {WEIGHTS: published.pth}\n")
+    Path("published.pth").touch()
+    jobs = jobs_of()
+    assert jobs.history("label-grade", "base") == ["--unknown-origin"]
+    assert jobs.history("label-grade", "random") == [] and "random" in jobs.models("label-grade")
+
+
+def test_gram_is_held_against_its_control_too(folder):
+    jobs = jobs_of()
+    assert jobs.controls == {"gram": "more"}
+    assert jobs.reference_arguments("label-grade")[-1] == "gram=more"
+    Path("gram.yaml").write_text(Path("gram.yaml").read_text() + "optim: {lr: 0.5}\n")
+    assert jobs_of().controls == {}
+
+
+def test_what_refers_to_nothing_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"names .gradd., which is no label of labels\.tsv; did you mean"):
+        jobs_of({"labels": ["gradd"]}).tasks  # noqa: B018
+    with pytest.raises(ConfigError, match=r"evaluation\.primary is 'label-grad/linear', but 'label-grad' is no task"):
+        jobs_of({"primary": "label-grad/linear"})
+    with pytest.raises(ConfigError, match=r"evaluation\.tile_sets\.cells: nowhere is no folder"):
+        jobs_of({"tile_sets": {"cells": {"folder": "nowhere"}}})
+    Path("root.yaml").write_text(RECIPE + "evaluation: {probe_every: 5}\n")
+    with pytest.raises(ConfigError, match=r"evaluation\.probe\.source is 'cell', which is no tile set"):
+        jobs_of({"tile_sets": {"cells": {"folder": "cells"}}, "probe": {"source": "cell"}})
+    with pytest.raises(ConfigError, match="no case is for selection"):
+        jobs_of({"selection": {"fraction": 0}})
+
+
+def test_changed_copies_are_made_where_robustness_is_asked(folder):
+    jobs = jobs_of({"tile_sets": {"cells": {"folder": "cells"}}, "robustness": True})
+    assert jobs.shift_arguments("tiles-cells") == ["--shifts", *SHIFTS]
+    assert jobs_of({"tile_sets": {"cells": {"folder": "cells"}}}).shift_arguments("tiles-cells") == []
+
+
+def test_shifts_are_those_there_are():
+    from dinoscope.evaluate import shifts
+
+    assert set(SHIFTS) == set(shifts.SHIFTS)

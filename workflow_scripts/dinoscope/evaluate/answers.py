@@ -1,0 +1,77 @@
+"""What a model answered: pooled out-of-fold predictions of each measure, kept in one file a task and model.
+
+Comparing models needs nothing else, so a model that comes later is measured alone.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoscope.errors import FeaturesError
+from dinoscope.files import atomic_path
+
+__all__ = ["Answers", "read_answers", "write_answers"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one model to one task.
+
+    Attributes:
+        about: model, weights' digest, width, mpp, pooling, `seen` counts, seconds.
+        seen: (N,) int8 an index of cohort.SEEN a unit: whether its training has seen the unit's group.
+        said: Measure -> (R, N, C) float32 probabilities of classes or (R, N) values or risks, R repeats; NaN where a
+            repeat asked nothing (`scores.Predictions`).
+        confusions: Measure -> (N, C, C) counts of an image's pixels, truth by rows.
+        numbers: Descriptive measures.
+        notes: Sentences.
+    """
+
+    about: dict[str, Any]
+    seen: np.ndarray
+    said: Mapping[str, np.ndarray] = field(default_factory=dict)
+    confusions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of the measures with predictions."""
+        return [*self.said, *self.confusions]
+
+
+_PARTS = ("said", "confusions")
+
+
+def write_answers(path: Path, answers: Answers) -> None:
+    """Writes the file, by rename."""
+    arrays: dict[str, np.ndarray] = {"seen": answers.seen.astype(np.int8)}
+    for part in _PARTS:
+        arrays |= {f"{part}/{name}": values for name, values in getattr(answers, part).items()}
+    document = {"about": answers.about, "numbers": dict(answers.numbers), "notes": answers.notes}
+    arrays["document"] = np.frombuffer(json.dumps(document, allow_nan=False).encode(), dtype=np.uint8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_answers(path: Path) -> Answers:
+    """Reads the file.
+
+    Raises:
+        FeaturesError: It is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        document = json.loads(bytes(arrays.pop("document")))
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise FeaturesError(f"{path}: no answers of a model ({error}); delete it and measure again") from None
+    parts = {
+        part: {name.partition("/")[2]: values for name, values in arrays.items() if name.startswith(f"{part}/")}
+        for part in _PARTS
+    }
+    return Answers(seen=arrays["seen"], **document, **parts)

@@ -1,0 +1,121 @@
+"""Dense answers: a linear probe of patch features, asked about the classes of patches, counted in pixels of the mask.
+
+Each pixel takes the answer of the patch that it lies in, so that models of different patch sizes are held to the same
+pixels. A patch is learned as the class that most of its pixels have.
+
+Shapes: N images, P patches of all of them, D width, C classes.
+"""
+
+import numpy as np
+
+from dinoscope.errors import FeaturesError
+from dinoscope.evaluate.answers import Answers
+from dinoscope.evaluate.descriptive import outlier_patches
+from dinoscope.evaluate.embedding import ImageFeatures, read_mask
+from dinoscope.evaluate.folds import Fold, grouped_folds
+from dinoscope.evaluate.measuring import Settings
+from dinoscope.evaluate.probe import CLEAN, linear_probe
+from dinoscope.evaluate.tile_sets import ImageSet
+from dinoscope.evaluate.units import Units
+
+__all__ = ["answer_masks", "patch_edges", "patch_labels"]
+
+_MOST_PATCHES = 50_000  # that a regression is fitted on, as equal as possible an image; all are asked
+IGNORED = 255  # of masks with classes
+
+
+def answer_masks(
+    units: Units, images: ImageSet, features: ImageFeatures, instances: bool, settings: Settings
+) -> Answers:
+    """Confusion matrices (N, C, C) of the pixels of each image, of one cross-validation over images' groups.
+
+    Args:
+        units: The images.
+        images: With their masks.
+        features: Of their patches.
+        instances: Mask values above 0 are instances of one class.
+        settings: How.
+
+    Raises:
+        FeaturesError: A mask cannot be read, or there is one class only.
+    """
+    masks = [read_mask(images, index, instances) for index in range(len(images))]
+    classes = sorted({int(value) for mask in masks for value in np.unique(mask)} - ({IGNORED} - {0, 1}))
+    if len(classes) < 2:
+        raise FeaturesError(f"set {images.name}: all pixels of all masks are of class {classes[0]}; two are needed")
+    numbered = [np.searchsorted(classes, np.where(mask == IGNORED, classes[0], mask)) for mask in masks]
+    patch_px = None if features.about["image_px"] else features.about["patch_size"] / features.about["enlarge"]
+    ends = np.cumsum(features.grids.prod(axis=1))
+    labels = np.concatenate(
+        [patch_labels(mask, tuple(g), len(classes), patch_px) for mask, g in zip(numbered, features.grids, strict=True)]
+    )
+    image_of = np.repeat(np.arange(len(images)), features.grids.prod(axis=1))
+    test = np.flatnonzero([unit.set == "test" for unit in units.units])
+    mine = np.isin(image_of, test)
+    groups = units.groups
+    rows, of_rows = features.features[mine].astype(np.float32), image_of[mine]
+    folds = _patch_folds(groups[test], test, of_rows, settings)
+    probed = linear_probe(rows, labels[mine], groups[of_rows], folds, max_rows=_MOST_PATCHES, seed=settings.seed)
+    said = probed.predictions[CLEAN].said[0].argmax(axis=1)
+    answers = np.zeros(len(labels), dtype=np.int64)
+    answers[mine] = said
+    confusions = np.zeros((len(images), len(classes), len(classes)), dtype=np.int64)
+    for index in test:
+        grid = tuple(features.grids[index])
+        patches = answers[ends[index] - grid[0] * grid[1] : ends[index]].reshape(grid)
+        pixels = _spread(patches, masks[index].shape, patch_px)
+        counted = masks[index] != IGNORED if IGNORED not in classes else np.ones(pixels.shape, dtype=bool)
+        np.add.at(confusions[index], (numbered[index][counted], pixels[counted]), 1)
+    numbers = {"outlier_patches": outlier_patches(features.features[None].astype(np.float32))}
+    notes = [f"{len(labels):,} patches; patches with a norm of more than three times the median are outliers"]
+    return Answers({}, np.zeros(len(units), np.int8), confusions={"dense": confusions}, numbers=numbers, notes=notes)
+
+
+def patch_labels(mask: np.ndarray, grid: tuple[int, int], num_classes: int, patch_px: float | None) -> np.ndarray:
+    """(h·w,) the class that most pixels of each patch have, row by row; of equal numbers the lower one.
+
+    Args:
+        mask: (H, W) class numbers.
+        grid: (h, w).
+        num_classes: C.
+        patch_px: Side of a patch in pixels of the mask; None where the image was stretched to its patches.
+    """
+    counts = np.stack(
+        [_sums((mask == number).astype(np.int64), grid, patch_px) for number in range(num_classes)], axis=-1
+    )
+    return counts.argmax(axis=-1).ravel()
+
+
+def patch_edges(length: int, count: int, patch_px: float | None) -> np.ndarray:
+    """(count + 1,) where the patches of a side begin and end, in pixels of the mask; the last one may be cut off."""
+    side = length / count if patch_px is None else patch_px
+    edges = np.minimum(np.round(np.arange(count + 1) * side), length).astype(np.int64)
+    edges[-1] = length
+    return edges
+
+
+def _edges(shape: tuple[int, ...], grid: tuple[int, ...], patch_px: float | None) -> list[np.ndarray]:
+    return [patch_edges(length, count, patch_px) for length, count in zip(shape, grid, strict=True)]
+
+
+def _sums(values: np.ndarray, grid: tuple[int, int], patch_px: float | None) -> np.ndarray:
+    rows, columns = _edges(values.shape, grid, patch_px)
+    return np.add.reduceat(np.add.reduceat(values, rows[:-1], axis=0), columns[:-1], axis=1)
+
+
+def _spread(patches: np.ndarray, shape: tuple[int, ...], patch_px: float | None) -> np.ndarray:
+    """The patches' answers at each pixel."""
+    counts = [np.diff(edges) for edges in _edges(shape, patches.shape, patch_px)]
+    return np.repeat(np.repeat(patches, counts[0], axis=0), counts[1], axis=1)
+
+
+def _patch_folds(groups: np.ndarray, test: np.ndarray, image_of: np.ndarray, settings: Settings) -> list[Fold]:
+    """Folds of images as folds of their patches; one repeat, since every pixel of every image is asked."""
+    # images have no class to be stratified by: two labels that alternate over groups do no harm
+    alternating = np.unique(groups, return_inverse=True)[1] % 2
+    number = min(settings.folds, len(np.unique(groups)) // 2)
+    found = grouped_folds(alternating, groups, folds=number, repeats=1, seed=settings.seed)
+    of_patches = (
+        (fold, [np.flatnonzero(np.isin(image_of, test[side])) for side in (fold.train, fold.test)]) for fold in found
+    )
+    return [Fold(fold.repeat, fold.name, *sides) for fold, sides in of_patches]

@@ -1,0 +1,269 @@
+"""The answers of one model to one task: which measures there are for which kind of label, on which folds.
+
+Folds depend on labels, cases and the seed alone, so all models are asked the same, with the same budget of tuning.
+Only units of the test set are asked or learned from.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dinoscope.errors import EvaluationError
+from dinoscope.evaluate.answers import Answers
+from dinoscope.evaluate.describing import MAX_TILES
+from dinoscope.evaluate.folds import (
+    Fold,
+    balanced_rows,
+    grouped_folds,
+    leave_one_site_out,
+    preserved_site_folds,
+    strata_of_values,
+)
+from dinoscope.evaluate.inputs import UnitFeatures
+from dinoscope.evaluate.mil import attention_probe
+from dinoscope.evaluate.probe import CLEAN, few_shot, knn_probe, linear_probe, ridge_probe
+from dinoscope.evaluate.robustness import retention, robustness_index, site_readout
+from dinoscope.evaluate.scores import Predictions
+from dinoscope.evaluate.survival import cox_probe
+from dinoscope.evaluate.units import Units
+
+__all__ = ["SPLITS", "Settings", "answer_classes", "answer_values"]
+
+_log = logging.getLogger(__name__)
+SPLITS = ("grouped", "leave-one-site-out", "preserved-site")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are asked.
+
+    Attributes:
+        folds: Of the cross-validation; fewer where a class has fewer cases.
+        repeats: Of the cross-validation.
+        splits: Some of `SPLITS`; measures on others than the first carry its name behind an @.
+        seed: Of folds and draws.
+        attention: Whether attention MIL is trained, which takes by far the most time.
+    """
+
+    folds: int = 5
+    repeats: int = 5
+    splits: tuple[str, ...] = ("grouped",)
+    seed: int = 0
+    attention: bool = True
+
+
+def answer_classes(
+    units: Units,
+    pooled: np.ndarray,
+    settings: Settings,
+    features: UnitFeatures | None = None,
+    shifted: Mapping[str, np.ndarray] | None = None,
+) -> Answers:
+    """k-NN, linear probe and few-shot of a unit's mean feature and, where units are bags of tiles, attention MIL.
+
+    Args:
+        units: The task's.
+        pooled: (N, D) a row a unit.
+        settings: How.
+        features: With the bags, for units of slides.
+        shifted: Features of changed copies of the units: the same probes are asked about these too, and which
+            neighbours remain (retention). Measures of changed copies are named MEASURE~CHANGE and have no verdict.
+    """
+    test, notes = _test_rows(units), []
+    labels, cases = _dense_numbers(units.targets[test]), units.groups[test]
+    rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
+    copies = {kind: np.ascontiguousarray(of[test], dtype=np.float32) for kind, of in (shifted or {}).items()}
+    said: dict[str, np.ndarray] = {}
+    for split in settings.splits:
+        folds = _folds(split, labels, cases, _sites(units, test), settings, notes)
+        if folds is None:
+            continue
+        found: dict[str, Predictions] = {}
+        for k, of_copies in knn_probe(rows, labels, cases, folds, tested=copies).items():
+            found |= {_copy_name(f"knn_{k}", kind): of for kind, of in of_copies.items()}
+        linear = linear_probe(rows, labels, cases, folds, tested=copies, seed=settings.seed).predictions
+        found |= {_copy_name("linear", kind): of for kind, of in linear.items()}
+        found |= {f"few_shot_{n}": one for n, one in few_shot(rows, labels, cases, folds, seed=settings.seed).items()}
+        found |= _attention(features, test, labels, cases, folds, "classes", settings)
+        said |= _named(found, split, settings, units, test, labels)
+    answers = _ordered(units, said, notes)
+    answers.numbers.update(_robustness(units, test, rows, copies, labels, cases, features, settings.seed, notes))
+    return answers
+
+
+def answer_values(
+    units: Units, pooled: np.ndarray, settings: Settings, features: UnitFeatures | None = None
+) -> Answers:
+    """Ridge regression of numbers, Cox regression of times with events, and attention MIL of either.
+
+    Args:
+        units: The task's.
+        pooled: (N, D) a row a unit.
+        settings: How.
+        features: With the bags, for attention MIL.
+    """
+    test, notes = _test_rows(units), []
+    truth, cases = units.targets[test], units.groups[test]
+    rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
+    is_survival = units.kind == "survival"
+    strata = _survival_strata(truth) if is_survival else strata_of_values(truth)
+    said: dict[str, np.ndarray] = {}
+    for split in settings.splits:
+        folds = _folds(split, strata, cases, _sites(units, test), settings, notes)
+        if folds is None:
+            continue
+        if is_survival:
+            found = {"cox": cox_probe(rows, *truth.T, cases, folds, seed=settings.seed).predictions[CLEAN]}
+        else:
+            found = {"ridge": ridge_probe(rows, truth, cases, folds, seed=settings.seed).predictions[CLEAN]}
+        kind = "survival" if is_survival else "values"
+        found |= _attention(features, test, truth, cases, folds, kind, settings)
+        said |= _named(found, split, settings, units, test, None)
+    return _ordered(units, said, notes)
+
+
+def _copy_name(measure: str, kind: str) -> str:
+    return measure if kind == CLEAN else f"{measure}~{kind}"
+
+
+def _robustness(
+    units: Units,
+    test: np.ndarray,
+    rows: np.ndarray,
+    copies: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    cases: np.ndarray,
+    features: UnitFeatures | None,
+    seed: int,
+    notes: list[str],
+) -> dict[str, float]:
+    """Neighbours that remain under changes, and where sites are known, what features tell of them."""
+    found: dict[str, float] = {}
+    try:
+        for kind, changed in copies.items():
+            means = retention(rows, changed, cases, labels=labels).means()
+            found |= {f"{name}~{kind}": value for name, value in means.items() if np.isfinite(value)}
+    except EvaluationError as error:
+        notes.append(f"retention: {error}")
+    sites = _sites(units, test)
+    if sites is None or features is None or len(np.unique(sites)) < 2:
+        return found
+    counts = [len(features.bags[index]) for index in test]
+    of = np.repeat(np.arange(len(test)), counts)
+    taken = balanced_rows(cases[of], MAX_TILES, seed)
+    tiles = np.concatenate([features.bags[index] for index in test])[taken].astype(np.float32)
+    place = of[taken]
+    try:
+        found["robustness_index"] = robustness_index(tiles, labels[place], sites[place], cases[place], seed=seed).value
+    except EvaluationError as error:
+        notes.append(f"robustness index: {error}")
+    try:
+        told = site_readout(tiles, labels[place], sites[place], cases[place], seed=seed)
+        found |= {"site_readout": float(told.statistic()(np.ones((1, len(told.cases))))[0]), "site_chance": told.chance}
+        notes += told.left_out
+    except EvaluationError as error:
+        notes.append(f"site read-out: {error}")
+    return found
+
+
+def _attention(
+    features: UnitFeatures | None,
+    test: np.ndarray,
+    truth: np.ndarray,
+    cases: np.ndarray,
+    folds: Sequence[Fold],
+    kind: str,
+    settings: Settings,
+) -> dict[str, Predictions]:
+    """Attention MIL, where units are bags of tiles; the linear probe of the bags' means is what it has to beat."""
+    if features is None or not settings.attention:
+        return {}
+    bags = [features.bags[index] for index in test]
+    return {"attention_mil": attention_probe(bags, truth, cases, folds, kind=kind, seed=settings.seed).predictions}
+
+
+def _test_rows(units: Units) -> np.ndarray:
+    return np.flatnonzero([unit.set == "test" for unit in units.units])
+
+
+def _dense_numbers(labels: np.ndarray) -> np.ndarray:
+    """Numbers without gaps: a class may have selection cases only."""
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def _survival_strata(truth: np.ndarray) -> np.ndarray:
+    """Events and censored ones; where there are only events, early and late ones."""
+    events = truth[:, 1].astype(np.int64)
+    return events if len(np.unique(events)) > 1 else strata_of_values(truth[:, 0])
+
+
+def _sites(units: Units, test: np.ndarray) -> np.ndarray | None:
+    return None if units.sites is None else units.sites[test]
+
+
+def _folds(
+    split: str,
+    labels: np.ndarray,
+    cases: np.ndarray,
+    sites: np.ndarray | None,
+    settings: Settings,
+    notes: list[str],
+) -> list[Fold] | None:
+    """Folds of that kind; None, with a note of why, where the labels do not allow any."""
+    try:
+        if split == "grouped":
+            number = min(settings.folds, _fewest_cases(labels, cases))
+            if number < settings.folds:
+                notes.append(f"{number} folds instead of {settings.folds}: the rarest class has so few cases")
+            if number < 2:
+                raise EvaluationError("a class has one case only, so that none is left to ask about")
+            return grouped_folds(labels, cases, folds=number, repeats=settings.repeats, seed=settings.seed)
+        if sites is None:
+            raise EvaluationError("not all units have a site; give column `site` of the slide table")
+        if split == "leave-one-site-out":
+            return leave_one_site_out(labels, cases, sites)
+        return preserved_site_folds(labels, cases, sites, repeats=settings.repeats, seed=settings.seed)
+    except EvaluationError as error:
+        notes.append(f"split {split}: {error}")
+        _log.warning("split %s: %s", split, error)
+        return None
+
+
+def _fewest_cases(labels: np.ndarray, cases: np.ndarray) -> int:
+    return min(len(np.unique(cases[labels == label])) for label in np.unique(labels))
+
+
+def _named(
+    found: Mapping[str, Predictions],
+    split: str,
+    settings: Settings,
+    units: Units,
+    test: np.ndarray,
+    labels: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Answers for all units, NaN for those that were not asked; classes by their numbers in the task."""
+    suffix = "" if split == settings.splits[0] else f"@{split}"
+    named = {}
+    for name, predictions in found.items():
+        given = predictions.said
+        if labels is not None and given.shape[2] < len(units.classes):
+            present = np.unique(units.targets[test])
+            wider = np.zeros((*given.shape[:2], len(units.classes)))
+            wider[..., present] = given
+            wider[np.isnan(given).any(axis=2)] = np.nan
+            given = wider
+        whole = np.full((len(given), len(units), *given.shape[2:]), np.nan, dtype=np.float32)
+        whole[:, test] = given
+        named[name + suffix] = whole
+    return named
+
+
+def _ordered(units: Units, said: dict[str, np.ndarray], notes: list[str]) -> Answers:
+    """Answers with the measure that is most often meant first."""
+    first = [name for name in ("linear", "ridge", "cox") if name in said]
+    order = [*first, *(name for name in said if name not in first)]
+    about: dict[str, Any] = {}
+    return Answers(about, np.zeros(len(units), dtype=np.int8), {name: said[name] for name in order}, notes=notes)

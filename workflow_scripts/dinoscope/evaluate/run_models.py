@@ -1,0 +1,131 @@
+"""The steps of evaluate.py that ask models: features, answers, images for probes; each reads files and writes files."""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from dinoscope.evaluate.answers import Answers, write_answers
+from dinoscope.evaluate.cohort import SEEN
+from dinoscope.evaluate.describing import describe_slides
+from dinoscope.evaluate.embedding import embed_masked, embed_tiles, read_image_features, write_features
+from dinoscope.evaluate.inputs import groups_seen, read_history, slide_features
+from dinoscope.evaluate.labels import read_labels
+from dinoscope.evaluate.masked import answer_masks
+from dinoscope.evaluate.measuring import Settings, answer_classes, answer_values
+from dinoscope.evaluate.probe_sets import probe_of_images, probe_of_slides
+from dinoscope.evaluate.run import images_of
+from dinoscope.evaluate.tile_sets import ImageSet
+from dinoscope.evaluate.units import Units, read_units
+from dinoscope.export.convert import write_initial_weights
+from dinoscope.features.embedding import choose_device
+from dinoscope.features.encoders import load_encoder
+from dinoscope.recipe import load_recipe
+from dinoscope.slides.reader import SlidePool
+from dinoscope.slides.table import read_slide_table
+from dinoscope.train.probing import write_probe_set
+
+__all__ = ["embed", "make_probe", "measure", "write_random_weights"]
+
+_log = logging.getLogger(__name__)
+
+
+def write_random_weights(arguments: argparse.Namespace) -> None:
+    """The recipe's backbone as it would begin without published weights."""
+    config = OmegaConf.merge(load_recipe(arguments.config), {"MODEL": {"WEIGHTS": ""}})
+    write_initial_weights(config, arguments.output)
+
+
+def embed(arguments: argparse.Namespace) -> None:
+    """Writes the features of a set of images by one encoder."""
+    device = choose_device(arguments.device)
+    encoder = load_encoder(
+        arguments.weights,
+        architecture=arguments.architecture,
+        device=device,
+        files=arguments.encoder_files,
+        version=arguments.encoder_version,
+    )
+    images = images_of(arguments)
+    about = {"model": arguments.model_name, "pooling": arguments.pooling}
+    how: dict[str, Any] = {"grey": arguments.grey, "device": device}
+    if arguments.masks is None:
+        found = embed_tiles(encoder, images, about, tile_px=arguments.tile_px, shifts=arguments.shifts, **how)
+    else:
+        found = embed_masked(encoder, images, about, enlarge=arguments.enlarge, **how)
+    write_features(arguments.output, found)
+    _log.info("%s: features of %d images, width %d", arguments.model_name, len(images), found.features.shape[1])
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Writes the answers of one model to one task."""
+    started = time.monotonic()
+    units = read_units(arguments.units)
+    settings = Settings(
+        arguments.folds, arguments.repeats, tuple(arguments.splits), arguments.seed, not arguments.no_attention
+    )
+    images = images_of(arguments) if arguments.folder is not None else None
+    history = read_history(arguments.seal, arguments.trained_on, is_known=not arguments.unknown_origin)
+    records = read_slide_table(arguments.slides) if arguments.slides and images is None else []
+    case_of = {record.slide_id: record.case_id for record in records}
+    seen = groups_seen(units, history, case_of, images, _pattern(arguments.groups))
+    if images is not None:
+        answers = _answers_of_images(units, images, arguments, settings)
+    else:
+        features = slide_features(units, arguments.features, max_tiles=arguments.max_tiles, seed=arguments.seed)
+        if units.kind == "none":
+            answers = describe_slides(units, features, settings.seed)
+        else:
+            ask = answer_classes if units.kind == "classes" else answer_values
+            answers = ask(units, features.pooled, settings, features)
+        answers.about.update(features.about)
+    answers.about["seconds"] = round(time.monotonic() - started, 2)
+    told = {name: int((seen == number).sum()) for number, name in enumerate(SEEN)}
+    answers.about["seen"] = {name: count for name, count in told.items() if count}
+    write_answers(arguments.output, Answers(**{**vars(answers), "seen": seen}))
+    _log.info("%s, %s: %s", units.task, arguments.model_name, ", ".join(answers.measures) or "described")
+
+
+def make_probe(arguments: argparse.Namespace) -> None:
+    """Writes the images that runs are asked about."""
+    if arguments.folder is not None:
+        images, units = images_of(arguments), read_units(arguments.units)
+        how = {key: getattr(arguments, key) for key in ("tile_px", "grey", "instances", "enlarge", "seed")}
+        probe = probe_of_images(images, units, count=arguments.images, **how)
+    else:
+        records = {record.slide_id: record for record in read_slide_table(arguments.slides)}
+        wanted = [records[slide] for slide in arguments.probed]
+        given = {record.slide_id: record.mpp or arguments.slide_mpp for record in wanted}
+        mpp = {slide: value for slide, value in given.items() if value is not None}
+        pool = SlidePool({record.slide_id: record.path for record in wanted}, mpp, reader=arguments.slide_reader)
+        labels = read_labels(arguments.labels) if arguments.labels else []
+        probe = probe_of_slides(
+            arguments.probed,
+            {slide: record.case_id for slide, record in records.items()},
+            pool,
+            {slide: arguments.tiles / f"{slide}.parquet" for slide in arguments.probed},
+            next((label for label in labels if label.kind == "classes"), None),
+            count=arguments.images,
+            seed=arguments.seed,
+        )
+    write_probe_set(arguments.output, probe)
+    _log.info("probe: %d images of %d groups", len(probe.images), len(np.unique(probe.groups)))
+
+
+def _answers_of_images(units: Units, images: ImageSet, arguments: argparse.Namespace, settings: Settings) -> Answers:
+    (path,) = arguments.features
+    features = read_image_features(path, units.digest)
+    if units.kind == "masks":
+        answers = answer_masks(units, images, features, arguments.instances, settings)
+    else:
+        answers = answer_classes(units, features.features, settings, shifted=features.shifted)
+    answers.about.update(features.about)
+    return answers
+
+
+def _pattern(groups: str | None) -> str | None:
+    return None if groups is None or Path(groups).suffix.lower() in (".csv", ".tsv") else groups

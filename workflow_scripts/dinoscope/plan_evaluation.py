@@ -1,0 +1,293 @@
+"""What the jobs that measure models are told while planning: tasks, their models, and what each of these is made from.
+
+A task is what is asked: label-NAME (a column of the table of labels), tiles-NAME (a tile set from elsewhere),
+masks-NAME (images with masks), and descriptive (no question at all). Each model answers each task in a job of its own;
+another job compares the answers of all.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dinoscope.errors import ConfigError
+from dinoscope.evaluate.baseline_names import BASELINES
+from dinoscope.evaluate.cohort import Cohort, make_cohort
+from dinoscope.evaluate.labels import read_labels
+from dinoscope.names import nearest
+from dinoscope.plan import Plan, Run
+from dinoscope.plan_checks import BASE
+from dinoscope.plan_features import FeatureJobs
+from dinoscope.recipe import flatten
+
+__all__ = ["DESCRIPTIVE", "LABEL", "MASKS", "TILES", "EvaluationJobs"]
+
+SHIFTS = ("stain", "blur", "jpeg", "mpp", "rotation", "grey")  # of evaluate/shifts.py, without its imports
+DESCRIPTIVE, LABEL, TILES, MASKS = "descriptive", "label-", "tiles-", "masks-"
+_FEW_CASES = 3  # of the test set, below which training slides are described as well
+
+
+class EvaluationJobs:
+    """Arguments and inputs of the jobs that measure a plan's models."""
+
+    def __init__(self, plan: Plan, features: FeatureJobs) -> None:
+        self._plan, self._features, self._settings = plan, features, plan.config["evaluation"]
+
+    @functools.cached_property
+    def cohort(self) -> Cohort:
+        """The three sets of cases.
+
+        Raises:
+            ConfigError: A case is on two sides, or a chosen one cannot be for selection.
+        """
+        selection = self._settings["selection"]
+        return make_cohort(
+            list(self._plan.slides.values()),
+            self._plan.split,
+            fraction=selection["fraction"],
+            seed=self._plan.config["split"]["seed"],
+            selection=selection["cases"],
+        )
+
+    @functools.cached_property
+    def tasks(self) -> list[str]:
+        """Names of all tasks, in the order of the report."""
+        labels = [f"{LABEL}{name}" for name in self._label_names()]
+        tiles = [f"{TILES}{name}" for name in self._settings["tile_sets"]]
+        masks = [f"{MASKS}{name}" for name in self._settings["masks"]]
+        described = self._settings["descriptive"] and self._described()
+        return [*labels, *tiles, *masks, *([DESCRIPTIVE] if described else [])]
+
+    @property
+    def image_tasks(self) -> list[str]:
+        """Those of images from elsewhere."""
+        return [task for task in self.tasks if task.startswith((TILES, MASKS))]
+
+    def check(self) -> None:
+        """Raises what is wrong with cases, labels and folders before any job runs.
+
+        Raises:
+            ConfigError: One sentence.
+        """
+        for task in self.image_tasks:
+            for folder in self.folders(task):
+                if not Path(folder).is_dir():
+                    section = "tile_sets" if task.startswith(TILES) else "masks"
+                    name = task.partition("-")[2]
+                    raise ConfigError(f"config: evaluation.{section}.{name}: {folder} is no folder; give one of images")
+        self.summary_arguments()
+        if any(self.is_probed(run) for run in self._plan.runs):
+            self.probe_inputs()
+
+    def models(self, task: str) -> list[str]:
+        """Models that are asked, the starting weights first."""
+        own = self._plan.models
+        if task == DESCRIPTIVE or not self._settings["baselines"]:
+            return own
+        names = [name for name in BASELINES if name != "random" or self._base_is_trained()]
+        if task.startswith(MASKS):  # which have no patches
+            names = [name for name in names if name == "random"]
+        return [*own, *names]
+
+    def slides(self, task: str) -> list[str]:
+        """Slides whose features a task takes."""
+        test = self.cohort.slides_of("test")
+        return self._described() if task == DESCRIPTIVE else test
+
+    def features(self, task: str, model: str) -> list[str]:
+        """Files with the features that a model answers a task with."""
+        if task in self.image_tasks:
+            return [f"<results>/evaluation/{task}/features/{model}.npz"]
+        return [f"<results>/features/{model}/{slide}.h5" for slide in self.slides(task)]
+
+    def images(self, task: str) -> dict[str, Any]:
+        """Settings of a task's images."""
+        kind, _, name = task.partition("-")
+        section = self._settings["tile_sets" if f"{kind}-" == TILES else "masks"]
+        return section[name]
+
+    def image_arguments(self, task: str) -> list[str]:
+        """Arguments of evaluate.py that say which images a task has, and how they are taken."""
+        settings = self.images(task)
+        _, _, name = task.partition("-")
+        arguments = ["--set-name", name]
+        if task.startswith(TILES):
+            arguments += ["--folder", settings["folder"], "--tile-px", str(settings["tile_px"])]
+        else:
+            arguments += ["--folder", settings["images"], "--masks", settings["masks"]]
+            arguments += ["--enlarge", str(settings["enlarge"])] + (["--instances"] if settings["instances"] else [])
+        arguments += ["--groups", settings["groups"]] if settings["groups"] else []
+        return arguments + (["--grey"] if settings["grey"] else [])
+
+    def folders(self, task: str) -> list[str]:
+        """Folders that a task's images and masks lie in."""
+        if task not in self.image_tasks:
+            return []
+        settings = self.images(task)
+        return [settings["folder"]] if task.startswith(TILES) else [settings["images"], settings["masks"]]
+
+    def unit_arguments(self, task: str) -> list[str]:
+        """Arguments of evaluate.py that say what a task asks about."""
+        selection, split = self._settings["selection"], self._plan.config["split"]
+        arguments = ["--seed", str(split["seed"])]
+        if task in self.image_tasks:
+            fraction = selection["fraction"] if self._settings["probe"]["source"] == task.partition("-")[2] else 0
+            return [*arguments, *self.image_arguments(task), "--selection-fraction", str(fraction)]
+        arguments += ["--split-fraction", str(split["fraction"]), "--selection-fraction", str(selection["fraction"])]
+        arguments += ["--selection", *selection["cases"]] if selection["cases"] else []
+        if task == DESCRIPTIVE:
+            return [*arguments, "--described", *self._described()]
+        return [*arguments, "--labels", self._plan.config["labels"], "--label", task.removeprefix(LABEL)]
+
+    def reference_arguments(self, task: str) -> list[str]:
+        """Arguments that say which models each model is held against, MODEL=REFERENCE."""
+        models = self.models(task)
+        pairs = [f"{model}={BASE}" for model in models if BASE in models and model != BASE]
+        pairs += [f"{run}={control}" for run, control in self.controls.items() if {run, control} <= set(models)]
+        return ["--against", *pairs] if pairs else []
+
+    @functools.cached_property
+    def controls(self) -> dict[str, str]:
+        """Run with gram loss -> the run that does the very same iterations without it, if the config has one."""
+        found = {}
+        for run in self._plan.runs.values():
+            if not run.settings.gram.use_loss:
+                continue
+            for other in self._plan.runs.values():
+                same = (other.continues, other.tile_set) == (run.continues, run.tile_set)
+                if same and not other.settings.gram.use_loss and _without_gram(other) == _without_gram(run):
+                    found[run.name] = other.name
+        return found
+
+    def shift_arguments(self, task: str) -> list[str]:
+        """Arguments of evaluate.py embed for changed copies of tiles, where robustness is asked."""
+        return ["--shifts", *SHIFTS] if self._settings["robustness"] and task.startswith(TILES) else []
+
+    def pooling(self, model: str) -> str:
+        """What is taken of an image with a model."""
+        return "cls" if model in BASELINES and model != "random" else self._features.pooling(model)
+
+    def history(self, task: str, model: str) -> list[str]:
+        """Arguments that say what a model's training has seen: seals of its runs, folders of images, or unknown."""
+        runs = self._chain(model)
+        unknown = model in self._plan.encoders or (model not in BASELINES and self._base_is_trained())
+        arguments = ["--unknown-origin"] if unknown else []
+        for run in runs:
+            arguments += ["--seal", str(self._plan.results / "runs" / run / "run_config.json")]
+            data = self._plan.runs[run].own_data
+            if data is not None and not Path(data).is_dir():  # a data set of the user's own
+                arguments = ["--unknown-origin", *[part for part in arguments if part != "--unknown-origin"]]
+            elif data is not None and task in self.image_tasks:
+                arguments += ["--trained-on", data]
+        return arguments
+
+    @property
+    def probed_task(self) -> str | None:
+        """The task whose images runs are asked about while they train; None, tiles of the selection's slides."""
+        source = self._settings["probe"]["source"]
+        if source is None:
+            return None
+        known = [task.partition("-")[2] for task in self.image_tasks]
+        for task in self.image_tasks:
+            if task.partition("-")[2] == source:
+                return task
+        raise ConfigError(
+            f"config: evaluation.probe.source is {source!r}, which is no tile set or set of masks of evaluation"
+            f"{nearest(source, known)}"
+        )
+
+    def is_probed(self, run: str) -> bool:
+        """Whether a run is asked while it trains."""
+        return bool(self._plan.runs[run].settings.evaluation.probe_every)
+
+    def probe_inputs(self) -> list[str]:
+        """Files that the probe's images come from."""
+        if (task := self.probed_task) is not None:
+            return [f"<results>/evaluation/{task}/units.json"]
+        tile_set = self._plan.config["features"]["set"]
+        labels = [self._plan.config["labels"]] if self._plan.config["labels"] else []
+        return [*labels, *(f"<results>/tiles/{tile_set}/{slide}.parquet" for slide in self._probed_slides())]
+
+    def probe_arguments(self) -> list[str]:
+        """Arguments of evaluate.py that say what they are."""
+        arguments = ["--images", str(self._settings["probe"]["images"]), "--seed", str(self._settings["seed"])]
+        if (task := self.probed_task) is not None:
+            units = str(self._plan.results / "evaluation" / task / "units.json")
+            return [*arguments, "--units", units, *self.image_arguments(task)]
+        arguments += ["--slides", self._plan.config["slides"]["source"], "--probed", *self._probed_slides()]
+        arguments += ["--tiles", str(self._plan.results / "tiles" / self._plan.config["features"]["set"])]
+        return arguments + (["--labels", self._plan.config["labels"]] if self._plan.config["labels"] else [])
+
+    def _probed_slides(self) -> list[str]:
+        slides = self.cohort.slides_of("selection")
+        if not slides and any(self.is_probed(run) for run in self._plan.runs):
+            raise ConfigError(
+                "a run has evaluation.probe_every, but no case is for selection: hold out three cases or more, name "
+                "some in evaluation.selection.cases, or set evaluation.probe.source"
+            )
+        return slides
+
+    def measure_arguments(self) -> list[str]:
+        """Arguments that say how models are measured."""
+        keys = ("seed", "folds", "repeats", "max_tiles")
+        found = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(self._settings[key]))]
+        found += [] if self._settings["attention"] else ["--no-attention"]
+        return [*found, "--splits", *self._settings["splits"]]
+
+    def compare_arguments(self) -> list[str]:
+        """Arguments that say how models are compared."""
+        keys = ("seed", "bootstraps", "margin")
+        return [part for key in keys for part in (f"--{key}", str(self._settings[key]))]
+
+    def summary_arguments(self) -> list[str]:
+        """Arguments for the table of all tasks."""
+        primary = self._settings["primary"]
+        if primary is None:
+            return []
+        task = primary.partition("/")[0]
+        if task not in self.tasks or task == DESCRIPTIVE:
+            raise ConfigError(
+                f"config: evaluation.primary is {primary!r}, but {task!r} is no task with a verdict"
+                f"{nearest(task, self.tasks)}; give TASK/MEASURE with a task of {', '.join(self.tasks)}"
+            )
+        return ["--primary", primary]
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know before anything runs."""
+        if self._plan.config["labels"] is not None and not self.cohort.cases("test"):
+            yield "labels are not predicted: no case is held out to test; give some cases use=eval,features"
+
+    def _label_names(self) -> list[str]:
+        table = self._plan.config["labels"]
+        if table is None:
+            if self._settings["labels"]:
+                raise ConfigError("config: evaluation.labels names labels, but `labels` names no table of labels")
+            return []
+        labels = read_labels(table, self._settings["labels"])
+        return [label.name for label in labels] if self.cohort.cases("test") else []
+
+    def _described(self) -> list[str]:
+        test = self.cohort.slides_of("test")
+        if len(self.cohort.cases_of_slides(test)) >= _FEW_CASES:
+            return test
+        wanted = {"test", "training"}
+        return [slide for slide in self._plan.feature_slides if self.cohort.slides.get(slide) in wanted]
+
+    def _base_is_trained(self) -> bool:
+        """Whether the starting weights are somebody's, so that random ones are another thing."""
+        return bool(self._plan.base_run.settings.MODEL.WEIGHTS)
+
+    def _chain(self, model: str) -> list[str]:
+        """A run and all that it continues; nothing for what is no run."""
+        chain: list[str] = []
+        current = model if model in self._plan.runs and model != BASE else None
+        while current is not None:
+            chain.append(current)
+            current = self._plan.runs[current].continues
+        return chain
+
+
+def _without_gram(run: Run) -> dict[str, Any]:
+    """Settings of a run but those of the gram loss, its teacher's crops, and what changes no weights."""
+    apart = ("gram.", "crops.gram_teacher", "evaluation.", "checkpointing.")
+    return {key: value for key, value in flatten(run.settings).items() if not key.startswith(apart)}

@@ -1,0 +1,107 @@
+"""What the report says of the evaluation: verdicts in sentences, a figure and a table a task."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinoscope.evaluate.baseline_names import BASELINES
+from dinoscope.files import read_json
+
+__all__ = ["EvaluationFacts", "TaskFacts", "evaluation_facts"]
+
+_SENTENCE_WITHOUT = (
+    "No label, tile set or mask was given, so nothing says whether training helped: see docs/evaluation.md for what "
+    "it takes. The descriptive measures below have no better direction."
+)
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """One task: what was asked, scores by measure and model, descriptive numbers, sentences."""
+
+    name: str
+    asked: str
+    scores: list[str]
+    rows: list[tuple[str, str, list[str]]]
+    numbers: dict[str, dict[str, Any]]
+    number_names: list[str]
+    sentences: list[tuple[str, bool]]
+    baseline_sentences: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """All of it; `on_top` are the sentences that a person reads first."""
+
+    on_top: list[str] = field(default_factory=list)
+    tasks: list[TaskFacts] = field(default_factory=list)
+
+
+def evaluation_facts(results: Path) -> EvaluationFacts | None:
+    """What was measured; None where nothing was."""
+    path = results / "evaluation" / "summary.json"
+    if not path.is_file():
+        return None
+    document = read_json(path)
+    judged = [_Judged(**{key: one[key] for key in _Judged.__annotations__}) for one in document["verdicts"]]
+    tasks = [_task(task, judged) for task in document["tasks"]]
+    primary = [_capital(one.sentence) for one in judged if one.is_primary and one.model not in BASELINES]
+    if not judged:
+        primary = [_SENTENCE_WITHOUT] if tasks else []
+    return EvaluationFacts(primary, tasks)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    task: str
+    measure: str
+    model: str
+    is_primary: bool
+    sentence: str
+
+
+def _task(task: Mapping[str, Any], judged: Sequence[_Judged]) -> TaskFacts:
+    rows = task["rows"]
+    scores = list(dict.fromkeys(row["score"] for row in rows))
+    mine = [one for one in judged if one.task == task["task"]]
+    numbers = task["numbers"]
+    return TaskFacts(
+        name=task["task"],
+        asked=_asked(rows),
+        scores=[score.replace("_", " ") for score in scores],
+        rows=[
+            (measure, model, [_cell(rows, measure, model, seen, score) for score in scores])
+            for measure, model, seen in dict.fromkeys((row["measure"], _told(row), row["seen"]) for row in rows)
+        ],
+        numbers=numbers,
+        number_names=list(dict.fromkeys(name for values in numbers.values() for name in values)),
+        sentences=[(one.sentence, one.is_primary) for one in mine if one.model not in BASELINES],
+        baseline_sentences=[one.sentence for one in mine if one.model in BASELINES],
+        notes=task["notes"],
+    )
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    return f"{row['model']} (transductive)" if row["seen"] == "yes" else row["model"]
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], measure: str, model: str, seen: str, score: str) -> str:
+    for row in rows:
+        if (row["measure"], _told(row), row["seen"], row["score"]) == (measure, model, seen, score):
+            ends = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+            return f"{row['value']:.3f}{ends}"
+    return "–"
+
+
+def _asked(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    row = rows[0]
+    about = f"{row['cases']:,} cases, {row['units']:,} units"
+    return f"{about}, at least {row['smallest_class']} cases a class"
+
+
+def _capital(sentence: str) -> str:
+    return f"{sentence[0].upper()}{sentence[1:]}."
