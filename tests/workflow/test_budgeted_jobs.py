@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -26,6 +27,14 @@ CONFIGS = {
         "pca": {"clusters": None, "auto_regions": 0},
         "viewer": {"enabled": False},
     },
+    "labels and tiles from elsewhere": {
+        "labels": "labels.tsv",
+        "evaluation": {"tile_sets": {"cells": {"folder": "cells"}}, "splits": ["grouped"]},
+    },
+    "nothing is measured": {"evaluation": {"enabled": False}},
+    "segmentation": {
+        "segmentation": {"tasks": {"nuclei": {"dataset": "folder", "root": "masks", "seeds": [0, 1]}}},
+    },
     "models of which runs are exported": {"features": {"models": ["pretrain"]}, "export": {"formats": ["timm"]}},
 }
 
@@ -37,6 +46,10 @@ def folder(tmp_path):
     gram = "extends: root.yaml\ngram: {use_loss: true}\ncrops: {gram_teacher_crops_size: 128}\n"
     (tmp_path / "gram.yaml").write_text(gram)
     (tmp_path / "encoder").mkdir()
+    (tmp_path / "cells" / "one").mkdir(parents=True)
+    (tmp_path / "labels.tsv").write_text("slide_id\tgrade\n" + "".join(f"s{index}\tlow\n" for index in range(5)))
+    for folder in ("images", "masks"):
+        (tmp_path / "masks" / folder).mkdir(parents=True)
     uses = {"s1": "features", "s2": "train"}
     rows = [f"s{index}\ts{index}.svs\tp{index}\t{uses.get(f's{index}', 'train,features')}" for index in range(5)]
     for index in range(5):
@@ -63,7 +76,7 @@ def rule_groups(folder):
     """RULE=GROUP as the workflow passes them on."""
     _, text = plan(folder, "--printshellcmds", "budget")
     (arguments,) = re.findall(r"budget\.py --config \S+ --group (.*?) 2>&1", text)
-    return dict(part.split("=") for part in arguments.split())
+    return dict(part.split("=") for part in shlex.split(arguments))
 
 
 def test_the_workflow_tells_its_groups(folder):

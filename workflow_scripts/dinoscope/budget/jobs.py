@@ -7,9 +7,12 @@ from pathlib import Path
 
 import yaml
 
+from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.plan import Plan
-from dinoscope.plan_features import EXPORT_FILES
+from dinoscope.plan_evaluation import EvaluationJobs
+from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
+from dinoscope.plan_segmentation import SegmentJobs
 
 __all__ = ["count_jobs", "featured_slides", "profile_groups", "submitted"]
 
@@ -58,7 +61,45 @@ def count_jobs(plan: Plan) -> Counter[str]:
     jobs.update({f"export_{name}": len(plan.runs) for name in formats})
     jobs.update({f"export_features_{name}": models * used for name in plan.config["features"]["export"]})
     assert set(plan.config["features"]["export"]) <= set(EXPORT_FILES)
-    return +jobs
+    return +(jobs + _evaluation_jobs(plan) + _segmentation_jobs(plan))
+
+
+def _evaluation_jobs(plan: Plan) -> Counter[str]:
+    """Of the evaluation, where there is anything to ask."""
+    evaluation = EvaluationJobs(plan, FeatureJobs(plan))
+    probed = Counter(probe_set=int(any(evaluation.is_probed(run) for run in _made_runs(plan))))
+    if not (plan.config["evaluation"]["enabled"] and evaluation.tasks):
+        return probed
+    asked = [(task, model) for task in evaluation.tasks for model in evaluation.models(task)]
+    return probed + Counter(
+        evaluation_units=len(evaluation.tasks),
+        embed_images=sum(task in evaluation.image_tasks for task, _ in asked),
+        extract_features=len(
+            {
+                file
+                for task, model in asked
+                if task not in evaluation.image_tasks and model in BASELINES
+                for file in evaluation.features(task, model)
+            }
+        ),
+        random_weights=int(any(model == "random" for _, model in asked)),
+        measure_model=len(asked),
+        compare_models=len(evaluation.tasks),
+        evaluation_summary=1,
+    )
+
+
+def _segmentation_jobs(plan: Plan) -> Counter[str]:
+    """Of the tasks of segmentation."""
+    segments = SegmentJobs(plan)
+    trained = len(segments.folders())
+    return Counter(
+        segment_train=trained,
+        segment_evaluate=trained,
+        segment_corruptions=len(segments.folders(corrupted=True)),
+        segment_compare=int(bool(segments.tasks)),
+        segment_predict_slide=len(segments.slide_maps()),
+    )
 
 
 def featured_slides(plan: Plan, model: str) -> list[str]:

@@ -73,7 +73,7 @@ def set_damaged_aside(run_dir: Path, iteration: int) -> None:
 
 
 def follow_umask(logs: Path) -> None:
-    """Opens the folders of logs, which torchrun makes for the owner alone, to whom the umask lets in."""
+    """Opens the folders of logs to whom the umask lets in: torchrun makes them for the owner alone."""
     umask = os.umask(0o077)
     os.umask(umask)
     for folder in logs.glob("*"):
