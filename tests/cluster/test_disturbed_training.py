@@ -82,8 +82,9 @@ class Training:
         (self.folder / "pace").unlink(missing_ok=True)
 
     def log(self) -> str:
-        """The training's own output, of its last attempt."""
-        return (self.folder / "logs/train/pretrain.log").read_text()
+        """The training's own output, of its last attempt; nothing before that has begun."""
+        log = self.folder / "logs/train/pretrain.log"
+        return log.read_text() if log.exists() else ""
 
 
 def signalled(training: Training) -> None:
