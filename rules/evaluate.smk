@@ -172,5 +172,5 @@ rule evaluation_summary:
         primary=primary_measure,
         measures=str(PLAN.results / "evaluation" / "measures"),
     shell:
-        "python {params.script:q} summary --comparisons {input.comparisons:q} --margin {params.margin} {params.primary:q}"
+        "python {params.script:q} summary --comparisons {input.comparisons:q} --margin {params.margin:q} {params.primary:q}"
         " --table {output.table:q} --document {output.document:q} --measures {params.measures:q} > {log:q} 2>&1"
