@@ -152,6 +152,7 @@ rule compare_models:
         " {params.references:q} {params.how:q} --output {output.comparison:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
+# The JSON a measure lie undeclared in a folder of their own: which measures there are depends on the labels.
 rule evaluation_summary:
     input:
         comparisons=expand(
@@ -160,7 +161,6 @@ rule evaluation_summary:
     output:
         table="<results>/evaluation/summary.tsv",
         document="<results>/evaluation/summary.json",
-        measures=directory("<results>/evaluation/measures"),
     log:
         "<logs>/evaluation_summary.log",
     localrule: True
@@ -170,6 +170,7 @@ rule evaluation_summary:
         script=SCRIPTS / "evaluate.py",
         margin=PLAN.config["evaluation"]["margin"],
         primary=primary_measure,
+        measures=str(PLAN.results / "evaluation" / "measures"),
     shell:
-        "python {params.script:q} summary --comparisons {input.comparisons:q} --margin {params.margin} {params.primary:q}"
-        " --table {output.table:q} --document {output.document:q} --measures {output.measures:q} > {log:q} 2>&1"
+        "python {params.script:q} summary --comparisons {input.comparisons:q} --margin {params.margin:q} {params.primary:q}"
+        " --table {output.table:q} --document {output.document:q} --measures {params.measures:q} > {log:q} 2>&1"

@@ -1,6 +1,5 @@
 """Working directories and Snakemake commands of the tests on a real SLURM."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from dinoscope.files import read_json
+from dinoscope.train.metrics import read_metrics
 from snakemake_runs import REPOSITORY
 from tiny_slides import write_slide
 
@@ -156,21 +156,18 @@ def power_off(folder, node):
                 continue
 
 
-def metrics(folder):
-    """The lines of the run's metrics, without those that tell of starts and saves."""
-    lines = (folder / "results/runs/pretrain/training_metrics.json").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "event" not in row]
-
-
 def trained(folder):
-    """What a finished run has come to: the exported teacher, byte by byte, and its metrics but for times."""
+    """What a finished run has come to: the exported teacher, byte by byte, and its metrics but for times.
+
+    After a hard kill lines stand twice in the file; the reader leaves out those from before the checkpoint that counts.
+    """
     run_dir = folder / "results/runs/pretrain"
     final = read_json(run_dir / "final.json")
     teacher = next(run_dir.glob(f"eval/training_{ITERATIONS - 1}/teacher_checkpoint.pth")).read_bytes()
-    times = ("iter_time", "data_time", "samples_per_second", "eta", "memory", "seconds")
-    rows = metrics(folder)
-    kept = [{name: value for name, value in row.items() if not name.startswith(times)} for row in rows]
-    return {"iteration": final["iteration"], "teacher": teacher, "metrics": kept}
+    rows = read_metrics(run_dir)
+    measured = [name for name in rows if name.startswith(("iter_time", "data_time", "samples", "eta", "memory"))]
+    kept = rows.drop(columns=measured).sort_index(axis=1)
+    return {"iteration": final["iteration"], "teacher": teacher, "metrics": kept.to_csv(), "rows": len(kept)}
 
 
 def results(folder):

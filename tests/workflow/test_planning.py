@@ -207,6 +207,9 @@ def test_changed_pooling_redoes_features_and_maps(finished):
         "viewer_sample": 3,
         "viewer_tiles": 15,
         "viewer": 1,
+        "measure_model": 3,
+        "compare_models": 1,
+        "evaluation_summary": 1,
         "report": 1,
         "all": 1,
     }
@@ -274,6 +277,7 @@ def test_a_longer_run_goes_on_and_the_start_stays(finished):
         "train": 1, "convert": 1, "extract_features": 5, "list_features": 1, "pca_fit": 1, "pca_map": 5,
         "pca_compare": 5, "pca_region": 2, "cluster_fit": 1, "cluster_map": 5, "cluster_examples": 1, "plot_metrics": 1,
         "list_sampled": 1, "viewer_sample": 1, "viewer_tiles": 15, "viewer": 1, "report": 1, "all": 1,
+        "measure_model": 1, "compare_models": 1, "evaluation_summary": 1,
     }  # fmt: skip
 
 
