@@ -60,7 +60,7 @@ kill-test: $(VENV)/.test-tools-done  ## kill trainings 50 times, also while they
 
 # Root alone may start SLURM's daemons; where the packages cannot be had the tests are skipped and say so.
 cluster-test: $(VENV)/.test-tools-done  ## the workflow on a real SLURM of two nodes on this machine (Debian, root)
-	@command -v slurmctld slurmd munged >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	@{ command -v slurmctld && command -v slurmd && command -v munged; } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } || true
 	DINOSCOPE_CLUSTER_TESTS=1 pytest -m cluster tests/cluster
 

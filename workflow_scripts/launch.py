@@ -22,6 +22,9 @@ from dinoscope.errors import ConfigError
 from dinoscope.processes import snakemake_ancestor, still_alive
 from dinoscope.train.slurm import Step, job_end, srun_command
 
+# Snakemake gives each of these all threads of the job, and MKL heeds its own before OpenMP's.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
 
 def main() -> None:
     """Runs torchrun in this process."""
@@ -60,7 +63,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     processes = num_processes(arguments.processes, step)
     threads = arguments.threads or os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(max(1, threads // processes))
+    os.environ.update(dict.fromkeys(_THREADS, str(max(1, threads // processes))))
     if arguments.nodes == 1:
         meeting = Meeting()
     elif arguments.rendezvous is None:
