@@ -2,8 +2,8 @@
 
     python benchmarks/evaluation_cells.py --data ../shared/data --out /tmp/cells
 
-Half of the parent images of tiles/bccd_cells are trained on (enlarged to 144 px), the crops of the other half are tile sets of
-the evaluation, grouped by parent. Writes images, recipes and config under --out and runs the workflow there:
+Half of the parent images of tiles/bccd_cells are trained on (enlarged to 144 px), the crops of the other half are tile
+sets of the evaluation, grouped by parent. Writes images, recipes and config under --out and runs the workflow there:
 snakemake evaluate. Minutes of training on two CPU cores; what is done is not done again.
 """
 
