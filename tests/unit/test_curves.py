@@ -168,7 +168,7 @@ def test_titles_and_legends_do_not_overlap():
             title, legend = axes._left_title.get_window_extent(renderer), axes.get_legend().get_window_extent(renderer)
             assert title.x1 < legend.x0, axes.get_title(loc="left")
             checked += 1
-    assert checked == 3
+    assert checked == 4
 
 
 @pytest.mark.parametrize(("count", "num_bins"), [(1000, 100), (1003, 200), (7, 200), (1, 200), (201, 200)])

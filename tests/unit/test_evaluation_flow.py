@@ -96,8 +96,11 @@ def test_verdicts_of_known_models(answered, script, monkeypatch):
     same = [row for (_, model), row in told.items() if model == "copy"]
     assert {row["verdict"] for row in same} == {"no clear difference"} and len(same) == 7
     assert {float(row["difference"]) for row in same} == {0.0}
-    assert {row["cases"] for row in rows} == {str(CASES - 7)}  # a tenth of the cases is for selection
-    assert {row["seen"] for row in rows} == {"no"}
+    scored = [row for row in rows if row["measure"] != "robustness"]
+    assert {row["cases"] for row in scored} == {str(CASES - 7)}  # a tenth of the cases is for selection
+    assert {row["seen"] for row in scored} == {"no"}
+    site = {(row["score"], row["model"]): float(row["value"]) for row in rows if row["measure"] == "robustness"}
+    assert site["site_chance", "good"] == 0.5 and site["robustness_index", "good"] > 0.9
     one = json.loads(Path("measures/label-grade.linear.json").read_text())
     assert {row["score"] for row in one["scores"]} == {"balanced_accuracy", "macro_f1", "auroc"}
     assert [verdict["decision"] for verdict in one["verdicts"]] == ["no clear difference", "better"]

@@ -100,6 +100,15 @@ def test_what_refers_to_nothing_is_refused(folder):
         jobs_of({"selection": {"fraction": 0}})
 
 
+def test_sets_of_one_folder_share_the_selection(folder):
+    """What a teacher was chosen by must not judge it, in grey neither."""
+    Path("others/a").mkdir(parents=True)
+    sets = {"cells": {"folder": "cells"}, "grey": {"folder": "./cells", "grey": True}, "others": {"folder": "others"}}
+    jobs = jobs_of({"tile_sets": sets, "probe": {"source": "cells"}})
+    fractions = {task: jobs.unit_arguments(task)[-1] for task in jobs.image_tasks}
+    assert fractions == {"tiles-cells": "0.25", "tiles-grey": "0.25", "tiles-others": "0"}
+
+
 def test_changed_copies_are_made_where_robustness_is_asked(folder):
     jobs = jobs_of({"tile_sets": {"cells": {"folder": "cells"}}, "robustness": True})
     assert jobs.shift_arguments("tiles-cells") == ["--shifts", *SHIFTS]

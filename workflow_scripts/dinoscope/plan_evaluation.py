@@ -131,7 +131,7 @@ class EvaluationJobs:
         selection, split = self._settings["selection"], self._plan.config["split"]
         arguments = ["--seed", str(split["seed"])]
         if task in self.image_tasks:
-            fraction = selection["fraction"] if self._settings["probe"]["source"] == task.partition("-")[2] else 0
+            fraction = selection["fraction"] if self._is_probed_folder(task) else 0
             return [*arguments, *self.image_arguments(task), "--selection-fraction", str(fraction)]
         arguments += ["--split-fraction", str(split["fraction"]), "--selection-fraction", str(selection["fraction"])]
         arguments += ["--selection", *selection["cases"]] if selection["cases"] else []
@@ -195,6 +195,11 @@ class EvaluationJobs:
             f"config: evaluation.probe.source is {source!r}, which is no tile set or set of masks of evaluation"
             f"{nearest(source, known)}"
         )
+
+    def _is_probed_folder(self, task: str) -> bool:
+        """Whether the probe takes its images from the task's folder: another set of it has the same selection."""
+        probed = self.probed_task
+        return probed is not None and Path(self.folders(task)[0]) == Path(self.folders(probed)[0])
 
     def is_probed(self, run: str) -> bool:
         """Whether a run is asked while it trains."""

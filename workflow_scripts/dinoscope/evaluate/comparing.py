@@ -128,7 +128,7 @@ def compare_models(
         differences,
         {model: dict(answer.numbers) for model, answer in answers.items() if answer.numbers},
         {model: answer.about for model, answer in answers.items()},
-        list(dict.fromkeys(note for answer in answers.values() for note in answer.notes)),
+        [*_seen_note(answers, is_test, clean), *dict.fromkeys(n for answer in answers.values() for n in answer.notes)],
     )
 
 
@@ -169,6 +169,16 @@ def read_comparison(path: Path) -> TaskComparison:
     }
     rows = [Row(**row) for row in document["rows"]]
     return TaskComparison(**{**document, "rows": rows, "differences": differences})
+
+
+def _seen_note(answers: Mapping[str, Answers], is_test: np.ndarray, clean: np.ndarray) -> list[str]:
+    """Says where training has seen what was to be a test."""
+    lost = int(is_test.sum() - clean.sum())
+    if not lost or not _measures(answers):
+        return []
+    models = [model for model, answer in answers.items() if (answer.seen[is_test] == SEEN.index("yes")).any()]
+    rest = "no verdict is left" if not clean.any() else f"verdicts rest on the other {int(clean.sum())}"
+    return [f"training of {', '.join(models)} saw {lost} of {int(is_test.sum())} test units (transductive): {rest}"]
 
 
 def _measures(answers: Mapping[str, Answers]) -> list[str]:

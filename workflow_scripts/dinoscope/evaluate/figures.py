@@ -87,7 +87,7 @@ def _drawn(found: TaskComparison, margin: float) -> Figure:
 
 
 def _panel(axes: Axes, models: Sequence[str], rows: dict[str, Row], margin: float, title: str, *, names: bool) -> None:
-    if models[0] in rows:
+    if models[0] in rows and rows[models[0]].seen != "yes":
         value = rows[models[0]].value
         axes.axvspan(value - margin, value + margin, color="#eceff2", linewidth=0)
         axes.axvline(value, color="#c3cad1", linewidth=0.8)

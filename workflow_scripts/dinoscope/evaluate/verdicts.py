@@ -100,9 +100,10 @@ def summary_rows(tasks: Sequence[TaskComparison], judgements: Sequence[Judgement
             if row.seen == "yes" or row.score != SCORES[task.kind][0]:
                 judged = []
             rows += [number | _told(one) for one in judged] or [number]
+        kind = "robustness" if task.rows else "descriptive"
         for model, numbers in task.numbers.items():
             rows += [
-                {"task": task.task, "measure": "descriptive", "score": name, "model": model, "value": value}
+                {"task": task.task, "measure": kind, "score": name, "model": model, "value": value}
                 for name, value in numbers.items()
                 if isinstance(value, int | float) and math.isfinite(value)
             ]

@@ -87,8 +87,8 @@ PANELS = (
     _Panel("Probe: k-NN, balanced accuracy", {"probe_knn": ""}),
     _Panel("Probe: patches, mean IoU", {"probe_dense": ""}),
     _Panel(
-        "Probe: difference from the start, 95 %",
-        {"probe_difference": "difference", "probe_difference_low": "low", "probe_difference_high": "high"},
+        "Probe: gain",
+        {"probe_difference": "", "probe_difference_low": "low", "probe_difference_high": "high"},
     ),
     _Panel("Probe: RankMe", {"probe_rankme": ""}),
     _Panel("Probe: mean cosine", {"probe_mean_cosine": ""}),

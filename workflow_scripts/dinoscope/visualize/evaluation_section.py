@@ -14,6 +14,9 @@ _SENTENCE_WITHOUT = (
     "No label, tile set or mask was given, so nothing says whether training helped: see docs/evaluation.md for what "
     "it takes. The descriptive measures below have no better direction."
 )
+_SENTENCE_SEEN = (
+    "Nothing says whether training helped: no two models could be compared on cases that training never saw."
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ def evaluation_facts(results: Path) -> EvaluationFacts | None:
     judged = [_Judged(**{key: one[key] for key in _Judged.__annotations__}) for one in document["verdicts"]]
     tasks = [_task(task, judged) for task in document["tasks"]]
     primary = [_capital(one.sentence) for one in judged if one.is_primary and one.model not in BASELINES]
-    if not judged:
-        primary = [_SENTENCE_WITHOUT] if tasks else []
+    if not judged and tasks:
+        primary = [_SENTENCE_SEEN if any(task.rows for task in tasks) else _SENTENCE_WITHOUT]
     return EvaluationFacts(primary, tasks)
 
 

@@ -1,0 +1,74 @@
+"""Dense answers: patches against the pixels of masks, whatever the size of a patch."""
+
+import cv2
+import numpy as np
+import pytest
+
+from dinoscope.errors import FeaturesError
+from dinoscope.evaluate.embedding import ImageFeatures
+from dinoscope.evaluate.masked import answer_masks, patch_edges, patch_labels
+from dinoscope.evaluate.measuring import Settings
+from dinoscope.evaluate.scores import mean_iou
+from dinoscope.evaluate.tile_sets import list_masks
+from dinoscope.evaluate.units import units_of_images
+
+HEIGHT, WIDTH, IMAGES = 40, 56, 8
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Eight images of which a rectangle on multiples of 8 px, up to the right edge, is foreground (instances 1, 2)."""
+    for index in range(IMAGES):
+        mask = np.zeros((HEIGHT, WIDTH), np.uint16)
+        mask[8 * (index % 3) : 8 * (index % 3) + 16, 16:] = 1 + index % 2
+        for folder, pixels in (("images", np.repeat(mask[..., None] * 60, 3, 2).astype(np.uint8)), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / folder / f"{index}.png"), pixels)
+    return list_masks("nuclei", tmp_path / "images", tmp_path / "masks", None)
+
+
+def features_of(images, patch_px):
+    """What a model would give whose patches say how much foreground they have, and noise beside it."""
+    rng, rows, grids = np.random.default_rng(0), [], []
+    for path in images.masks:
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0
+        grid = (-(-HEIGHT // patch_px), -(-WIDTH // patch_px))
+        padded = np.pad(mask, ((0, grid[0] * patch_px - HEIGHT), (0, grid[1] * patch_px - WIDTH)), mode="edge")
+        share = padded.reshape(grid[0], patch_px, grid[1], patch_px).mean((1, 3)).ravel()
+        rows.append(np.stack([share, rng.normal(size=len(share)) / 50], axis=1))
+        grids.append(grid)
+    about = {"image_px": None, "patch_size": patch_px, "enlarge": 1.0}
+    return ImageFeatures(about, np.concatenate(rows).astype(np.float16), np.array(grids, np.int32))
+
+
+@pytest.mark.parametrize(("patch_px", "least"), [(8, 1.0), (12, 0.7)])
+def test_every_pixel_takes_the_answer_of_its_patch(images, patch_px, least):
+    units = units_of_images("masks-nuclei", images, 0, 0)
+    answers = answer_masks(units, images, features_of(images, patch_px), True, Settings(folds=2, repeats=1))
+    confusions = answers.confusions["dense"]
+    assert confusions.shape == (IMAGES, 2, 2)
+    assert (confusions.sum(axis=(1, 2)) == HEIGHT * WIDTH).all()
+    truth = [int((cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0).sum()) for path in images.masks]
+    assert confusions[:, 1].sum(axis=1).tolist() == truth
+    found = float(mean_iou(confusions.sum(axis=0)))
+    assert found == 1 if least == 1 else least < found < 1
+
+
+def test_patches_are_labelled_by_most_of_their_pixels():
+    assert patch_edges(56, 4, 16).tolist() == [0, 16, 32, 48, 56]
+    assert patch_edges(56, 4, None).tolist() == [0, 14, 28, 42, 56]
+    mask = np.random.default_rng(0).integers(0, 3, (40, 56))
+    expected = [
+        np.bincount(mask[top : top + 16, left : left + 16].ravel(), minlength=3).argmax()
+        for top in range(0, 40, 16)
+        for left in range(0, 56, 16)
+    ]
+    assert patch_labels(mask, (3, 4), 3, 16).tolist() == expected
+
+
+def test_masks_of_one_class_are_refused(images):
+    for path in images.masks:
+        cv2.imwrite(str(path), np.zeros((HEIGHT, WIDTH), np.uint8))
+    units = units_of_images("masks-nuclei", images, 0, 0)
+    with pytest.raises(FeaturesError, match="all pixels of all masks are of class 0"):
+        answer_masks(units, images, features_of(images, 8), True, Settings(folds=2, repeats=1))
