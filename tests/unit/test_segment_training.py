@@ -1,6 +1,10 @@
 """Trainings of a small segmenter: what they end with, that they go on bit for bit, and what they refuse."""
 
 import dataclasses
+import multiprocessing
+import os
+import subprocess
+import time
 
 import pytest
 import torch
@@ -128,21 +132,24 @@ def test_other_settings_encoders_and_images_are_refused(discs, weights, tmp_path
         train_segmenter(other, job, ALONE)
 
 
-def test_a_request_to_stop_saves_where_it_is(discs, weights, tmp_path, monkeypatch):
-    import os
-    import signal
-
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_request_to_stop_saves_where_it_is(discs, weights, tmp_path, monkeypatch, workers):
+    """Also one that reaches the whole family of processes, as a queue or a terminal sends it."""
     real = train.train_step
 
     def stopping(model, optimizer, batch, number, *others, **more):
         if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            family = [child.pid for child in multiprocessing.active_children()]
+            assert len(family) == workers
+            # by a third process: PyTorch's workers heed who sends it
+            subprocess.run(["kill", "-TERM", *map(str, [*family, os.getpid()])], check=True)
+            time.sleep(0.5)
         return real(model, optimizer, batch, number, *others, **more)
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_step", stopping)
         with pytest.raises(StoppedError, match="saved its state after step 3 of 8; give the same command again"):
-            run(discs, weights, tmp_path / "run")
+            run(discs, weights, tmp_path / "run", workers=workers)
     assert run(discs, weights, tmp_path / "run")["steps"] == 8
     run(discs, weights, tmp_path / "whole")
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run"))

@@ -9,17 +9,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dinoscope.data.dataset import start_worker
 from dinoscope.data.sampler import mix64, tile_of_sample
 from dinoscope.errors import ConfigError, DinoscopeError
 from dinoscope.names import nearest
-from dinoscope.processes import die_with_parent
 from dinoscope.segment.losses import loss_sums
 from dinoscope.segment.settings import TrainSettings
 from dinoscope.segment.transforms import VIEWS, ViewSettings, training_view, view_rng
@@ -92,7 +91,7 @@ def make_loader(
         )
     batches = _Batches(steps, num_images, settings, world.rank, world.size)
     loader = DataLoader(
-        views, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker
+        views, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=start_worker
     )
     for batch in loader:
         if isinstance(batch, DinoscopeError):
@@ -126,11 +125,6 @@ def _collate(views: Sequence[tuple[np.ndarray, np.ndarray] | DinoscopeError]) ->
         return errors[0]
     images, masks = zip(*views, strict=True)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks)).long()
-
-
-def _start_worker(worker: int) -> None:
-    die_with_parent()
-    cv2.setNumThreads(0)
 
 
 def make_optimizer(model: "Segmenter", settings: TrainSettings) -> torch.optim.AdamW:
