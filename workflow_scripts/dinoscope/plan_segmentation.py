@@ -13,7 +13,7 @@ from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
 from dinoscope.plan import Plan
 from dinoscope.plan_features import FeatureJobs
-from dinoscope.segment.settings import FINAL_NAME, TrainSettings, check_segment_seal, default_views
+from dinoscope.segment.settings import FINAL_NAME, TrainSettings, check_segment_seal, default_views, variant_name
 
 __all__ = ["SegmentJobs", "Variant"]
 
@@ -36,7 +36,7 @@ class Variant:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.trainable}_{self.decoder}_seed{self.seed}"
+        return variant_name(self.trainable, self.decoder, self.seed)
 
 
 class SegmentJobs:

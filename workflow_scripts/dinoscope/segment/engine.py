@@ -20,6 +20,7 @@ from dinoscope.data.sampler import mix64, tile_of_sample
 from dinoscope.errors import ConfigError, DinoscopeError
 from dinoscope.names import nearest
 from dinoscope.segment.losses import loss_sums
+from dinoscope.segment.options import fitted
 from dinoscope.segment.settings import TrainSettings
 from dinoscope.segment.transforms import VIEWS, ViewSettings, training_view, view_rng
 
@@ -222,7 +223,7 @@ def class_weights_of(dataset: "MaskDataset", wanted: str | Sequence[float] | Non
                 f"({', '.join(dataset.classes[:5])}, …); give one a class"
             )
         return torch.tensor(list(wanted), dtype=torch.float32)
-    counts = sum(np.bincount(dataset[i].mask.ravel(), minlength=256)[:num_classes] for i in range(len(dataset)))
+    counts = dataset.check(allow_empty=True)
     shares = counts / counts.sum()
     present = shares > 0
     weights = np.where(present, 1 / (np.maximum(shares, 1e-12) * present.sum()), 0.0)
@@ -233,7 +234,7 @@ def view_settings(settings: TrainSettings) -> ViewSettings:
     """How the views of a training are drawn.
 
     Raises:
-        ConfigError: An unknown setting, with the nearest known one.
+        ConfigError: An unknown setting, with the nearest known one, or a value that cannot be meant.
     """
     if settings.views not in VIEWS:
         raise ConfigError(f"views is {settings.views!r}; choose from {', '.join(VIEWS)}")
@@ -241,5 +242,4 @@ def view_settings(settings: TrainSettings) -> ViewSettings:
     for name in settings.augmentation:
         if name not in known:
             raise ConfigError(f"augmentation.{name} is unknown{nearest(name, known)}; known are {', '.join(known)}")
-    changed = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.augmentation.items()}
-    return dataclasses.replace(VIEWS[settings.views], **changed)
+    return dataclasses.replace(VIEWS[settings.views], **fitted(ViewSettings, settings.augmentation, "augmentation."))

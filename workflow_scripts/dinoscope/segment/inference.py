@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinoscope.errors import ConfigError
+
 if TYPE_CHECKING:
     from dinoscope.segment.model import Segmenter
 
@@ -38,6 +40,13 @@ class Inference:
     overlap: float = 1 / 3
     batch_size: int = 8
     autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        if not 0 <= self.overlap < 1:
+            raise ConfigError(f"overlap is {self.overlap}; a share of a window from 0 to below 1 is wanted")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; at least 1 is wanted")
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from dinoscope.errors import ConfigError
 from dinoscope.features.embedding import choose_device, choose_precision
 from dinoscope.features.encoders import LoadedEncoder, load_encoder
 from dinoscope.files import read_json, write_json
+from dinoscope.models.weights import state_digest
 from dinoscope.names import nearest
 from dinoscope.segment.arguments import data_options, data_root, test_split
 from dinoscope.segment.corruptions import (
@@ -30,13 +31,13 @@ from dinoscope.segment.corruptions import (
 )
 from dinoscope.segment.datasets import MaskDataset, open_dataset
 from dinoscope.segment.evaluate import Measured, measure, predict_classes
-from dinoscope.segment.files import load_segmenter
+from dinoscope.segment.files import SEGMENTER_NAME, load_segmenter
 from dinoscope.segment.inference import Inference
 from dinoscope.segment.pictures import Example, draw_examples, evenly_ranked
-from dinoscope.segment.settings import FINAL_NAME, SEAL_NAME, TrainSettings, rounded_img_dim
+from dinoscope.segment.settings import SEAL_NAME, TrainSettings, rounded_img_dim, variant_name
 from dinoscope.segment.setup import build_segmenter, data_digest, told_of_encoder
 from dinoscope.segment.tables import write_table
-from dinoscope.segment.train import SEGMENTER_NAME, TrainJob, train_segmenter
+from dinoscope.segment.train import TrainJob, train_segmenter
 from dinoscope.segment.transforms import check_img_dim
 from dinoscope.train.distributed import joined_world
 
@@ -136,7 +137,8 @@ def train_run(
         if world.is_main:
             _tell(model, settings, training, validation, world.size)
         digest = data_digest(training, validation) if world.is_main else ""
-        job = TrainJob(settings, training, validation, run_dir, digest, mpp, workers, debug)
+        begun_with = None if start is None else state_digest(model.trainable_state())
+        job = TrainJob(settings, training, validation, run_dir, digest, mpp, workers, debug, start_sha256=begun_with)
         final = train_segmenter(model, job, world)
         if world.is_main:
             miou = final["validation"]["miou"]
@@ -218,7 +220,7 @@ def evaluate_run(
         DinoscopeError: Segmenter, encoder or images cannot be used, or do not belong together.
     """
     asked = _Asked(question)
-    measured = asked.measure(f"measuring {_label(question.segmenter)}")
+    measured = asked.measure(f"measuring {asked.label}")
     told = measured.summary(asked.data.classes) | asked.told | {"model_name": model_name or asked.encoder_kind}
     if classes_table is not None:
         write_table(classes_table, ("class", "iou", "dice", "pixels"), _class_rows(told, measured))
@@ -229,7 +231,7 @@ def evaluate_run(
         write_table(images_table, ("image", "group", "miou"), named)
     if picture is not None:
         chosen = evenly_ranked(mious, pictured)
-        title = f"{told['model_name']}: {_label(question.segmenter)}"
+        title = f"{told['model_name']}: {asked.label}"
         words = (
             f"split {question.split}, mIoU {told['miou']:.3f} over all {len(mious)} images; from the worst to the best"
         )
@@ -280,7 +282,7 @@ def corruptions_run(
         for severity in severities:
             change = functools.partial(_corrupted, kind=kind, severity=severity, seed=seed)
             miou = asked.measure(f"{kind}, severity {severity}", change).matrix.miou()
-            rows.append({"kind": kind, "severity": severity, "miou": miou, "relative_drop": 1 - miou / clean})
+            rows.append({"kind": kind, "severity": severity, "miou": miou, "relative_drop": drop_of(miou, clean)})
     told = {"miou_clean": clean, "seed": seed, **means_of(rows, clean), "rows": rows, **asked.told}
     if table is not None:
         write_table(table, ("kind", "severity", "miou", "relative_drop"), rows)
@@ -304,8 +306,13 @@ def means_of(rows: Sequence[Mapping[str, Any]], clean: float) -> dict[str, float
         hardest = [row["miou"] for row in rows if row["severity"] == max(SEVERITIES) and row["kind"] in kinds]
         mean = float(np.mean(hardest)) if hardest else None
         told[f"{prefix}miou_level_5"] = mean
-        told[f"{prefix}relative_drop"] = None if mean is None or not clean else 1 - mean / clean
+        told[f"{prefix}relative_drop"] = None if mean is None else drop_of(mean, clean)
     return told
+
+
+def drop_of(miou: float, clean: float) -> float | None:
+    """The share of the clean mIoU that is lost; None where there was none to lose."""
+    return 1 - miou / clean if clean else None
 
 
 def kinds_of(wanted: Sequence[str]) -> list[str]:
@@ -332,18 +339,18 @@ class _Asked:
     def __init__(self, question: Question) -> None:
         self.question, self.device = question, choose_device(question.device)
         folder = question.segmenter
-        final = read_json(folder / FINAL_NAME) if (folder / FINAL_NAME).is_file() else {}
-        self.settings = read_json(folder / SEAL_NAME)["settings"] if final else {}
+        run = next((each for each in (folder, folder.parent) if _is_training(each, folder)), None)
+        self.settings = {} if run is None else read_json(run / SEAL_NAME)["settings"]
         encoder = question.encoder.load(self.device)
         self.encoder_kind, about = encoder.kind, told_of_encoder(encoder)
-        self.model = load_segmenter(folder / SEGMENTER_NAME if final else folder, encoder, self.device)
+        self.model = load_segmenter(folder, encoder, self.device)
         self.data = question.data.open(question.split)
         _check_classes(self.model, self.data, folder)
         self.how = self._inference()
-        card = self.model.card
+        card, self.names = self.model.card, _names(run or folder, self.settings)
         self.told = {
-            "task": folder.parts[-3] if final and len(folder.parts) >= 3 else _label(folder),
-            "file": str(Path(*folder.parts[-3:])),
+            "task": self.names[0],
+            "file": folder.name if folder.is_file() else "/".join(self.names),
             "split": question.split,
             **about,
             "trained_parameters": sum(tensor.numel() for tensor in self.model.trainable_state().values()),
@@ -353,6 +360,11 @@ class _Asked:
             "img_dim": list(self.how.window_hw),
             "inference": self.how.mode,
         }
+
+    @property
+    def label(self) -> str:
+        """Of pictures and progress."""
+        return " ".join(self.names)
 
     def _inference(self) -> Inference:
         question, card = self.question, self.model.card
@@ -396,7 +408,7 @@ def _draw_corruptions(picture: Path, asked: _Asked, kinds: Sequence[str], severi
         examples,
         asked.data.classes,
         asked.data.palette,
-        title=f"{_label(asked.question.segmenter)}: {asked.data.names[index]}, corrupted",
+        title=f"{asked.label}: {asked.data.names[index]}, corrupted",
         subtitle=f"severity {severity} of 5",
     )
 
@@ -422,7 +434,7 @@ def _like(settings: TrainSettings, model: "Segmenter", num_classes: int, source:
     """The settings, with what a trained segmenter is already."""
     if model.num_classes != num_classes:
         raise ConfigError(f"{source} has {model.num_classes} classes, the data set {num_classes}; give another of both")
-    same = replace(settings, decoder=model.decoder_name, trainable=model.trainable)
+    same = replace(settings, decoder=model.decoder_name, trainable=model.trainable, last_n=model.last_n)
     if model.lora is None:
         return same
     lora = model.lora
@@ -442,8 +454,19 @@ def _tell(
     )
 
 
-def _label(folder: Path) -> str:
-    return " ".join(folder.parts[-3:]) if (folder / FINAL_NAME).is_file() else folder.stem
+def _is_training(folder: Path, asked: Path) -> bool:
+    """Whether a segmenter's settings stand in a folder: in what is asked about, or above a training's best."""
+    return (folder / SEAL_NAME).is_file() and (folder == asked or asked.name == SEGMENTER_NAME)
+
+
+def _names(source: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What results call a segmenter: task, model and variant of the workflow's, else the last name of its path alone.
+
+    What is above is the user's: results hold no places on disk.
+    """
+    source = source.absolute()
+    of_workflow = settings and source.name == variant_name(*(settings[key] for key in ("trainable", "decoder", "seed")))
+    return source.parts[-3:] if of_workflow else (source.stem if source.is_file() else source.name,)
 
 
 def _first(names: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ from dinoscope.segment.engine import (
     train_step,
 )
 from dinoscope.segment.evaluate import predict_classes, validate
-from dinoscope.segment.files import make_card, save_segmenter
+from dinoscope.segment.files import SEGMENTER_NAME, make_card, save_segmenter
 from dinoscope.segment.inference import Inference
 from dinoscope.segment.settings import FINAL_NAME, STATE_NAME, TrainSettings, seal_segmenter
 from dinoscope.segment.transforms import check_img_dim
@@ -44,10 +44,9 @@ if TYPE_CHECKING:
     from dinoscope.segment.model import Segmenter
     from dinoscope.train.distributed import World
 
-__all__ = ["SEGMENTER_NAME", "TrainJob", "inference_of", "train_segmenter"]
+__all__ = ["TrainJob", "inference_of", "train_segmenter"]
 
 _log = logging.getLogger(__name__)
-SEGMENTER_NAME = "segmenter"
 SAVE_SECONDS = 300.0
 LOG_EVERY = 10
 DEBUG_IMAGES = 4
@@ -67,6 +66,7 @@ class TrainJob:
         workers: Processes that draw views; change nothing but speed.
         debug: Whether pictures of the validation are written.
         save_seconds: Between two saves, besides those after each validation.
+        start_sha256: Digest of the weights of the segmenter that it begins with, if any.
     """
 
     settings: TrainSettings
@@ -78,6 +78,7 @@ class TrainJob:
     workers: int = 2
     debug: bool = False
     save_seconds: float = SAVE_SECONDS
+    start_sha256: str | None = None
 
 
 @dataclass
@@ -111,7 +112,7 @@ def train_segmenter(model: "Segmenter", job: TrainJob, world: "World") -> dict[s
     check_img_dim(*settings.img_dim, model.patch_size)
     if world.is_main:
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        seal_segmenter(job.run_dir, settings, model.encoder_sha256, job.data_sha256)
+        seal_segmenter(job.run_dir, settings, model.encoder_sha256, job.data_sha256, job.start_sha256)
     return _Training(model, job, world).run()
 
 

@@ -20,6 +20,7 @@ from dinoscope.segment.metrics import IGNORED
 
 __all__ = ["VIEWS", "ViewSettings", "check_img_dim", "training_view", "validation_view", "view_rng"]
 
+_SCALES_OF = ("pixels", "image")
 _DRAWS = 22  # of a view, whatever is switched on: changing one setting changes no other draw
 
 
@@ -57,6 +58,23 @@ class ViewSettings:
     saturation: float = 0.25
     hue: float = 0.05
     fill: tuple[int, int, int] = (124, 116, 104)  # ImageNet's mean
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        low, high = self.scale
+        wanted = {
+            "scale": (0 < low <= high, "two numbers above 0, the lower one first"),
+            "scale_of": (self.scale_of in _SCALES_OF, " or ".join(_SCALES_OF)),
+            "hed_p": (0 <= self.hed_p <= 1, "a probability from 0 to 1"),
+            "color_jitter_p": (0 <= self.color_jitter_p <= 1, "a probability from 0 to 1"),
+            "hue": (0 <= self.hue <= 0.5, "a share from 0 to 0.5"),
+            "fill": (all(0 <= value <= 255 for value in self.fill), "three numbers from 0 to 255"),
+        }
+        for name in ("hed_sigma", "brightness", "contrast", "saturation"):
+            wanted[name] = (getattr(self, name) >= 0, "0 or more")
+        for name, (right, words) in wanted.items():
+            if not right:
+                raise ConfigError(f"augmentation.{name} is {getattr(self, name)!r}; {words} is wanted")
 
 
 VIEWS = MappingProxyType(
@@ -164,7 +182,6 @@ def _box(
     image_hw: tuple[int, int], view_hw: tuple[int, int], settings: ViewSettings, draws: np.ndarray
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of what is cut, in pixels of the image; may reach beyond it on each side."""
-    assert settings.scale_of in ("pixels", "image"), settings.scale_of
     low, high = (math.log(bound) for bound in settings.scale)
     scale = math.exp(low + (high - low) * draws[0])
     if settings.scale_of == "image":
