@@ -148,10 +148,10 @@ def test_a_begun_training_refuses_other_settings(folder):
 @pytest.mark.parametrize(
     ("asked", "patch", "taken", "named"),
     [
-        ((308, 308), 16, (304, 304), "304 and 320"),
+        ((308, 308), 16, (304, 304), "304 or 320"),
         ((308, 308), 14, (308, 308), None),
-        ((5, 100), 16, (16, 96), "16 and 16, 96 and 112"),
-        ((312, 320), 16, (304, 320), "304 and 320"),
+        ((5, 100), 16, (16, 96), "16, 96 or 112"),
+        ((312, 320), 16, (304, 320), "304 or 320"),
     ],
 )
 def test_the_nearest_whole_patches(asked, patch, taken, named):

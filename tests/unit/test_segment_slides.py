@@ -19,9 +19,10 @@ from PIL import Image
 from dinoscope.errors import ConfigError, DinoscopeError, SlideError
 from dinoscope.segment import class_map as class_map_module
 from dinoscope.segment.adapters import LoraSettings
-from dinoscope.segment.blending import RowBlender, tile_starts, tile_weights
+from dinoscope.segment.blending import RowBlender, tile_weights
 from dinoscope.segment.class_map import UNKNOWN, ClassMap, array_on_disk, half_size, write_class_map
 from dinoscope.segment.files import SegmenterCard, make_card, save_segmenter
+from dinoscope.segment.inference import window_starts
 from dinoscope.segment.model import Segmenter
 from dinoscope.segment.slide_picture import draw_segmented_slide, painted
 from dinoscope.segment.slides import SlideSettings, class_outlines, predict_slide, slide_settings
@@ -77,16 +78,6 @@ def shapes(tmp_path_factory) -> Path:
     return painted_slide(tmp_path_factory.mktemp("slides") / "shapes.tiff")
 
 
-@pytest.mark.parametrize(("length", "tile", "stride"), [(100, 32, 24), (96, 32, 32), (20, 32, 24), (32, 32, 16)])
-def test_tiles_cover_a_side_and_none_leaves_it(length, tile, stride):
-    starts = tile_starts(length, tile, stride)
-    covered = np.zeros(max(length, tile), int)
-    for start in starts:
-        covered[start : start + tile] += 1
-    assert covered.min() >= 1 and (np.diff(starts) > 0).all() and np.diff(starts).max(initial=0) <= stride
-    assert starts[-1] == max(0, length - tile)
-
-
 def test_weights_are_one_in_the_middle_and_never_zero():
     weights = tile_weights(16, 4)
     assert weights.min() > 0 and (weights[4:-4, 4:-4] == 1).all()
@@ -110,8 +101,8 @@ def test_rows_of_tiles_are_blended_as_by_brute_force(tmp_path, monkeypatch, seed
         rows = blender.move_to(top, 255)
         found[start : start + len(rows)] = rows
 
-    for top in tile_starts(height, tile, int(rng.integers(8, 17))):
-        lefts = [left for left in tile_starts(width, tile, 11) if rng.random() < 0.5]
+    for top in window_starts(height, tile, int(rng.integers(8, 17))):
+        lefts = [left for left in window_starts(width, tile, 11) if rng.random() < 0.5]
         for left in lefts:
             if top != blender.top:
                 store(top)
@@ -176,8 +167,8 @@ def brute_force(slide: Slide, model, tile: int, overlap: int) -> np.ndarray:
     pixels = slide.read_region(0, 0, 0, slide.width, slide.height)
     total = np.zeros((model.num_classes, slide.height, slide.width))
     ramp = np.minimum(np.minimum(np.arange(tile) + 0.5, tile - 0.5 - np.arange(tile)) / overlap, 1)
-    for top in tile_starts(slide.height, tile, tile - overlap):
-        for left in tile_starts(slide.width, tile, tile - overlap):
+    for top in window_starts(slide.height, tile, tile - overlap):
+        for left in window_starts(slide.width, tile, tile - overlap):
             part = torch.from_numpy(pixels[top : top + tile, left : left + tile].copy())[None]
             with torch.no_grad():
                 logits = model(model.normalised(part))[0].double().numpy()
@@ -249,6 +240,16 @@ def test_memory_does_not_grow_with_the_height_nor_the_classes(tmp_path):
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + 2**20
     assert peaks[2] < 1.2 * peaks[1] + 2**20
+
+
+def test_arrays_on_disk_leave_nothing_behind(tmp_path):
+    """Whatever ends the program: their files have no name."""
+    array = array_on_disk(tmp_path / "x", np.float32, (3, 1000))
+    assert (array == 0).all() and array.shape == (3, 1000)
+    array[1] = 7
+    other = array_on_disk(tmp_path / "x", np.float32, (3, 1000))
+    assert array.sum() == 7000 and other.sum() == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def some_map(tmp_path, height=1500, width=1100, mpp=0.5) -> ClassMap:

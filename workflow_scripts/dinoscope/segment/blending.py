@@ -10,22 +10,9 @@ import numpy as np
 
 from dinoscope.segment.class_map import array_on_disk
 
-__all__ = ["RowBlender", "tile_starts", "tile_weights"]
+__all__ = ["RowBlender", "tile_weights"]
 
 _CHUNK_PX = 4096  # columns that are decided at once
-
-
-def tile_starts(length: int, tile_px: int, stride_px: int) -> np.ndarray:
-    """Where tiles begin along a side: every `stride_px`, and a last one that ends with the side.
-
-    Args:
-        length: Of the side in pixels; where it is shorter than a tile, one tile reaches beyond it.
-        tile_px: Side of a tile.
-        stride_px: Distance of neighbours.
-    """
-    last = max(0, length - tile_px)
-    starts = np.arange(0, last, stride_px)
-    return np.append(starts, last)
 
 
 def tile_weights(tile_px: int, overlap_px: int) -> np.ndarray:

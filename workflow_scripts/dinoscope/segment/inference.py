@@ -78,18 +78,27 @@ def predict_logits(model: "Segmenter", image: np.ndarray, how: Inference, device
     return (summed / counts)[:, :height, :width]
 
 
-def window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin along a side: as few as cover it with that overlap at least, spread evenly."""
-    if size <= window:
-        return [0]
-    step = max(1, int(window * (1 - overlap)))
-    count = -(-(size - window) // step) + 1
-    return [round(start) for start in np.linspace(0, size - window, count)]
+def window_starts(length: int, window: int, stride: int) -> np.ndarray:
+    """Where windows begin along a side of an image or a slide: as few as cover it, spread evenly, the last at its end.
+
+    Args:
+        length: Of the side in pixels; where it is shorter than a window, one window reaches beyond it.
+        window: Side of a window.
+        stride: Largest distance of neighbours.
+
+    Returns:
+        int64, rising.
+    """
+    last = max(0, length - window)
+    return np.rint(np.linspace(0, last, -(-last // stride) + 1)).astype(np.int64)
 
 
 def _batches(size_hw: tuple[int, int], how: Inference) -> Iterator[list[tuple[slice, slice]]]:
-    tops, lefts = (window_starts(*sides, how.overlap) for sides in zip(size_hw, how.window_hw, strict=True))
     height, width = how.window_hw
+    tops, lefts = (
+        window_starts(size, window, max(1, int(window * (1 - how.overlap)))).tolist()
+        for size, window in zip(size_hw, how.window_hw, strict=True)
+    )
     places = [(slice(top, top + height), slice(left, left + width)) for top in tops for left in lefts]
     for first in range(0, len(places), how.batch_size):
         yield places[first : first + how.batch_size]

@@ -21,6 +21,7 @@ __all__ = [
     "TrainSettings",
     "check_segment_seal",
     "default_views",
+    "multiples_in_words",
     "nearest_multiples",
     "rounded_img_dim",
     "seal_segmenter",
@@ -154,6 +155,11 @@ def nearest_multiples(size: int, patch: int) -> tuple[int, int]:
     return below, max(below, -(-size // patch) * patch)
 
 
+def multiples_in_words(size: int, patch: int) -> str:
+    """The same for messages: 304 or 320."""
+    return " or ".join(str(each) for each in dict.fromkeys(nearest_multiples(size, patch)))
+
+
 def rounded_img_dim(img_dim: tuple[int, int], patch: int) -> tuple[tuple[int, int], str | None]:
     """The nearest size of whole patches, and a sentence about it where it is another.
 
@@ -163,15 +169,11 @@ def rounded_img_dim(img_dim: tuple[int, int], patch: int) -> tuple[tuple[int, in
     nearest = tuple(min(nearest_multiples(size, patch), key=lambda found: abs(found - size)) for size in img_dim)
     if nearest == tuple(img_dim):
         return nearest, None
-    named = ", ".join(dict.fromkeys(f"{below} and {above}" for below, above in _around(img_dim, patch)))
+    named = ", ".join(dict.fromkeys(multiples_in_words(size, patch) for size in img_dim if size % patch))
     return nearest, (
         f"img_dim {img_dim[0]} {img_dim[1]} is no multiple of the encoder's patches of {patch} px; the nearest are "
         f"{named}: {nearest[0]} {nearest[1]} is taken"
     )
-
-
-def _around(img_dim: tuple[int, int], patch: int) -> list[tuple[int, int]]:
-    return [nearest_multiples(size, patch) for size in img_dim if size % patch]
 
 
 def seal_segmenter(

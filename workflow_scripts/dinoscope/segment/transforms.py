@@ -1,4 +1,4 @@
-"""Views of an image and its mask, in register: what a model is trained on and what it is validated on.
+"""Views of an image and its mask, in register: what a model is trained on.
 
     image, mask = training_view(image, mask, (224, 224), view_rng(seed, index, epoch), VIEWS["pathology"])
 
@@ -17,8 +17,9 @@ from PIL import Image
 from dinoscope.data import color
 from dinoscope.errors import ConfigError
 from dinoscope.segment.metrics import IGNORED
+from dinoscope.segment.settings import multiples_in_words
 
-__all__ = ["VIEWS", "ViewSettings", "check_img_dim", "training_view", "validation_view", "view_rng"]
+__all__ = ["VIEWS", "ViewSettings", "check_img_dim", "training_view", "view_rng"]
 
 _SCALES_OF = ("pixels", "image")
 _DRAWS = 22  # of a view, whatever is switched on: changing one setting changes no other draw
@@ -102,7 +103,7 @@ def check_img_dim(height: int, width: int, patch: int) -> None:
         ConfigError: A side is no multiple of the patch; names the nearest ones.
     """
     wrong = [
-        f"{name} {side}: take {_nearest_multiples(side, patch)}"
+        f"{name} {side}: take {multiples_in_words(side, patch)}"
         for name, side in (("height", height), ("width", width))
         if side < patch or side % patch
     ]
@@ -144,38 +145,6 @@ def training_view(
         image, mask = image[::-1], mask[::-1]
     image, mask = (np.ascontiguousarray(np.rot90(each, turns)) for each in (image, mask))
     return _recoloured(image, settings, draws[6:]), mask
-
-
-def validation_view(
-    image: np.ndarray,
-    mask: np.ndarray,
-    size_hw: tuple[int, int],
-    fit: str = "resize",
-    fill: tuple[int, int, int] = ViewSettings.fill,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The view that a model is validated on; nothing is drawn.
-
-    Args:
-        image: uint8 (H, W, 3).
-        mask: uint8 (H, W).
-        size_hw: Height and width of the view.
-        fit: "resize": the whole image, stretched; "crop": its middle as it is, what is beyond filled and 255.
-        fill: Colour beyond the image.
-
-    Returns:
-        uint8 (h, w, 3) and (h, w) of the wanted size.
-    """
-    assert fit in ("resize", "crop"), fit
-    height, width = image.shape[:2]
-    if fit == "resize":
-        return _cut(image, mask, (0, 0, height, width), size_hw, fill)
-    top, left = (height - size_hw[0]) // 2, (width - size_hw[1]) // 2
-    return _cut(image, mask, (top, left, *size_hw), size_hw, fill)
-
-
-def _nearest_multiples(side: int, patch: int) -> str:
-    below = side // patch * patch
-    return f"{below} or {below + patch}" if below else f"{patch}"
 
 
 def _box(
