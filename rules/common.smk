@@ -533,8 +533,8 @@ def segment_tissue(wildcards):
 
 
 def segmenter_source(wildcards):
-    """Where the encoder of a segmenter is loaded from."""
-    return FEATURES.source(wildcards.model)
+    """Where the encoder of a segmenter is loaded from, and what else names it."""
+    return FEATURES.encoder_arguments(wildcards.model)[1:]
 
 
 onsuccess:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dinoscope.errors import ConfigError, DinoscopeError, SlideError
+from dinoscope.features.encoders import load_encoder
 from dinoscope.segment import class_map as class_map_module
 from dinoscope.segment.adapters import LoraSettings
 from dinoscope.segment.blending import RowBlender, tile_weights
@@ -373,8 +374,6 @@ def command(tmp_path: Path, slide: Path, *further: str) -> list[str]:
 
 @pytest.fixture
 def model_folder(tmp_path) -> Path:
-    from dinoscope.features.encoders import load_encoder
-
     segmenter = trained(Segmenter(load_encoder(write_own_encoder(tmp_path / "a.pth")), 3, "linear", LoraSettings(2)))
     save_segmenter(tmp_path / "model", segmenter, make_card(segmenter, CLASSES, PALETTE, img_dim=(96, 96), mpp=0.5))
     return tmp_path
@@ -419,3 +418,43 @@ def test_a_broken_slide_fails_in_a_sentence_or_is_skipped(model_folder, monkeypa
     assert sorted(path.name for path in out.iterdir()) == ["a.geojson", "a.png", "a.tsv", "map.tiff"]
     assert tifffile.imread(out / "map.tiff").tolist() == [[255]]
     assert class_map_module.UNKNOWN == 255
+
+
+OWN = """
+import torch
+
+class Own(torch.nn.Module):
+    image_px = 64
+
+    def __init__(self):
+        super().__init__()
+        self.map = torch.nn.Conv2d(3, 8, 16, 16, bias=False)
+        with torch.no_grad():
+            self.map.weight.copy_(torch.linspace(-0.1, 0.1, self.map.weight.numel()).view_as(self.map.weight))
+
+    def forward(self, images):
+        patches = self.map(images).flatten(2).transpose(1, 2)
+        return {"cls": patches.mean(1), "patches": patches}
+
+def own():
+    return Own()
+"""
+
+
+def test_an_encoder_of_ones_own_segments_slides(tmp_path):
+    """By a function of the user's, whose version and files count: named as where it is trained and measured."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "more.txt").write_text("what it reads")
+    name, files = f"{tmp_path}/own.py:own", [tmp_path / "more.txt"]
+    encoder = load_encoder(name, files=files, version="2")
+    assert encoder.kind == "function own.py:own"
+    segmenter = Segmenter(encoder, 3)
+    card = make_card(segmenter, CLASSES, PALETTE, img_dim=(96, 96), mpp=0.5)
+    save_segmenter(tmp_path / "run" / "segmenter", segmenter, card)
+    line = command(tmp_path, write_slide(tmp_path / "a.tiff", seed=1, side=420), "--tissue-method", "none")
+    line += ["--segmenter", str(tmp_path / "run"), "--weights", name, "--encoder_files", *map(str, files)]
+    other = subprocess.run(line, capture_output=True, text=True)
+    assert other.returncode == 1 and "was trained on another encoder" in other.stderr
+    done = subprocess.run([*line, "--encoder-version", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "map.tiff").is_file()

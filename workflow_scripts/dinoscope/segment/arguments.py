@@ -59,7 +59,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--weights and what else names an encoder, as extract_features.py has them."""
     add = parser.add_argument
-    add("--weights", required=required, help="the encoder: teacher.pth, a published file, a folder, or a function")
+    words = "the encoder: teacher.pth, a published file, a folder, or a function"
+    add("--weights", "--encoder", required=required, help=words)
     add("--architecture", help="timm's name of the encoder, where --weights is a timm file without a config.json")
     add("--encoder-files", nargs="+", type=Path, default=[], help="further files that a function of your own reads")
     add("--encoder-version", default="", help="anything; counts for the identity of the encoder")
