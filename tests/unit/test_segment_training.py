@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import subprocess
 import time
 
@@ -108,6 +109,22 @@ def test_a_save_that_is_older_is_enough(discs, weights, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "cut" / "state.pt")["at"]["next_step"] < 9
     run(discs, weights, tmp_path / "cut", epochs=6)
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))
+
+
+def test_a_best_that_a_kill_took_is_replaced(discs, weights, tmp_path, monkeypatch):
+    """Between the two renames of a save there is none; what comes next is kept, although it is not better."""
+    with monkeypatch.context() as patched:
+        crash_before(patched, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(discs, weights, tmp_path / "run", save_seconds=0.0)
+    shutil.rmtree(tmp_path / "run" / "segmenter")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    state["at"]["best_miou"] = 2.0
+    torch.save(state, tmp_path / "run" / "state.pt")
+    final = run(discs, weights, tmp_path / "run")
+    assert final["best_epoch"] > 2
+    kept = load_segmenter(tmp_path / "run", load_encoder(weights / "encoder.pth"))
+    assert kept.card.measures["validation_miou"] == final["validation"]["miou"]
 
 
 def test_a_finished_training_is_left_alone(discs, weights, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,7 +190,7 @@ def data_options(given: Sequence[str], argument: str = "--data-option") -> dict[
     for word in given:
         key, equals, value = word.partition("=")
         try:
-            options[key] = yaml.safe_load(value)
+            options[key] = _value(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:
@@ -197,6 +198,14 @@ def data_options(given: Sequence[str], argument: str = "--data-option") -> dict[
                 f"{argument} {word!r} must read KEY=VALUE, the value as in YAML, such as instance=nucleus"
             )
     return options
+
+
+def _value(text: str) -> Any:
+    """What YAML reads in a text, and JSON where it is some: 1e-5 is a number there."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def test_split(dataset: str, given: str | None) -> str:

@@ -208,7 +208,7 @@ class _Training:
         append_metrics(self.job.run_dir, line | {f"validation_{key}": value for key, value in measures.items()})
         if self.job.debug:
             self._draw(how, epoch)
-        if miou > self.at.best_miou:
+        if miou > self.at.best_miou or not (self.job.run_dir / SEGMENTER_NAME).is_dir():  # a kill may have taken it
             self.at.best_miou, self.at.best_epoch, self.at.best_measures = miou, epoch, measures
             classes, palette = self.job.validation.classes, self.job.validation.palette
             told = {"validation_miou": miou, "epoch": epoch}
