@@ -127,8 +127,11 @@ def test_a_best_that_a_kill_took_is_replaced(discs, weights, tmp_path, monkeypat
     assert kept.card.measures["validation_miou"] == final["validation"]["miou"]
 
 
-def test_a_finished_training_is_left_alone(discs, weights, tmp_path):
+@pytest.mark.parametrize("state", [True, False])
+def test_a_finished_training_is_left_alone(discs, weights, tmp_path, state):
     first = run(discs, weights, tmp_path / "run", epochs=1)
+    if not state:
+        (tmp_path / "run" / "state.pt").unlink()
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert run(discs, weights, tmp_path / "run", epochs=1) == first
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -177,6 +180,7 @@ def test_damage_and_loss_of_numbers_are_told(discs, weights, tmp_path):
         run(discs, weights, tmp_path / "run", lr=1e30, clip_grad=0.0, epochs=10)
     run(discs, weights, tmp_path / "other", epochs=1)
     (tmp_path / "other" / "state.pt").write_bytes(b"nothing")
+    (tmp_path / "other" / "final.json").unlink()
     with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
         run(discs, weights, tmp_path / "other", epochs=1)
 

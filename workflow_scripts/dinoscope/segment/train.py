@@ -113,6 +113,8 @@ def train_segmenter(model: "Segmenter", job: TrainJob, world: "World") -> dict[s
     if world.is_main:
         job.run_dir.mkdir(parents=True, exist_ok=True)
         seal_segmenter(job.run_dir, settings, model.encoder_sha256, job.data_sha256, job.start_sha256)
+    if (job.run_dir / FINAL_NAME).is_file():  # also where state.pt was deleted to save space
+        return read_json(job.run_dir / FINAL_NAME)
     return _Training(model, job, world).run()
 
 
@@ -308,9 +310,7 @@ class _Training:
         }
         path = self.job.run_dir / FINAL_NAME
         if self.world.is_main:
-            if not path.is_file():
-                write_json(path, final)
-            return read_json(path)
+            write_json(path, final)
         return final
 
 
