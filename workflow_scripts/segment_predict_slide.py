@@ -20,7 +20,7 @@ from PIL import Image
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
 from dinoscope.files import atomic_path, write_text
-from dinoscope.segment.arguments import add_encoder_arguments, hyphenated
+from dinoscope.segment.arguments import add_encoder_arguments, add_public_arguments, hyphenated
 from dinoscope.slides.geojson import read_annotations
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.skipping import Attempt, add_skip_arguments, try_slide
@@ -54,7 +54,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         files=arguments.encoder_files,
         version=arguments.encoder_version,
     )
-    segmenter = load_segmenter(arguments.segmenter, encoder, device)
+    segmenter = load_segmenter(arguments.segmenter, encoder, device, doublings=arguments.fpn_doublings)
     segmenter.merge()
     options = {name: getattr(arguments, name) for name in ("batch_size", "workers", "precision")}
     settings = slide_settings(segmenter, arguments.mpp, arguments.tile_px, arguments.overlap_px, **options)
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--segmenter", required=True, help="run folder, folder of a segmenter, or a .pt of dinov2-finetune")
+    add_public_arguments(parser)
     add_encoder_arguments(parser)
     add("--slide", type=Path, required=True, help="file, or folder of a DICOM series")
     add("--slide-id", required=True, metavar="ID", help="name of the slide in all results")

@@ -18,6 +18,9 @@ import segment_train
 from dinoscope.errors import ConfigError, DinoscopeError, MasksError, SealError, WeightsError
 from dinoscope.files import read_json, write_json
 from dinoscope.segment.arguments import hyphenated
+from dinoscope.segment.public_fpn import PublicFPNDecoder
+from dinoscope.segment.settings import TrainSettings
+from dinoscope.segment.tables import components
 from dinoscope.segment.voc import VOC_CLASSES
 from segmentation_samples import write_discs
 from tiny_segmenter import write_own_encoder
@@ -264,6 +267,22 @@ def test_files_of_the_public_tool_are_measured(folder, tmp_path, monkeypatch):
         call(monkeypatch, segment_evaluate, *words)
     call(monkeypatch, segment_evaluate, *words, "--img-dim", "48", "64")
     assert read_json(tmp_path / "x.json")["settings"] == {"trainable": "decoder", "decoder": "linear"}
+
+
+@pytest.mark.parametrize("doublings", [2, 3])
+def test_pyramids_of_the_public_tool_are_what_their_version_makes_of_them(
+    folder, tmp_path, measured, caplog, doublings
+):
+    """Their files do not tell which of two it is; both are measured and have a place in tables."""
+    decoder = PublicFPNDecoder(48, 2, doublings)
+    torch.save(decoder.state_dict(), tmp_path / "public.pt")
+    words = ["--img-dim", "128", "128", "--fpn_doublings", doublings]
+    told = measured(tmp_path / "public.pt", *words)
+    name = {2: "public_fpn", 3: "public_fpn3"}[doublings]
+    assert told["settings"]["decoder"] == name
+    assert components("decoder", name) == "FPN decoder (dinov2-finetune)"
+    assert f"taken is {doublings} times (--fpn-doublings)" in caplog.text
+    assert TrainSettings(decoder=name).decoder == name
 
 
 def test_corruptions_lower_what_is_measured(folder, trained, monkeypatch):

@@ -17,6 +17,7 @@ __all__ = [
     "DATA_VARIABLE",
     "add_data_arguments",
     "add_encoder_arguments",
+    "add_public_arguments",
     "add_segmenter_arguments",
     "add_training_arguments",
     "data_options",
@@ -67,10 +68,17 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = T
     add("--encoder-version", default="", help="anything; counts for the identity of the encoder")
 
 
+def add_public_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a .pt file of dinov2-finetune does not tell."""
+    words = "of a .pt of dinov2-finetune with its FPN decoder: how often that version of the tool doubles the map"
+    parser.add_argument("--fpn-doublings", type=int, choices=(2, 3), default=2, help=words)
+
+
 def add_segmenter_arguments(parser: argparse.ArgumentParser) -> None:
     """What names a trained segmenter and the images that it is asked about."""
     add = parser.add_argument
     add("--segmenter", type=Path, required=True, help="run folder, folder of a segmenter, or a .pt of dinov2-finetune")
+    add_public_arguments(parser)
     add_encoder_arguments(parser)
     add_data_arguments(parser)
     add("--split", choices=("train", "val", "test"), help="default: test, but val of voc and ade20k")

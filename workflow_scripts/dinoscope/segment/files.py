@@ -26,6 +26,7 @@ from dinoscope.models.weights import state_digest
 from dinoscope.segment.adapters import LoraSettings
 from dinoscope.segment.model import Segmenter
 from dinoscope.segment.palettes import default_palette
+from dinoscope.segment.public_fpn import PublicFPNDecoder
 from dinoscope.segment.public_tool import is_public_state, segmenter_of_public
 
 __all__ = [
@@ -221,6 +222,12 @@ def _foreign(file: Path, encoder: LoadedEncoder, options: Mapping[str, Any]) -> 
         "(%s), with its mean and std, and the classes are %s",
         *(file.name, len(names), encoder.kind, said),
     )
+    if isinstance(segmenter.decoder, PublicFPNDecoder):
+        _log.warning(
+            "%s does not say how often its FPN decoder doubles the map, in which versions of that tool differ; taken "
+            "is %d times (--fpn-doublings)",
+            *(file.name, segmenter.decoder.doublings),
+        )
     return segmenter
 
 

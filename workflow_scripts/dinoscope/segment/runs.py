@@ -95,6 +95,7 @@ def train_run(
     *,
     round_img_dim: bool = False,
     start: Path | None = None,
+    doublings: int = 2,
     mpp: float | None = None,
     workers: int = 2,
     debug: bool = False,
@@ -108,6 +109,7 @@ def train_run(
         run_dir: Folder of the training.
         round_img_dim: Whether sizes that are no multiples of the patch are rounded, which is said, or refused.
         start: A trained segmenter that it begins with.
+        doublings: Of the FPN decoder of `start`, where it is a .pt file of dinov2-finetune.
         mpp: Micrometres a pixel of the images.
         workers: Processes that draw views.
         debug: Whether pictures are drawn after each validation.
@@ -132,7 +134,7 @@ def train_run(
         if start is None:
             model = build_segmenter(loaded, len(training.classes), settings).to(world.device)
         else:
-            model = load_segmenter(start, loaded, world.device)
+            model = load_segmenter(start, loaded, world.device, doublings=doublings)
             settings = _like(settings, model, len(training.classes), start)
         if world.is_main:
             _tell(model, settings, training, validation, world.size)
@@ -161,6 +163,7 @@ class Question:
         batch_size: Windows a forward pass.
         device: auto, cpu, cuda:1 …
         precision: auto, float32 or bfloat16.
+        doublings: Of the FPN decoder of a .pt file (`PublicFPNDecoder`).
     """
 
     segmenter: Path
@@ -173,6 +176,7 @@ class Question:
     batch_size: int = 8
     device: str = "auto"
     precision: str = "auto"
+    doublings: int = 2
 
 
 def question_of(arguments: argparse.Namespace) -> Question:
@@ -189,6 +193,7 @@ def question_of(arguments: argparse.Namespace) -> Question:
         given.batch_size,
         given.device,
         given.precision,
+        given.fpn_doublings,
     )
 
 
@@ -343,7 +348,7 @@ class _Asked:
         self.settings = {} if run is None else read_json(run / SEAL_NAME)["settings"]
         encoder = question.encoder.load(self.device)
         self.encoder_kind, about = encoder.kind, told_of_encoder(encoder)
-        self.model = load_segmenter(folder, encoder, self.device)
+        self.model = load_segmenter(folder, encoder, self.device, doublings=question.doublings)
         self.data = question.data.open(question.split)
         _check_classes(self.model, self.data, folder)
         self.how = self._inference()

@@ -30,7 +30,7 @@ __all__ = [
 
 SEAL_NAME, STATE_NAME, FINAL_NAME = "run_config.json", "state.pt", "final.json"
 DECODERS, TRAINABLE, INFERENCE = (
-    ("linear", "fpn", "public_fpn"),
+    ("linear", "fpn", "public_fpn", "public_fpn3"),
     ("lora", "decoder", "last_n", "full"),
     ("slide", "resize"),
 )
