@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoscope.segment.inference import Inference, predict_logits, window_starts
+from dinoscope.segment.inference import Inference, predict_logits, window_starts, window_weights
 
 CPU = torch.device("cpu")
 
@@ -55,14 +55,26 @@ def test_windows_give_what_the_whole_image_gives(size):
     assert max(shape[0] for shape in model.seen) <= 3
 
 
-def test_overlapping_windows_are_averaged():
+def test_weights_are_one_in_the_middle_and_never_zero():
+    weights = window_weights((16, 12), (4, 6))
+    assert weights.shape == (16, 12)
+    assert weights.min() > 0
+    assert (weights[4:-4, 5:7] > 0.9).all()
+    assert np.array_equal(weights, weights[::-1])
+    assert np.array_equal(weights, weights[:, ::-1])
+    column = window_weights((16, 12), (4, 0))[:, 3]
+    assert column[-4:] + column[:4] == pytest.approx(1)  # the ramps of two neighbours add to one
+    assert (window_weights((8, 8), (0, 0)) == 1).all()
+
+
+def test_overlapping_windows_are_averaged_by_their_weights():
     class Numbered(Pointwise):
         def forward(self, images):
             values = torch.arange(1.0, 1 + len(images))
             return values[:, None, None, None].expand(-1, 2, *images.shape[-2:])
 
     logits = predict_logits(Numbered(), image_of(8, 12), Inference((8, 8), overlap=0.5), CPU)
-    np.testing.assert_allclose(logits[0, 0].numpy(), [1] * 4 + [1.5] * 4 + [2] * 4)
+    np.testing.assert_allclose(logits[0, 0].numpy(), [1] * 4 + [1.125, 1.375, 1.625, 1.875] + [2] * 4)
 
 
 def test_resizing_is_there_and_back():

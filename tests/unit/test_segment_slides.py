@@ -20,7 +20,7 @@ from dinoscope.errors import ConfigError, DinoscopeError, SlideError
 from dinoscope.features.encoders import load_encoder
 from dinoscope.segment import class_map as class_map_module
 from dinoscope.segment.adapters import LoraSettings
-from dinoscope.segment.blending import RowBlender, tile_weights
+from dinoscope.segment.blending import RowBlender
 from dinoscope.segment.class_map import UNKNOWN, ClassMap, array_on_disk, half_size, write_class_map
 from dinoscope.segment.files import SegmenterCard, make_card, save_segmenter
 from dinoscope.segment.inference import window_starts
@@ -77,15 +77,6 @@ def painted_slide(path: Path, width: int = 1500, height: int = 1100) -> Path:
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     return painted_slide(tmp_path_factory.mktemp("slides") / "shapes.tiff")
-
-
-def test_weights_are_one_in_the_middle_and_never_zero():
-    weights = tile_weights(16, 4)
-    assert weights.min() > 0 and (weights[4:-4, 4:-4] == 1).all()
-    assert np.array_equal(weights, weights.T) and np.array_equal(weights, weights[::-1])
-    pair = tile_weights(16, 4)[8]
-    assert pair[-4:] + pair[:4] == pytest.approx(1)  # the ramps of two neighbours add to one
-    assert (tile_weights(8, 0) == 1).all()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -18,9 +18,9 @@ from dinoscope.errors import ConfigError
 from dinoscope.features.embedding import choose_precision
 from dinoscope.features.read_ahead import read_ahead
 from dinoscope.progress import progress
-from dinoscope.segment.blending import RowBlender, tile_weights
+from dinoscope.segment.blending import RowBlender
 from dinoscope.segment.class_map import UNKNOWN, ClassMap, array_on_disk
-from dinoscope.segment.inference import window_starts
+from dinoscope.segment.inference import window_starts, window_weights
 from dinoscope.segment.model import Segmenter
 from dinoscope.segment.settings import multiples_in_words
 from dinoscope.slides.geojson import mask_feature
@@ -205,7 +205,8 @@ def _weighted_logits(segmenter: Segmenter, tiles: _Tiles, settings: SlideSetting
     """Each tile's number and its logits times their weights, float32 (C, tile_px, tile_px), in order."""
     device = next(segmenter.parameters()).device
     dtype = choose_precision(device, settings.precision)
-    weights = torch.from_numpy(tile_weights(settings.tile_px, settings.overlap_px)).to(device)
+    weights = window_weights((settings.tile_px,) * 2, (settings.overlap_px,) * 2)
+    weights = torch.from_numpy(weights).to(device)
     size = settings.batch_size
     batches = [slice(start, min(start + size, len(tiles))) for start in range(0, len(tiles), size)]
     depth = 1 + math.ceil(2 * max(1, settings.workers) / size)
