@@ -21,6 +21,7 @@ from dinoscope.segment.metrics import ConfusionMatrix
 from dinoscope.segment.published import published_encoder
 from dinoscope.segment.setup import build_segmenter, told_of_encoder
 from dinoscope.segment.train import inference_of, train_segmenter
+from dinoscope.train.distributed import World
 from segmentation_samples import ALONE, fresh_segmenter, job_on, write_discs
 from tiny_segmenter import write_dinov2
 
@@ -188,6 +189,13 @@ def test_damage_and_loss_of_numbers_are_told(discs, weights, tmp_path):
 def test_sizes_of_no_whole_patches_are_refused(discs, weights, tmp_path):
     with pytest.raises(ConfigError, match=r"img_dim 50 64 .* height 50: take 48 or 64"):
         run(discs, weights, tmp_path / "run", img_dim=(50, 64))
+
+
+def test_batch_norm_is_trained_in_one_process_alone(discs, weights, tmp_path):
+    job = job_on(discs, tmp_path / "run", decoder="public_fpn", img_dim=(192, 192), epochs=1)
+    with pytest.raises(ConfigError, match=r"decoder public_fpn has batch norm.* in 2 processes.* take decoder fpn"):
+        train_segmenter(fresh_segmenter(weights, job.settings), job, World(0, 0, 2, CPU))
+    assert train_segmenter(fresh_segmenter(weights, job.settings), job, ALONE)["steps"] == 2
 
 
 @pytest.mark.parametrize(

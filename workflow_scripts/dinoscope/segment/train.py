@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoscope.errors import CheckpointError, ConfigError, StoppedError
 from dinoscope.features.embedding import choose_precision
@@ -110,6 +110,11 @@ def train_segmenter(model: "Segmenter", job: TrainJob, world: "World") -> dict[s
     """
     settings = job.settings
     check_img_dim(*settings.img_dim, model.patch_size)
+    if world.size > 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise ConfigError(
+            f"decoder {settings.decoder} has batch norm, which would see a share of each batch in {world.size} "
+            "processes and end with other weights than in one: train it in one process, or take decoder fpn"
+        )
     if world.is_main:
         job.run_dir.mkdir(parents=True, exist_ok=True)
         seal_segmenter(job.run_dir, settings, model.encoder_sha256, job.data_sha256, job.start_sha256)
