@@ -18,7 +18,8 @@ from dinoscope.segment.engine import (
     num_steps_of_epoch,
     view_settings,
 )
-from dinoscope.segment.runs import _like, drop_of, means_of
+from dinoscope.segment.robustness import drop_of, means_of
+from dinoscope.segment.runs import _like
 from dinoscope.segment.settings import TrainSettings
 from dinoscope.segment.transforms import VIEWS
 from dinoscope.train.distributed import World

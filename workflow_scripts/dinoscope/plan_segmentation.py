@@ -59,7 +59,7 @@ class SegmentJobs:
         from dinoscope.segment.arguments import data_root
         from dinoscope.segment.datasets import dataset_settings
         from dinoscope.segment.engine import view_settings
-        from dinoscope.segment.runs import kinds_of
+        from dinoscope.segment.robustness import kinds_of
 
         for task, of in self.tasks.items():
             try:
