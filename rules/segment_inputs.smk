@@ -2,10 +2,10 @@
 
 @one_sentence
 def segment_encoder(wildcards):
-    """The files of a task's encoder; refused while planning when a training was begun with other settings."""
+    """Files of a task's encoder and images; refused while planning when a training was begun with other settings."""
     task, model, variant = wildcards.task, wildcards.model, wildcards.variant
     SEGMENTS.check_seal(task, model, variant)
-    files = SEGMENTS.encoder_files(model)
+    files = [*SEGMENTS.encoder_files(model), *SEGMENTS.data_files(task)]
     return (
         [ancient(file) for file in files]
         if SEGMENTS.is_finished(task, model, variant)
@@ -63,10 +63,10 @@ def segmentations(wildcards):
 
 @one_sentence
 def segment_tissue(wildcards):
-    """Arguments for where on a slide classes are predicted: on its tissue, found as for tiles."""
-    return SEGMENTS.tissue_arguments(wildcards.slide)
+    """Arguments for how closely and where a slide is segmented: on its tissue, found as for tiles."""
+    return SEGMENTS.slide_arguments(wildcards.task, wildcards.slide)
 
 
 def segmenter_source(wildcards):
-    """Where the encoder of a segmenter is loaded from."""
-    return FEATURES.source(wildcards.model)
+    """Where the encoder of a segmenter is loaded from, and what else names it."""
+    return FEATURES.encoder_arguments(wildcards.model)[1:]

@@ -3,7 +3,7 @@
 The folder then holds the encoder (of a backbone of ours teacher.pth, which everything here opens and export_model.py
 turns into other formats) and the decoder, and is given both as --segmenter and as --encoder:
 
-    export_segmenter.py --segmenter results/segmentation/nuclei/model --encoder teacher.pth --output merged
+    export_segmenter.py --segmenter results/segmentation/nuclei --encoder teacher.pth --output merged
     segment_predict_slide.py --segmenter merged --encoder merged …
 """
 

@@ -27,7 +27,8 @@ def main() -> None:
     add("--table", type=Path, help="mIoU by kind and severity (.tsv)")
     add("--picture", type=Path, help="an image in all kinds at the highest severity, with its prediction (.png)")
     arguments = parser.parse_args(hyphenated(sys.argv[1:]))
-    from dinoscope.segment.runs import corruptions_run, question_of  # torch takes its time
+    from dinoscope.segment.questions import question_of  # torch takes its time
+    from dinoscope.segment.robustness import corruptions_run
 
     corruptions_run(
         question_of(arguments),

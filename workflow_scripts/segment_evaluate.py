@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="image, truth, prediction and error of some images (.png)")
     parser.add_argument("--pictured", type=int, default=4, help="how many, from the worst to the best")
     arguments = parser.parse_args(hyphenated(sys.argv[1:]))
-    from dinoscope.segment.runs import evaluate_run, question_of  # torch takes its time
+    from dinoscope.segment.questions import evaluate_run, question_of  # torch takes its time
 
     evaluate_run(
         question_of(arguments),

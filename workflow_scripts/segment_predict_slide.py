@@ -3,12 +3,13 @@
 Writes a pyramidal TIFF of classes (OpenSlide and QuPath show it in colours, tifffile reads the indices; 255: not looked
 at), the classes' outlines as GeoJSON for QuPath, an overview picture, and the area of each class.
 
-    segment_predict_slide.py --segmenter results/segmentation/nuclei/model --encoder results/models/gram/teacher.pth \\
+    segment_predict_slide.py --segmenter results/segmentation/nuclei --weights results/models/gram/teacher.pth \\
         --slide S1.svs --slide-id S1 --class-map S1.tiff --outlines S1.geojson --overview S1.png --areas S1.tsv
 """
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.errors import ConfigError
 from dinoscope.files import atomic_path, write_text
+from dinoscope.segment.arguments import add_encoder_arguments, add_public_arguments, hyphenated
 from dinoscope.slides.geojson import read_annotations
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.skipping import Attempt, add_skip_arguments, try_slide
@@ -27,7 +29,7 @@ from dinoscope.slides.tissue import METHODS, Tissue, detect_tissue
 
 def main() -> None:
     """Parses the command line and predicts, or skips the slide."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(hyphenated(sys.argv[1:]))
     cv2.setNumThreads(1)  # a job has one core, and pictures this small gain nothing from more
     if (arguments.tissue_method == "annotations") != (arguments.annotations is not None):
         raise ConfigError("--tissue-method annotations and --annotations FILE need each other")
@@ -38,12 +40,21 @@ def main() -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     from dinoscope.features.embedding import choose_device
+    from dinoscope.features.encoders import load_encoder
     from dinoscope.segment.class_map import write_class_map
     from dinoscope.segment.files import load_segmenter
     from dinoscope.segment.slide_picture import draw_segmented_slide
     from dinoscope.segment.slides import class_outlines, predict_slide, slide_settings
 
-    segmenter = load_segmenter(arguments.segmenter, arguments.encoder, choose_device(arguments.device))
+    device = choose_device(arguments.device)
+    encoder = load_encoder(
+        arguments.weights,
+        architecture=arguments.architecture,
+        device=device,
+        files=arguments.encoder_files,
+        version=arguments.encoder_version,
+    )
+    segmenter = load_segmenter(arguments.segmenter, encoder, device, doublings=arguments.fpn_doublings)
     segmenter.merge()
     options = {name: getattr(arguments, name) for name in ("batch_size", "workers", "precision")}
     settings = slide_settings(segmenter, arguments.mpp, arguments.tile_px, arguments.overlap_px, **options)
@@ -97,8 +108,9 @@ def _write_areas(path: Path, slide_id: str, areas_mm2: dict[str, float]) -> None
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--segmenter", required=True, help="folder of a trained model, or a .pt file of dinov2-finetune")
-    add("--encoder", required=True, help="the encoder that it was trained on: any kind that extract_features.py takes")
+    add("--segmenter", required=True, help="run folder, folder of a segmenter, or a .pt of dinov2-finetune")
+    add_public_arguments(parser)
+    add_encoder_arguments(parser)
     add("--slide", type=Path, required=True, help="file, or folder of a DICOM series")
     add("--slide-id", required=True, metavar="ID", help="name of the slide in all results")
     add("--class-map", type=Path, required=True, metavar="OUT.tiff", help="pyramidal TIFF of classes to write")

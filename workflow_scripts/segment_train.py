@@ -17,6 +17,7 @@ from dinoscope.cli import HelpFormatter, run_script
 from dinoscope.segment.arguments import (
     add_data_arguments,
     add_encoder_arguments,
+    add_public_arguments,
     add_training_arguments,
     data_options,
     data_root,
@@ -41,6 +42,7 @@ def main() -> None:
         arguments.output_dir / arguments.exp_name,
         round_img_dim=arguments.round_img_dim,
         start=arguments.lora_weights,
+        doublings=arguments.fpn_doublings,
         mpp=arguments.mpp,
         workers=arguments.workers,
         debug=arguments.debug,
@@ -60,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--size", default="base", help="small | base | large | giant (dinov3 also huge), where --weights is not given")
     add("--models-dir", type=Path, help="where published encoders lie (default: $DINOSCOPE_MODELS, else models)")
     add("--lora-weights", type=Path, help="begin with a trained segmenter: its folder, or a .pt of dinov2-finetune")
+    add_public_arguments(parser)
     add("--mpp", type=float, help="micrometres a pixel of the images, for slides that are segmented later")
     add_training_arguments(parser)
     add("--workers", type=int, default=2, help="processes that draw views; change nothing but speed")

@@ -21,7 +21,8 @@ FULL = {
     "models": ["base", "mine"], "train": ["decoder", "lora", "full", "last_n"], "decoders": ["fpn", "linear"],
     "seeds": [3, 4], "rank": 2, "alpha": 6.0, "targets": ["q", "proj"], "blocks": [0, 1], "img_dim": [96, 128],
     "epochs": 7, "batch_size": 3, "lr": 0.002, "decoder_lr": 0.01, "weight_decay": 0.1, "warmup_epochs": 2.5,
-    "dice_weight": 0.3, "class_weights": [1, 2.5], "views": "photographs", "augmentation": {"scale": [0.9, 1.1]},
+    "dice_weight": 0.3, "class_weights": [1, 2.5], "views": "photographs",
+    "augmentation": {"scale": [0.9, 1.1], "hed_sigma": 1e-5},
     "inference": "resize", "overlap": 0.5, "eval_epochs": 2, "precision": "float32",
     "corruptions": ["pathology", "fog"],
     "severities": [3, 5], "slides": ["S1"],
@@ -148,10 +149,10 @@ def test_a_begun_training_refuses_other_settings(folder):
 @pytest.mark.parametrize(
     ("asked", "patch", "taken", "named"),
     [
-        ((308, 308), 16, (304, 304), "304 and 320"),
+        ((308, 308), 16, (304, 304), "304 or 320"),
         ((308, 308), 14, (308, 308), None),
-        ((5, 100), 16, (16, 96), "16 and 16, 96 and 112"),
-        ((312, 320), 16, (304, 320), "304 and 320"),
+        ((5, 100), 16, (16, 96), "16, 96 or 112"),
+        ((312, 320), 16, (304, 320), "304 or 320"),
     ],
 )
 def test_the_nearest_whole_patches(asked, patch, taken, named):
@@ -160,3 +161,19 @@ def test_the_nearest_whole_patches(asked, patch, taken, named):
     assert (note is None) == (named is None)
     assert named is None or f"the nearest are {named}" in note
     assert all(low % patch == high % patch == 0 for low, high in (nearest_multiples(side, patch) for side in asked))
+
+
+def test_slides_are_told_the_mpp_of_the_task_whatever_the_card_says(folder):
+    planned = jobs(cells=FULL)
+    assert planned.slide_arguments("cells", "S1")[:3] == ["--mpp", "0.5", "--tissue-method"]
+
+
+def test_the_manifest_of_annotated_slides_is_made_first(folder):
+    """As the workflow names it; what lies elsewhere must be there."""
+    task = {"dataset": "slides", "data": {"class_map": {"Tumor": "tumour"}}}
+    planned = jobs(cells=task | {"root": "results/manifests/train.parquet"}, discs=FULL)
+    planned.check_options()
+    assert planned.data_files("cells") == ["results/manifests/train.parquet"]
+    assert planned.data_files("discs") == []
+    with pytest.raises(ConfigError, match=r"tasks.cells: root elsewhere/train.parquet does not exist"):
+        jobs(cells=task | {"root": "elsewhere/train.parquet"}).check_options()

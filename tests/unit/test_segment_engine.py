@@ -18,6 +18,8 @@ from dinoscope.segment.engine import (
     num_steps_of_epoch,
     view_settings,
 )
+from dinoscope.segment.robustness import drop_of, means_of
+from dinoscope.segment.runs import _like
 from dinoscope.segment.settings import TrainSettings
 from dinoscope.segment.transforms import VIEWS
 from dinoscope.train.distributed import World
@@ -124,3 +126,26 @@ def test_views_are_named_and_changed():
         view_settings(TrainSettings(augmentation={"hed_prob": 0}))
     with pytest.raises(ConfigError, match="views is 'photo'; choose from photographs, pathology"):
         view_settings(TrainSettings(views="photo"))
+
+
+def test_the_seal_tells_no_place_of_annotated_slides():
+    data = {"slides": "/home/somebody/slides.tsv", "annotations": "/home/somebody/outlines", "class_map": {"T": "t"}}
+    assert TrainSettings(dataset="slides", data=data).as_dict()["data"] == {"class_map": {"T": "t"}}
+
+
+def test_a_start_says_which_blocks_it_trains(tmp_path):
+    settings = TrainSettings(**QUICK | {"trainable": "last_n", "last_n": 2})
+    model = fresh_segmenter(tmp_path, settings)
+    assert _like(TrainSettings(**QUICK), model, 2, tmp_path) == settings
+
+
+def test_what_was_never_right_cannot_drop():
+    rows = [{"kind": "fog", "severity": 5, "miou": 0.0}]
+    assert means_of(rows, 0.0)["relative_drop"] is None
+    assert means_of(rows, 0.5) | {"pathology_miou_level_5": 0} == {
+        "miou_level_5": 0.0,
+        "relative_drop": 1.0,
+        "pathology_miou_level_5": 0,
+        "pathology_relative_drop": None,
+    }
+    assert (drop_of(0.2, 0.8), drop_of(0.2, 0.0)) == (pytest.approx(0.75), None)

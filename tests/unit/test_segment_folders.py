@@ -237,6 +237,9 @@ def test_classes_without_a_pixel(tmp_path):
     message = refused(MasksError, tmp_path, class_map=classes)
     assert "of 4 classes, those without a pixel in the 2 masks: 2 (stroma, necrosis)" in message
     assert everything(tmp_path, class_map=classes).check(allow_empty=True)[2:].tolist() == [0, 0]
+    nothing = {0: "ignore", 1: "ignore", 2: "necrosis"}
+    with pytest.raises(MasksError, match=r"of 1 classes, those without a pixel in the \d masks: 1 \(necrosis\)"):
+        everything(tmp_path, class_map=nothing).check(allow_empty=True)
 
 
 def test_partners_that_are_missing(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoscope.segment.inference import Inference, predict_logits, window_starts
+from dinoscope.segment.inference import Inference, predict_logits, window_starts, window_weights
 
 CPU = torch.device("cpu")
 
@@ -31,21 +31,16 @@ def image_of(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("size", [16, 17, 31, 32, 33, 100])
-def test_windows_cover_a_side_with_the_overlap(size, overlap):
-    starts = window_starts(size, 16, overlap)
+@pytest.mark.parametrize("stride", [1, 8, 12, 16])
+@pytest.mark.parametrize("length", [10, 16, 17, 31, 32, 33, 100])
+def test_windows_cover_a_side_with_the_overlap(length, stride):
+    starts = window_starts(length, 16, stride)
     assert starts[0] == 0
-    assert starts[-1] + 16 == size
+    assert starts[-1] == max(0, length - 16)
     steps = np.diff(starts)
     assert (steps > 0).all()
-    assert (steps <= max(1, 16 * (1 - overlap))).all()
-    fewest = 1 if size == 16 else -(-(size - 16) // max(1, int(16 * (1 - overlap)))) + 1
-    assert len(starts) == fewest
-
-
-def test_a_side_smaller_than_the_window_takes_one():
-    assert window_starts(10, 16, 0.5) == [0]
+    assert (steps <= stride).all()
+    assert len(starts) == -(-max(0, length - 16) // stride) + 1
 
 
 @pytest.mark.parametrize("size", [(16, 24), (41, 50), (16, 70), (9, 13), (5, 90)])
@@ -60,14 +55,26 @@ def test_windows_give_what_the_whole_image_gives(size):
     assert max(shape[0] for shape in model.seen) <= 3
 
 
-def test_overlapping_windows_are_averaged():
+def test_weights_are_one_in_the_middle_and_never_zero():
+    weights = window_weights((16, 12), (4, 6))
+    assert weights.shape == (16, 12)
+    assert weights.min() > 0
+    assert (weights[4:-4, 5:7] > 0.9).all()
+    assert np.array_equal(weights, weights[::-1])
+    assert np.array_equal(weights, weights[:, ::-1])
+    column = window_weights((16, 12), (4, 0))[:, 3]
+    assert column[-4:] + column[:4] == pytest.approx(1)  # the ramps of two neighbours add to one
+    assert (window_weights((8, 8), (0, 0)) == 1).all()
+
+
+def test_overlapping_windows_are_averaged_by_their_weights():
     class Numbered(Pointwise):
         def forward(self, images):
             values = torch.arange(1.0, 1 + len(images))
             return values[:, None, None, None].expand(-1, 2, *images.shape[-2:])
 
     logits = predict_logits(Numbered(), image_of(8, 12), Inference((8, 8), overlap=0.5), CPU)
-    np.testing.assert_allclose(logits[0, 0].numpy(), [1] * 4 + [1.5] * 4 + [2] * 4)
+    np.testing.assert_allclose(logits[0, 0].numpy(), [1] * 4 + [1.125, 1.375, 1.625, 1.875] + [2] * 4)
 
 
 def test_resizing_is_there_and_back():

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import sys
 
 import cv2
@@ -14,9 +15,12 @@ import segment_compare
 import segment_corruptions
 import segment_evaluate
 import segment_train
-from dinoscope.errors import ConfigError, DinoscopeError, WeightsError
-from dinoscope.files import read_json
+from dinoscope.errors import ConfigError, DinoscopeError, MasksError, SealError, WeightsError
+from dinoscope.files import read_json, write_json
 from dinoscope.segment.arguments import hyphenated
+from dinoscope.segment.public_fpn import PublicFPNDecoder
+from dinoscope.segment.settings import TrainSettings
+from dinoscope.segment.tables import components
 from dinoscope.segment.voc import VOC_CLASSES
 from segmentation_samples import write_discs
 from tiny_segmenter import write_own_encoder
@@ -54,7 +58,7 @@ def data_of(folder):
 @pytest.fixture(scope="module")
 def trained(folder):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, more in (("lora", []), ("frozen", ["--no-use-lora"])):
+        for name, more in (("lora", []), ("other", ["--seed", "1"]), ("frozen", ["--no-use-lora"])):
             words = ["--exp-name", name, "--output-dir", folder / "runs" / "discs" / "tiny", *data_of(folder)]
             words += ["--img-dim", "48", "64", "--epochs", "3", "--batch-size", "4", "--workers", "0", *more]
             call(monkeypatch, segment_train, *words)
@@ -96,9 +100,7 @@ def test_the_public_example_runs_but_for_the_scripts_name(shared, folder, tmp_pa
     card = read_json(run / "segmenter" / "segmenter.json")
     assert card["classes"] == list(VOC_CLASSES)
     assert (card["decoder"], card["trainable"], card["img_dim"]) == ("fpn", "lora", [304, 304])
-    assert (
-        "img_dim 308 308 is no multiple of the encoder's patches of 16 px; the nearest are 304 and 320" in caplog.text
-    )
+    assert "img_dim 308 308 is no multiple of the encoder's patches of 16 px; the nearest are 304 or 320" in caplog.text
     assert [path.name for path in run.glob("debug/*")] == ["epoch_0001.png"]
     assert read_json(run / "run_config.json")["settings"]["views"] == "photographs"
 
@@ -152,7 +154,7 @@ def test_a_training_begins_with_a_trained_segmenter(folder, trained, tmp_path, m
         tmp_path,
         *data_of(folder),
         "--lora_weights",
-        trained / "lora" / "segmenter",
+        trained / "lora",
     ]
     words += ["--img-dim", "48", "64", "--epochs", "1", "--workers", "0", "--lr", "1e-9", "--no-use-lora"]
     call(monkeypatch, segment_train, *words)
@@ -161,6 +163,9 @@ def test_a_training_begins_with_a_trained_segmenter(folder, trained, tmp_path, m
     )
     assert after == pytest.approx(before, abs=1e-3)
     assert read_json(tmp_path / "more" / "run_config.json")["settings"]["trainable"] == "lora"
+    assert re.fullmatch("[0-9a-f]{64}", read_json(tmp_path / "more" / "run_config.json")["inputs"]["start"])
+    with pytest.raises(SealError, match=r"more was begun with other first weights \([0-9a-f]{8}, now [0-9a-f]{8}\)"):
+        call(monkeypatch, segment_train, *words, "--lora-weights", trained / "other")
 
 
 def test_measures_tables_and_picture(folder, trained, monkeypatch):
@@ -177,8 +182,8 @@ def test_measures_tables_and_picture(folder, trained, monkeypatch):
         ]
         call(monkeypatch, segment_evaluate, *words)
     told = read_json(trained / "lora" / "evaluation.json")
-    assert (told["task"], told["split"], told["images"], told["registers"]) == ("discs", "test", 3, 3)
-    assert told["file"] == "discs/tiny/lora"
+    assert (told["task"], told["split"], told["images"], told["registers"]) == ("lora", "test", 3, 3)
+    assert told["file"] == "lora"
     low, high = told["miou_interval"] or (0, 1)
     assert low <= told["miou"] <= high
     with open(trained / "lora" / "classes.tsv") as file:
@@ -192,6 +197,52 @@ def test_measures_tables_and_picture(folder, trained, monkeypatch):
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert [row["finetuned_components"] for row in rows] == ["1x1 Conv decoder", "LoRA + 1x1 Conv decoder"]
     assert float(rows[1]["miou"]) == pytest.approx(told["miou"], abs=1e-4)
+
+
+@pytest.fixture
+def measured(folder, tmp_path, monkeypatch):
+    """What segment_evaluate.py writes of a segmenter, with further words."""
+
+    def measured(segmenter, *words):
+        told = ["--segmenter", segmenter, *data_of(folder), "--output", tmp_path / "x.json", *words]
+        call(monkeypatch, segment_evaluate, *told)
+        return read_json(tmp_path / "x.json")
+
+    return measured
+
+
+def test_results_name_a_segmenter_but_no_place_on_disk(trained, tmp_path, measured):
+    of_workflow = tmp_path / "somebody" / "nuclei" / "gram" / "lora_linear_seed0"
+    shutil.copytree(trained / "lora", of_workflow)
+    told = measured(of_workflow)
+    assert (told["task"], told["file"]) == ("nuclei", "nuclei/gram/lora_linear_seed0")
+    shutil.copytree(trained / "lora", tmp_path / "somebody" / "my.run")
+    told = measured(tmp_path / "somebody" / "my.run")
+    assert (told["task"], told["file"]) == ("my.run", "my.run")
+    for path in (tmp_path / "somebody").rglob("*.json"):
+        assert str(tmp_path.parent) not in path.read_text()
+
+
+def test_the_best_of_a_training_is_measured_as_its_training_says(trained, tmp_path, measured):
+    """Whichever of the two folders is named, also while the training goes on."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "lora", run)
+    sealed = read_json(run / "run_config.json")
+    write_json(run / "run_config.json", sealed | {"settings": sealed["settings"] | {"inference": "resize"}})
+    (run / "final.json").unlink()
+    whole, best = measured(run), measured(run / "segmenter")
+    assert whole == best
+    assert whole["inference"] == "resize"
+
+
+def test_nothing_to_measure_is_said(folder, trained, tmp_path, measured):
+    root = tmp_path / "discs"
+    shutil.copytree(folder / "discs", root)
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.full((60, 90), 7, np.uint8)).save(path)
+    options = ["--data-option", "instance=false", "--data-option", "class_map={0: background, 1: disc, 7: ignore}"]
+    with pytest.raises(MasksError, match=r"all pixels of the 3 masks are ignored \(d08, d09, d10\).*another split"):
+        measured(trained / "lora", "--data-root", root, *options)
 
 
 def test_other_classes_and_other_encoders_are_refused(folder, trained, tmp_path, monkeypatch):
@@ -216,6 +267,22 @@ def test_files_of_the_public_tool_are_measured(folder, tmp_path, monkeypatch):
         call(monkeypatch, segment_evaluate, *words)
     call(monkeypatch, segment_evaluate, *words, "--img-dim", "48", "64")
     assert read_json(tmp_path / "x.json")["settings"] == {"trainable": "decoder", "decoder": "linear"}
+
+
+@pytest.mark.parametrize("doublings", [2, 3])
+def test_pyramids_of_the_public_tool_are_what_their_version_makes_of_them(
+    folder, tmp_path, measured, caplog, doublings
+):
+    """Their files do not tell which of two it is; both are measured and have a place in tables."""
+    decoder = PublicFPNDecoder(48, 2, doublings)
+    torch.save(decoder.state_dict(), tmp_path / "public.pt")
+    words = ["--img-dim", "128", "128", "--fpn_doublings", doublings]
+    told = measured(tmp_path / "public.pt", *words)
+    name = {2: "public_fpn", 3: "public_fpn3"}[doublings]
+    assert told["settings"]["decoder"] == name
+    assert components("decoder", name) == "FPN decoder (dinov2-finetune)"
+    assert f"taken is {doublings} times (--fpn-doublings)" in caplog.text
+    assert TrainSettings(decoder=name).decoder == name
 
 
 def test_corruptions_lower_what_is_measured(folder, trained, monkeypatch):

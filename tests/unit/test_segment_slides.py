@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 
 from dinoscope.errors import ConfigError, DinoscopeError, SlideError
+from dinoscope.features.encoders import load_encoder
 from dinoscope.segment import class_map as class_map_module
 from dinoscope.segment.adapters import LoraSettings
-from dinoscope.segment.blending import RowBlender, tile_starts, tile_weights
+from dinoscope.segment.blending import RowBlender
 from dinoscope.segment.class_map import UNKNOWN, ClassMap, array_on_disk, half_size, write_class_map
 from dinoscope.segment.files import SegmenterCard, make_card, save_segmenter
+from dinoscope.segment.inference import window_starts
 from dinoscope.segment.model import Segmenter
 from dinoscope.segment.slide_picture import draw_segmented_slide, painted
 from dinoscope.segment.slides import SlideSettings, class_outlines, predict_slide, slide_settings
@@ -77,25 +79,6 @@ def shapes(tmp_path_factory) -> Path:
     return painted_slide(tmp_path_factory.mktemp("slides") / "shapes.tiff")
 
 
-@pytest.mark.parametrize(("length", "tile", "stride"), [(100, 32, 24), (96, 32, 32), (20, 32, 24), (32, 32, 16)])
-def test_tiles_cover_a_side_and_none_leaves_it(length, tile, stride):
-    starts = tile_starts(length, tile, stride)
-    covered = np.zeros(max(length, tile), int)
-    for start in starts:
-        covered[start : start + tile] += 1
-    assert covered.min() >= 1 and (np.diff(starts) > 0).all() and np.diff(starts).max(initial=0) <= stride
-    assert starts[-1] == max(0, length - tile)
-
-
-def test_weights_are_one_in_the_middle_and_never_zero():
-    weights = tile_weights(16, 4)
-    assert weights.min() > 0 and (weights[4:-4, 4:-4] == 1).all()
-    assert np.array_equal(weights, weights.T) and np.array_equal(weights, weights[::-1])
-    pair = tile_weights(16, 4)[8]
-    assert pair[-4:] + pair[:4] == pytest.approx(1)  # the ramps of two neighbours add to one
-    assert (tile_weights(8, 0) == 1).all()
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_of_tiles_are_blended_as_by_brute_force(tmp_path, monkeypatch, seed):
     monkeypatch.setattr("dinoscope.segment.blending._CHUNK_PX", 37)
@@ -110,8 +93,8 @@ def test_rows_of_tiles_are_blended_as_by_brute_force(tmp_path, monkeypatch, seed
         rows = blender.move_to(top, 255)
         found[start : start + len(rows)] = rows
 
-    for top in tile_starts(height, tile, int(rng.integers(8, 17))):
-        lefts = [left for left in tile_starts(width, tile, 11) if rng.random() < 0.5]
+    for top in window_starts(height, tile, int(rng.integers(8, 17))):
+        lefts = [left for left in window_starts(width, tile, 11) if rng.random() < 0.5]
         for left in lefts:
             if top != blender.top:
                 store(top)
@@ -176,8 +159,8 @@ def brute_force(slide: Slide, model, tile: int, overlap: int) -> np.ndarray:
     pixels = slide.read_region(0, 0, 0, slide.width, slide.height)
     total = np.zeros((model.num_classes, slide.height, slide.width))
     ramp = np.minimum(np.minimum(np.arange(tile) + 0.5, tile - 0.5 - np.arange(tile)) / overlap, 1)
-    for top in tile_starts(slide.height, tile, tile - overlap):
-        for left in tile_starts(slide.width, tile, tile - overlap):
+    for top in window_starts(slide.height, tile, tile - overlap):
+        for left in window_starts(slide.width, tile, tile - overlap):
             part = torch.from_numpy(pixels[top : top + tile, left : left + tile].copy())[None]
             with torch.no_grad():
                 logits = model(model.normalised(part))[0].double().numpy()
@@ -249,6 +232,16 @@ def test_memory_does_not_grow_with_the_height_nor_the_classes(tmp_path):
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + 2**20
     assert peaks[2] < 1.2 * peaks[1] + 2**20
+
+
+def test_arrays_on_disk_leave_nothing_behind(tmp_path):
+    """Whatever ends the program: their files have no name."""
+    array = array_on_disk(tmp_path / "x", np.float32, (3, 1000))
+    assert (array == 0).all() and array.shape == (3, 1000)
+    array[1] = 7
+    other = array_on_disk(tmp_path / "x", np.float32, (3, 1000))
+    assert array.sum() == 7000 and other.sum() == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def some_map(tmp_path, height=1500, width=1100, mpp=0.5) -> ClassMap:
@@ -372,8 +365,6 @@ def command(tmp_path: Path, slide: Path, *further: str) -> list[str]:
 
 @pytest.fixture
 def model_folder(tmp_path) -> Path:
-    from dinoscope.features.encoders import load_encoder
-
     segmenter = trained(Segmenter(load_encoder(write_own_encoder(tmp_path / "a.pth")), 3, "linear", LoraSettings(2)))
     save_segmenter(tmp_path / "model", segmenter, make_card(segmenter, CLASSES, PALETTE, img_dim=(96, 96), mpp=0.5))
     return tmp_path
@@ -418,3 +409,43 @@ def test_a_broken_slide_fails_in_a_sentence_or_is_skipped(model_folder, monkeypa
     assert sorted(path.name for path in out.iterdir()) == ["a.geojson", "a.png", "a.tsv", "map.tiff"]
     assert tifffile.imread(out / "map.tiff").tolist() == [[255]]
     assert class_map_module.UNKNOWN == 255
+
+
+OWN = """
+import torch
+
+class Own(torch.nn.Module):
+    image_px = 64
+
+    def __init__(self):
+        super().__init__()
+        self.map = torch.nn.Conv2d(3, 8, 16, 16, bias=False)
+        with torch.no_grad():
+            self.map.weight.copy_(torch.linspace(-0.1, 0.1, self.map.weight.numel()).view_as(self.map.weight))
+
+    def forward(self, images):
+        patches = self.map(images).flatten(2).transpose(1, 2)
+        return {"cls": patches.mean(1), "patches": patches}
+
+def own():
+    return Own()
+"""
+
+
+def test_an_encoder_of_ones_own_segments_slides(tmp_path):
+    """By a function of the user's, whose version and files count: named as where it is trained and measured."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "more.txt").write_text("what it reads")
+    name, files = f"{tmp_path}/own.py:own", [tmp_path / "more.txt"]
+    encoder = load_encoder(name, files=files, version="2")
+    assert encoder.kind == "function own.py:own"
+    segmenter = Segmenter(encoder, 3)
+    card = make_card(segmenter, CLASSES, PALETTE, img_dim=(96, 96), mpp=0.5)
+    save_segmenter(tmp_path / "run" / "segmenter", segmenter, card)
+    line = command(tmp_path, write_slide(tmp_path / "a.tiff", seed=1, side=420), "--tissue-method", "none")
+    line += ["--segmenter", str(tmp_path / "run"), "--weights", name, "--encoder_files", *map(str, files)]
+    other = subprocess.run(line, capture_output=True, text=True)
+    assert other.returncode == 1 and "was trained on another encoder" in other.stderr
+    done = subprocess.run([*line, "--encoder-version", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "map.tiff").is_file()

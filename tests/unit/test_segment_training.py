@@ -1,6 +1,11 @@
 """Trainings of a small segmenter: what they end with, that they go on bit for bit, and what they refuse."""
 
 import dataclasses
+import multiprocessing
+import os
+import shutil
+import subprocess
+import time
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from dinoscope.segment.metrics import ConfusionMatrix
 from dinoscope.segment.published import published_encoder
 from dinoscope.segment.setup import build_segmenter, told_of_encoder
 from dinoscope.segment.train import inference_of, train_segmenter
+from dinoscope.train.distributed import World
 from segmentation_samples import ALONE, fresh_segmenter, job_on, write_discs
 from tiny_segmenter import write_dinov2
 
@@ -106,8 +112,27 @@ def test_a_save_that_is_older_is_enough(discs, weights, tmp_path, monkeypatch):
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))
 
 
-def test_a_finished_training_is_left_alone(discs, weights, tmp_path):
+def test_a_best_that_a_kill_took_is_replaced(discs, weights, tmp_path, monkeypatch):
+    """Between the two renames of a save there is none; what comes next is kept, although it is not better."""
+    with monkeypatch.context() as patched:
+        crash_before(patched, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(discs, weights, tmp_path / "run", save_seconds=0.0)
+    shutil.rmtree(tmp_path / "run" / "segmenter")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    state["at"]["best_miou"] = 2.0
+    torch.save(state, tmp_path / "run" / "state.pt")
+    final = run(discs, weights, tmp_path / "run")
+    assert final["best_epoch"] > 2
+    kept = load_segmenter(tmp_path / "run", load_encoder(weights / "encoder.pth"))
+    assert kept.card.measures["validation_miou"] == final["validation"]["miou"]
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_a_finished_training_is_left_alone(discs, weights, tmp_path, state):
     first = run(discs, weights, tmp_path / "run", epochs=1)
+    if not state:
+        (tmp_path / "run" / "state.pt").unlink()
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert run(discs, weights, tmp_path / "run", epochs=1) == first
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -128,21 +153,24 @@ def test_other_settings_encoders_and_images_are_refused(discs, weights, tmp_path
         train_segmenter(other, job, ALONE)
 
 
-def test_a_request_to_stop_saves_where_it_is(discs, weights, tmp_path, monkeypatch):
-    import os
-    import signal
-
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_request_to_stop_saves_where_it_is(discs, weights, tmp_path, monkeypatch, workers):
+    """Also one that reaches the whole family of processes, as a queue or a terminal sends it."""
     real = train.train_step
 
     def stopping(model, optimizer, batch, number, *others, **more):
         if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            family = [child.pid for child in multiprocessing.active_children()]
+            assert len(family) == workers
+            # by a third process: PyTorch's workers heed who sends it
+            subprocess.run(["kill", "-TERM", *map(str, [*family, os.getpid()])], check=True)
+            time.sleep(0.5)
         return real(model, optimizer, batch, number, *others, **more)
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_step", stopping)
         with pytest.raises(StoppedError, match="saved its state after step 3 of 8; give the same command again"):
-            run(discs, weights, tmp_path / "run")
+            run(discs, weights, tmp_path / "run", workers=workers)
     assert run(discs, weights, tmp_path / "run")["steps"] == 8
     run(discs, weights, tmp_path / "whole")
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run"))
@@ -153,6 +181,7 @@ def test_damage_and_loss_of_numbers_are_told(discs, weights, tmp_path):
         run(discs, weights, tmp_path / "run", lr=1e30, clip_grad=0.0, epochs=10)
     run(discs, weights, tmp_path / "other", epochs=1)
     (tmp_path / "other" / "state.pt").write_bytes(b"nothing")
+    (tmp_path / "other" / "final.json").unlink()
     with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
         run(discs, weights, tmp_path / "other", epochs=1)
 
@@ -160,6 +189,13 @@ def test_damage_and_loss_of_numbers_are_told(discs, weights, tmp_path):
 def test_sizes_of_no_whole_patches_are_refused(discs, weights, tmp_path):
     with pytest.raises(ConfigError, match=r"img_dim 50 64 .* height 50: take 48 or 64"):
         run(discs, weights, tmp_path / "run", img_dim=(50, 64))
+
+
+def test_batch_norm_is_trained_in_one_process_alone(discs, weights, tmp_path):
+    job = job_on(discs, tmp_path / "run", decoder="public_fpn", img_dim=(192, 192), epochs=1)
+    with pytest.raises(ConfigError, match=r"decoder public_fpn has batch norm.* in 2 processes.* take decoder fpn"):
+        train_segmenter(fresh_segmenter(weights, job.settings), job, World(0, 0, 2, CPU))
+    assert train_segmenter(fresh_segmenter(weights, job.settings), job, ALONE)["steps"] == 2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import ndimage, stats
 
 from dinoscope.errors import ConfigError
@@ -13,7 +12,6 @@ from dinoscope.segment.transforms import (
     ViewSettings,
     check_img_dim,
     training_view,
-    validation_view,
     view_rng,
 )
 
@@ -140,24 +138,6 @@ def test_jitter_of_nothing_changes_nothing_and_its_order_is_any():
         for index in range(200)
     ]
     assert min(means) < 0.55 and max(means) > 1.3 and 0.9 < np.mean(means) < 1.05
-
-
-def test_validation_resizes_the_whole_image_as_pillow_does():
-    image, mask = blobs(100, 140)
-    view, classes = validation_view(image, mask, (64, 96))
-    pillow = Image.fromarray(image).resize((96, 64), Image.Resampling.BICUBIC)
-    assert np.array_equal(view, np.asarray(pillow))
-    nearest = Image.fromarray(mask).resize((96, 64), Image.Resampling.NEAREST)
-    assert np.array_equal(classes, np.asarray(nearest))
-
-
-def test_validation_crops_the_middle():
-    image, mask = blobs(100, 140)
-    view, classes = validation_view(image, mask, (64, 96), fit="crop")
-    assert np.array_equal(view, image[18:82, 22:118]) and np.array_equal(classes, mask[18:82, 22:118])
-    view, classes = validation_view(image, mask, (128, 96), fit="crop", fill=(1, 2, 3))
-    assert np.array_equal(view[14:114], image[:, 22:118]) and np.array_equal(classes[14:114], mask[:, 22:118])
-    assert (classes[:14] == 255).all() and (view[114:] == (1, 2, 3)).all()
 
 
 @pytest.mark.parametrize(

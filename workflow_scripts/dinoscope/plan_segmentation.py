@@ -13,7 +13,7 @@ from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
 from dinoscope.plan import Plan
 from dinoscope.plan_features import FeatureJobs
-from dinoscope.segment.settings import FINAL_NAME, TrainSettings, check_segment_seal, default_views
+from dinoscope.segment.settings import FINAL_NAME, TrainSettings, check_segment_seal, default_views, variant_name
 
 __all__ = ["SegmentJobs", "Variant"]
 
@@ -36,7 +36,7 @@ class Variant:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.trainable}_{self.decoder}_seed{self.seed}"
+        return variant_name(self.trainable, self.decoder, self.seed)
 
 
 class SegmentJobs:
@@ -59,7 +59,7 @@ class SegmentJobs:
         from dinoscope.segment.arguments import data_root
         from dinoscope.segment.datasets import dataset_settings
         from dinoscope.segment.engine import view_settings
-        from dinoscope.segment.runs import kinds_of
+        from dinoscope.segment.robustness import kinds_of
 
         for task, of in self.tasks.items():
             try:
@@ -67,7 +67,7 @@ class SegmentJobs:
                 view_settings(self.settings(task, next(iter(self.variants(task)))))
                 kinds_of(of["corruptions"])
                 root = data_root(of["dataset"], None if of["root"] is None else Path(of["root"]))
-                if not root.exists():
+                if not root.exists() and not self.data_files(task):
                     raise ConfigError(f"root {root} does not exist; give the folder of the data set")
                 if of["slides"] and of["mpp"] is None:
                     raise ConfigError("slides are to be segmented, but mpp is not said; give the images' mpp")
@@ -142,6 +142,12 @@ class SegmentJobs:
         """Files of an encoder."""
         return self._features.encoder_files(model)
 
+    def data_files(self, task: str) -> list[str]:
+        """Files of a task's images that the workflow itself makes: the manifest of tiles."""
+        of = self.tasks[task]
+        made = of["dataset"] == "slides" and Path(of["root"] or "").parent == self._plan.results / "manifests"
+        return [of["root"]] if made else []
+
     def train_arguments(self, task: str, model: str, variant: str) -> list[str]:
         """Arguments of segment_train.py for what changes the weights."""
         settings = self.settings(task, variant)
@@ -172,13 +178,17 @@ class SegmentJobs:
         of = self.tasks[task]
         return ["--kinds", *of["corruptions"], "--severities", *map(str, of["severities"])]
 
-    def tissue_arguments(self, slide: str) -> list[str]:
-        """Arguments of segment_predict_slide.py for where a slide is looked at."""
+    def slide_arguments(self, task: str, slide: str) -> list[str]:
+        """Arguments of segment_predict_slide.py for how closely a slide is looked at, and where.
+
+        The mpp may have been written into the config after the training, whose card does not tell it then.
+        """
+        told = ["--mpp", str(self.tasks[task]["mpp"])]
         annotations = self._plan.annotation_files.get(slide)
         if annotations is None:
-            return ["--tissue-method", self._plan.tissue_method(slide)]
+            return [*told, "--tissue-method", self._plan.tissue_method(slide)]
         included = self._plan.config["tissue"]["include"]
-        return ["--tissue-method", "annotations", "--annotations", annotations, "--include", *included]
+        return [*told, "--tissue-method", "annotations", "--annotations", annotations, "--include", *included]
 
     def _data(self, task: str) -> list[str]:
         of = self.tasks[task]

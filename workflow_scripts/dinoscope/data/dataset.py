@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("ImageCrops", "StepSizes", "build_loader", "crop_settings", "open_images", "pixels_digest", "stains_digest"),
+    "start_worker",
 ]
 
 
@@ -203,12 +204,13 @@ def build_loader(
         batch_sampler=StepSampler(first, last, collate.batch_size, rank, world_size),
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         prefetch_factor=2 if num_workers else None,
     )
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Prepares a process that loads images for a training."""
     die_with_parent()
     # requests to stop reach the whole family; the trainer needs its loaders to the end of the step
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -95,7 +95,8 @@ def load_encoder(
     """
     path, beside = Path(source).expanduser(), [version, *map(_content_digest, files)]
     if user_code.is_function_name(str(source)) and not path.exists():
-        loaded, kind, further = from_function(str(source)), f"function {source}", _source_digest(str(source))
+        # kinds stand in results, which hold no places on disk
+        loaded, kind, further = from_function(str(source)), f"function {path.name}", _source_digest(str(source))
     elif architecture is not None:
         loaded, kind, further = from_timm(path, architecture), f"timm {architecture}", architecture
     elif (config := _foreign_config(path)) is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ __all__ = [
     "DATA_VARIABLE",
     "add_data_arguments",
     "add_encoder_arguments",
+    "add_public_arguments",
     "add_segmenter_arguments",
     "add_training_arguments",
     "data_options",
@@ -59,16 +61,24 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--weights and what else names an encoder, as extract_features.py has them."""
     add = parser.add_argument
-    add("--weights", required=required, help="the encoder: teacher.pth, a published file, a folder, or a function")
+    words = "the encoder: teacher.pth, a published file, a folder, or a function"
+    add("--weights", "--encoder", required=required, help=words)
     add("--architecture", help="timm's name of the encoder, where --weights is a timm file without a config.json")
     add("--encoder-files", nargs="+", type=Path, default=[], help="further files that a function of your own reads")
     add("--encoder-version", default="", help="anything; counts for the identity of the encoder")
+
+
+def add_public_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a .pt file of dinov2-finetune does not tell."""
+    words = "of a .pt of dinov2-finetune with its FPN decoder: how often that version of the tool doubles the map"
+    parser.add_argument("--fpn-doublings", type=int, choices=(2, 3), default=2, help=words)
 
 
 def add_segmenter_arguments(parser: argparse.ArgumentParser) -> None:
     """What names a trained segmenter and the images that it is asked about."""
     add = parser.add_argument
     add("--segmenter", type=Path, required=True, help="run folder, folder of a segmenter, or a .pt of dinov2-finetune")
+    add_public_arguments(parser)
     add_encoder_arguments(parser)
     add_data_arguments(parser)
     add("--split", choices=("train", "val", "test"), help="default: test, but val of voc and ade20k")
@@ -188,7 +198,7 @@ def data_options(given: Sequence[str], argument: str = "--data-option") -> dict[
     for word in given:
         key, equals, value = word.partition("=")
         try:
-            options[key] = yaml.safe_load(value)
+            options[key] = _value(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:
@@ -196,6 +206,14 @@ def data_options(given: Sequence[str], argument: str = "--data-option") -> dict[
                 f"{argument} {word!r} must read KEY=VALUE, the value as in YAML, such as instance=nucleus"
             )
     return options
+
+
+def _value(text: str) -> Any:
+    """What YAML reads in a text, and JSON where it is some: 1e-5 is a number there."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def test_split(dataset: str, given: str | None) -> str:

@@ -1,7 +1,7 @@
 """Overlapping tiles of logits to one class a pixel, row of tiles by row of tiles, for maps of any height.
 
-Where tiles overlap, their logits are averaged with weights that fall off linearly towards the rims, where a tile knows
-least of its surroundings. What is not finished yet lies in a file: memory does not grow with the number of classes.
+Where tiles overlap, their logits are averaged by the weights of inference.py. What is not finished yet lies in a file:
+memory does not grow with the number of classes.
 """
 
 from pathlib import Path
@@ -10,29 +10,9 @@ import numpy as np
 
 from dinoscope.segment.class_map import array_on_disk
 
-__all__ = ["RowBlender", "tile_starts", "tile_weights"]
+__all__ = ["RowBlender"]
 
 _CHUNK_PX = 4096  # columns that are decided at once
-
-
-def tile_starts(length: int, tile_px: int, stride_px: int) -> np.ndarray:
-    """Where tiles begin along a side: every `stride_px`, and a last one that ends with the side.
-
-    Args:
-        length: Of the side in pixels; where it is shorter than a tile, one tile reaches beyond it.
-        tile_px: Side of a tile.
-        stride_px: Distance of neighbours.
-    """
-    last = max(0, length - tile_px)
-    starts = np.arange(0, last, stride_px)
-    return np.append(starts, last)
-
-
-def tile_weights(tile_px: int, overlap_px: int) -> np.ndarray:
-    """How much each pixel of a tile counts; float32 (tile_px, tile_px), above 0, 1 in the middle."""
-    distance = np.minimum(np.arange(tile_px), np.arange(tile_px)[::-1]) + 0.5
-    ramp = np.minimum(distance / max(overlap_px, 0.5), 1)
-    return np.outer(ramp, ramp).astype(np.float32)
 
 
 class RowBlender:

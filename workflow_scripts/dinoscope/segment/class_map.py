@@ -81,14 +81,21 @@ class ClassMap:
 def array_on_disk(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
     """A new array of zeros in a file, which can be larger than memory.
 
-    Its space is taken at once: a disk that is full later would end the program with a bus error.
+    Its space is taken at once: a disk that is full later would end the program with a bus error. The file has no name
+    from then on, so that its space is free again when the array is gone, even if the program is killed.
+
+    Args:
+        path: The file; there must be none.
+        dtype: Of the array.
+        shape: Of the array.
 
     Raises:
         DinoscopeError: There is no space for it.
     """
-    with writing(path, DinoscopeError), open(path, "w+b") as file:
+    with writing(path, DinoscopeError), open(path, "x+b") as file:
+        path.unlink()
         os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
-    return np.memmap(path, dtype, "r+", shape=shape)
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def half_size(classes: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from dinoscope.errors import ConfigError, MasksError
 from dinoscope.names import nearest
 from dinoscope.segment.folders import SPLITS
 from dinoscope.segment.masks import MaskDataset, Sample
+from dinoscope.segment.options import fitted
 
 __all__ = ["KINDS", "MaskDataset", "Sample", "dataset_settings", "open_dataset"]
 
@@ -53,10 +54,10 @@ def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Mas
 
 
 def dataset_settings(kind: str, options: dict[str, Any]) -> Any:
-    """The settings of a kind of data set, checked for names.
+    """The settings of a kind of data set, checked for names and kinds of values.
 
     Raises:
-        ConfigError: The kind or an option is unknown; names the nearest.
+        ConfigError: The kind or an option is unknown, and the nearest is named, or a value is of another kind.
     """
     if kind not in _OPENERS:
         raise ConfigError(f"data set kind {kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}")
@@ -68,7 +69,7 @@ def dataset_settings(kind: str, options: dict[str, Any]) -> Any:
             raise ConfigError(
                 f"a data set of kind {kind} has no option {name!r}{nearest(name, known)} (there are {', '.join(known)})"
             )
-    return settings(**options)
+    return settings(**fitted(settings, options, f"a data set of kind {kind}: "))
 
 
 def _module(name: str) -> Any:

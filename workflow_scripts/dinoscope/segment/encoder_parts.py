@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dinoscope.errors import ConfigError
 from dinoscope.features.foreign_encoders import ForeignEncoder
 from dinoscope.models.vit import DinoVisionTransformer
+from dinoscope.segment.settings import multiples_in_words
 
 __all__ = ["Place", "blocks_of", "fused_third", "linear_places", "patch_maps"]
 
@@ -120,14 +121,9 @@ def _grid(encoder: nn.Module, images: Tensor) -> tuple[int, int]:
     if height % patch or width % patch:
         raise ConfigError(
             f"images are {height} x {width} px, but both sides must be multiples of the encoder's patch size of "
-            f"{patch} px: {' x '.join(_nearest_multiples(side, patch) for side in (height, width))} would do"
+            f"{patch} px: {' x '.join(multiples_in_words(side, patch) for side in (height, width))} would do"
         )
     return height // patch, width // patch
-
-
-def _nearest_multiples(side: int, patch: int) -> str:
-    below = side // patch * patch
-    return str(below) if below == side else " or ".join(str(fit) for fit in (below, below + patch) if fit)
 
 
 def _as_map(patches_BPD: Tensor, grid: tuple[int, int]) -> Tensor:

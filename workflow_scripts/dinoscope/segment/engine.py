@@ -9,18 +9,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dinoscope.data.dataset import start_worker
 from dinoscope.data.sampler import mix64, tile_of_sample
 from dinoscope.errors import ConfigError, DinoscopeError
 from dinoscope.names import nearest
-from dinoscope.processes import die_with_parent
 from dinoscope.segment.losses import loss_sums
+from dinoscope.segment.options import fitted
 from dinoscope.segment.settings import TrainSettings
 from dinoscope.segment.transforms import VIEWS, ViewSettings, training_view, view_rng
 
@@ -92,7 +92,7 @@ def make_loader(
         )
     batches = _Batches(steps, num_images, settings, world.rank, world.size)
     loader = DataLoader(
-        views, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker
+        views, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=start_worker
     )
     for batch in loader:
         if isinstance(batch, DinoscopeError):
@@ -126,11 +126,6 @@ def _collate(views: Sequence[tuple[np.ndarray, np.ndarray] | DinoscopeError]) ->
         return errors[0]
     images, masks = zip(*views, strict=True)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks)).long()
-
-
-def _start_worker(worker: int) -> None:
-    die_with_parent()
-    cv2.setNumThreads(0)
 
 
 def make_optimizer(model: "Segmenter", settings: TrainSettings) -> torch.optim.AdamW:
@@ -228,7 +223,7 @@ def class_weights_of(dataset: "MaskDataset", wanted: str | Sequence[float] | Non
                 f"({', '.join(dataset.classes[:5])}, …); give one a class"
             )
         return torch.tensor(list(wanted), dtype=torch.float32)
-    counts = sum(np.bincount(dataset[i].mask.ravel(), minlength=256)[:num_classes] for i in range(len(dataset)))
+    counts = dataset.check(allow_empty=True)
     shares = counts / counts.sum()
     present = shares > 0
     weights = np.where(present, 1 / (np.maximum(shares, 1e-12) * present.sum()), 0.0)
@@ -239,7 +234,7 @@ def view_settings(settings: TrainSettings) -> ViewSettings:
     """How the views of a training are drawn.
 
     Raises:
-        ConfigError: An unknown setting, with the nearest known one.
+        ConfigError: An unknown setting, with the nearest known one, or a value that cannot be meant.
     """
     if settings.views not in VIEWS:
         raise ConfigError(f"views is {settings.views!r}; choose from {', '.join(VIEWS)}")
@@ -247,5 +242,4 @@ def view_settings(settings: TrainSettings) -> ViewSettings:
     for name in settings.augmentation:
         if name not in known:
             raise ConfigError(f"augmentation.{name} is unknown{nearest(name, known)}; known are {', '.join(known)}")
-    changed = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.augmentation.items()}
-    return dataclasses.replace(VIEWS[settings.views], **changed)
+    return dataclasses.replace(VIEWS[settings.views], **fitted(ViewSettings, settings.augmentation, "augmentation."))

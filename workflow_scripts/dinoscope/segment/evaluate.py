@@ -8,8 +8,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dinoscope.errors import MasksError
 from dinoscope.progress import progress
 from dinoscope.segment.inference import Inference, predict_logits
+from dinoscope.segment.masks import first_few
 from dinoscope.segment.metrics import ConfusionMatrix
 
 if TYPE_CHECKING:
@@ -75,6 +77,9 @@ def measure(
         device: Where the model is.
         change: What is done to an image before, by its number, such as a corruption.
         description: For the progress bar.
+
+    Raises:
+        MasksError: No pixel of any mask counts, or an image or a mask cannot be used.
     """
     counts, matrix = [], ConfusionMatrix(len(dataset.classes))
     with progress(description, len(dataset), unit="images") as shown:
@@ -83,6 +88,11 @@ def measure(
             counts.append(_shared_and_sizes(one))
             matrix += one
             shown.advance(note=f"mIoU {matrix.miou():.3f}")
+    if not matrix.counts.any():
+        raise MasksError(
+            f"all pixels of the {len(dataset)} masks are ignored ({first_few(dataset.names)}): there is nothing to "
+            "measure; name another split, or what is ignored"
+        )
     return Measured(list(dataset.names), [str(group) for group in dataset.groups], np.stack(counts), matrix)
 
 

@@ -26,10 +26,12 @@ from dinoscope.models.weights import state_digest
 from dinoscope.segment.adapters import LoraSettings
 from dinoscope.segment.model import Segmenter
 from dinoscope.segment.palettes import default_palette
+from dinoscope.segment.public_fpn import PublicFPNDecoder
 from dinoscope.segment.public_tool import is_public_state, segmenter_of_public
 
 __all__ = [
     "CARD_NAME",
+    "SEGMENTER_NAME",
     "TENSORS_NAME",
     "SegmenterCard",
     "load_segmenter",
@@ -41,6 +43,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 CARD_NAME, TENSORS_NAME = "segmenter.json", "segmenter.safetensors"
+SEGMENTER_NAME = "segmenter"  # folder of the best one in that of a training
 _FORMAT = "dinoscope segmenter"
 
 
@@ -166,7 +169,7 @@ def load_segmenter(
     """Loads a model for inference or further training.
 
     Args:
-        source: A folder of `save_segmenter`, or a .pt file of dinov2-finetune.
+        source: A folder of `save_segmenter`, a training's folder (its best), or a .pt file of dinov2-finetune.
         encoder: What it was trained on: a source of `load_encoder`, or the encoder itself.
         device: Where the model shall live.
         options: For a file of dinov2-finetune, `doublings` of its fpn decoder (`PublicFPNDecoder`).
@@ -181,6 +184,8 @@ def load_segmenter(
     if not source.exists():
         raise WeightsError(f"{source} does not exist; give a trained model's folder or a .pt file of dinov2-finetune")
     loaded = encoder if isinstance(encoder, LoadedEncoder) else load_encoder(encoder, device=device)
+    if not (source / CARD_NAME).is_file() and (source / SEGMENTER_NAME / CARD_NAME).is_file():
+        source = source / SEGMENTER_NAME
     segmenter = _own(source, loaded) if source.is_dir() else _foreign(source, loaded, options)
     return segmenter.to(device).eval()
 
@@ -217,6 +222,12 @@ def _foreign(file: Path, encoder: LoadedEncoder, options: Mapping[str, Any]) -> 
         "(%s), with its mean and std, and the classes are %s",
         *(file.name, len(names), encoder.kind, said),
     )
+    if isinstance(segmenter.decoder, PublicFPNDecoder):
+        _log.warning(
+            "%s does not say how often its FPN decoder doubles the map, in which versions of that tool differ; taken "
+            "is %d times (--fpn-doublings)",
+            *(file.name, segmenter.decoder.doublings),
+        )
     return segmenter
 
 

@@ -221,12 +221,17 @@ def class_table(class_map: Mapping[int, str]) -> tuple[tuple[str, ...], ValueTab
     """The classes of a `class_map` and what its values are.
 
     Raises:
-        ConfigError: A value is no whole number of 0 to 65535, or there is no class.
+        ConfigError: A value is no whole number of 0 to 65535, a class has no name, or there is none.
     """
     values: dict[int, str] = {}
     for value, name in class_map.items():
         if isinstance(value, bool) or not str(value).isdecimal() or int(value) >= 2**16:
             raise ConfigError(f"class_map: {value!r} is no value of a mask; write whole numbers of 0 to 65535")
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise ConfigError(
+                f"class_map: the class of {value} is {name!r}; write a name, in quotes where YAML takes it for "
+                f"something else, or {IGNORE}"
+            )
         values[int(value)] = str(name)
     classes = tuple(dict.fromkeys(name for name in values.values() if name != IGNORE))
     if not classes or len(classes) > IGNORED:

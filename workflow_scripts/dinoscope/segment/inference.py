@@ -1,8 +1,10 @@
 """From an image of any size to the logits of its pixels.
 
-Either windows of the training size are laid over the image at its own size, overlapping, and their logits averaged
-("slide"), or the whole image is brought to the training size and its logits back ("resize", as the public tool
-measures). Shapes: H, W of the image, h, w of a window, C classes.
+Either windows of the training size are laid over the image at its own size, overlapping, and their logits averaged,
+with less weight towards the rims ("slide"), or the whole image is brought to the training size and its logits back
+("resize", as the public tool measures). Whole slides are laid out and weighted alike (slides.py).
+
+Shapes: H, W of the image, h, w of a window, C classes.
 """
 
 from collections.abc import Iterator
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinoscope.errors import ConfigError
+
 if TYPE_CHECKING:
     from dinoscope.segment.model import Segmenter
 
-__all__ = ["Inference", "predict_logits", "window_starts"]
+__all__ = ["Inference", "predict_logits", "window_starts", "window_weights"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,19 @@ class Inference:
     batch_size: int = 8
     autocast: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        if not 0 <= self.overlap < 1:
+            raise ConfigError(f"overlap is {self.overlap}; a share of a window from 0 to below 1 is wanted")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; at least 1 is wanted")
+
+    @property
+    def stride_hw(self) -> tuple[int, int]:
+        """Largest distance of neighbouring windows, px."""
+        height, width = (max(1, int(side * (1 - self.overlap))) for side in self.window_hw)
+        return height, width
+
 
 @torch.inference_mode()
 def predict_logits(model: "Segmenter", image: np.ndarray, how: Inference, device: torch.device) -> Tensor:
@@ -58,29 +75,54 @@ def predict_logits(model: "Segmenter", image: np.ndarray, how: Inference, device
         logits = _forward(model, torch.from_numpy(small)[None], how, device)
         return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0]
     padded = torch.from_numpy(_mirrored(image, how.window_hw))
-    summed, counts = None, torch.zeros(padded.shape[:2], device=device)
+    overlap_hw = tuple(side - stride for side, stride in zip(how.window_hw, how.stride_hw, strict=True))
+    weights = torch.from_numpy(window_weights(how.window_hw, overlap_hw)).to(device)
+    summed, total = None, torch.zeros(padded.shape[:2], device=device)
     for places in _batches(padded.shape[:2], how):
         windows = torch.stack([padded[place] for place in places])
         for place, logits in zip(places, _forward(model, windows, how, device), strict=True):
             if summed is None:
                 summed = torch.zeros(len(logits), *padded.shape[:2], device=device)
-            summed[:, *place] += logits
-            counts[place] += 1
-    return (summed / counts)[:, :height, :width]
+            summed[:, *place] += logits * weights
+            total[place] += weights
+    return (summed / total)[:, :height, :width]
 
 
-def window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin along a side: as few as cover it with that overlap at least, spread evenly."""
-    if size <= window:
-        return [0]
-    step = max(1, int(window * (1 - overlap)))
-    count = -(-(size - window) // step) + 1
-    return [round(start) for start in np.linspace(0, size - window, count)]
+def window_starts(length: int, window: int, stride: int) -> np.ndarray:
+    """Where windows begin along a side of an image or a slide: as few as cover it, spread evenly, the last at its end.
+
+    Args:
+        length: Of the side in pixels; where it is shorter than a window, one window reaches beyond it.
+        window: Side of a window.
+        stride: Largest distance of neighbours.
+
+    Returns:
+        int64, rising.
+    """
+    last = max(0, length - window)
+    return np.rint(np.linspace(0, last, -(-last // stride) + 1)).astype(np.int64)
+
+
+def window_weights(window_hw: tuple[int, int], overlap_hw: tuple[int, int]) -> np.ndarray:
+    """How much each pixel of a window counts where others overlap it: less towards the rims, where it sees least.
+
+    Args:
+        window_hw: Height and width of a window.
+        overlap_hw: Pixels that the next one covers again, over which weights rise linearly.
+
+    Returns:
+        float32 (h, w), above 0, 1 in the middle; those of two neighbours add up to 1.
+    """
+    ramps = []
+    for side, overlap in zip(window_hw, overlap_hw, strict=True):
+        distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 0.5
+        ramps.append(np.minimum(distance / max(overlap, 0.5), 1))
+    return np.outer(*ramps).astype(np.float32)
 
 
 def _batches(size_hw: tuple[int, int], how: Inference) -> Iterator[list[tuple[slice, slice]]]:
-    tops, lefts = (window_starts(*sides, how.overlap) for sides in zip(size_hw, how.window_hw, strict=True))
     height, width = how.window_hw
+    tops, lefts = (window_starts(*sides).tolist() for sides in zip(size_hw, how.window_hw, how.stride_hw, strict=True))
     places = [(slice(top, top + height), slice(left, left + width)) for top in tops for left in lefts]
     for first in range(0, len(places), how.batch_size):
         yield places[first : first + how.batch_size]

@@ -52,7 +52,7 @@ def loss_sums(logits: Tensor, masks: Tensor, class_weights: Tensor | None, *, wi
 def _dice_losses(logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
     """(B,): one minus the mean soft Dice (V-Net, arXiv:1606.04797) of the classes in each image's truth."""
     num_classes = logits.shape[1]
-    truth = F.one_hot(torch.where(valid, masks, 0), num_classes).permute(0, 3, 1, 2) * valid[:, None]
+    truth = masks[:, None] == torch.arange(num_classes, device=masks.device)[:, None, None]  # nowhere where ignored
     said = logits.softmax(1) * valid[:, None]
     shared, sizes = (said * truth).sum((2, 3)), said.sum((2, 3)) + truth.sum((2, 3))
     present = truth.sum((2, 3)) > 0

@@ -5,6 +5,7 @@ already (rules/segment.smk), in a sentence that names the key.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +21,21 @@ __all__ = [
     "TrainSettings",
     "check_segment_seal",
     "default_views",
+    "multiples_in_words",
     "nearest_multiples",
     "rounded_img_dim",
     "seal_segmenter",
+    "variant_name",
 ]
 
 SEAL_NAME, STATE_NAME, FINAL_NAME = "run_config.json", "state.pt", "final.json"
 DECODERS, TRAINABLE, INFERENCE = (
-    ("linear", "fpn", "public_fpn"),
+    ("linear", "fpn", "public_fpn", "public_fpn3"),
     ("lora", "decoder", "last_n", "full"),
     ("slide", "resize"),
 )
+# Options of annotated slides that are places on disk: what lies there is sealed, and results tell nothing of it.
+_PLACES = ("slides", "annotations")
 _WAY_OUT = "give the task a new name, or delete this folder to start over"
 
 
@@ -109,18 +114,34 @@ class TrainSettings:
             raise ConfigError(f"overlap is {self.overlap}; a share of a window from 0 to below 1 is wanted")
         if self.lr <= 0 or (self.decoder_lr is not None and self.decoder_lr <= 0):
             raise ConfigError(f"lr is {self.lr} and decoder_lr {self.decoder_lr}; give rates above 0")
+        for name in ("min_lr", "weight_decay", "warmup_epochs", "clip_grad", "dice_weight"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ConfigError(f"{name} is {value}; 0 or more is wanted")
+        weights = self.class_weights
+        if (
+            weights
+            and not isinstance(weights, str)
+            and not (min(weights) >= 0 and math.isfinite(sum(weights)) and sum(weights))
+        ):
+            raise ConfigError(f"class_weights is {list(weights)}; give numbers of 0 or more, not all of them 0")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise ConfigError(f"class_weights is {self.class_weights!r}; give balanced, a number a class, or nothing")
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON keeps it. What only adapters need is left out where there are none."""
+        """As JSON keeps it. What only adapters need is left out where there are none, and where data lie, always."""
         values = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        values["data"] = {key: value for key, value in values["data"].items() if key not in _PLACES}
         if self.trainable != "lora":
             for name in ("rank", "alpha", "targets", "blocks"):
                 del values[name]
         if self.trainable != "last_n":
             del values["last_n"]
         return values
+
+
+def variant_name(trainable: str, decoder: str, seed: int) -> str:
+    """The folder of one way to train, in the workflow's results."""
+    return f"{trainable}_{decoder}_seed{seed}"
 
 
 def default_views(dataset: str) -> str:
@@ -134,6 +155,11 @@ def nearest_multiples(size: int, patch: int) -> tuple[int, int]:
     return below, max(below, -(-size // patch) * patch)
 
 
+def multiples_in_words(size: int, patch: int) -> str:
+    """The same for messages: 304 or 320."""
+    return " or ".join(str(each) for each in dict.fromkeys(nearest_multiples(size, patch)))
+
+
 def rounded_img_dim(img_dim: tuple[int, int], patch: int) -> tuple[tuple[int, int], str | None]:
     """The nearest size of whole patches, and a sentence about it where it is another.
 
@@ -143,32 +169,38 @@ def rounded_img_dim(img_dim: tuple[int, int], patch: int) -> tuple[tuple[int, in
     nearest = tuple(min(nearest_multiples(size, patch), key=lambda found: abs(found - size)) for size in img_dim)
     if nearest == tuple(img_dim):
         return nearest, None
-    named = ", ".join(dict.fromkeys(f"{below} and {above}" for below, above in _around(img_dim, patch)))
+    named = ", ".join(dict.fromkeys(multiples_in_words(size, patch) for size in img_dim if size % patch))
     return nearest, (
         f"img_dim {img_dim[0]} {img_dim[1]} is no multiple of the encoder's patches of {patch} px; the nearest are "
         f"{named}: {nearest[0]} {nearest[1]} is taken"
     )
 
 
-def _around(img_dim: tuple[int, int], patch: int) -> list[tuple[int, int]]:
-    return [nearest_multiples(size, patch) for size in img_dim if size % patch]
-
-
-def seal_segmenter(run_dir: Path, settings: TrainSettings, encoder_sha256: str, data_sha256: str) -> None:
+def seal_segmenter(
+    run_dir: Path, settings: TrainSettings, encoder_sha256: str, data_sha256: str, start_sha256: str | None = None
+) -> None:
     """Seals a training that begins, or refuses to go on with one that was begun in another way.
 
+    Args:
+        run_dir: Its folder.
+        settings: What is sealed.
+        encoder_sha256: Of the encoder.
+        data_sha256: Of images and masks.
+        start_sha256: Of the weights of the segmenter that it begins with, if any.
+
     Raises:
-        SealError: Settings, encoder or data differ from those of the start.
+        SealError: Settings, encoder, data or first weights differ from those of the start.
     """
-    inputs = {"encoder": encoder_sha256, "data": data_sha256}
+    inputs = {"encoder": encoder_sha256, "data": data_sha256, "start": start_sha256}
     if (run_dir / STATE_NAME).is_file() or (run_dir / FINAL_NAME).is_file():
         check_segment_seal(run_dir, settings)
         sealed = read_json(run_dir / SEAL_NAME)["inputs"]
-        for name, words in (("encoder", "another encoder"), ("data", "other images or masks")):
-            if sealed[name] != inputs[name]:
+        words = {"encoder": "another encoder", "data": "other images or masks", "start": "other first weights"}
+        for name, now in inputs.items():
+            if (was := sealed.get(name)) != now:
                 raise SealError(
-                    f"segmenter {_name(run_dir)} was begun with {words} ({sealed[name][:8]}, now "
-                    f"{inputs[name][:8]}); put them back, {_WAY_OUT}"
+                    f"segmenter {_name(run_dir)} was begun with {words[name]} ({(was or 'none')[:8]}, now "
+                    f"{(now or 'none')[:8]}); put them back, {_WAY_OUT}"
                 )
         return
     write_json(run_dir / SEAL_NAME, {"version": 1, "inputs": inputs, "settings": settings.as_dict()})

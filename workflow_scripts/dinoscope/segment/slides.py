@@ -18,9 +18,11 @@ from dinoscope.errors import ConfigError
 from dinoscope.features.embedding import choose_precision
 from dinoscope.features.read_ahead import read_ahead
 from dinoscope.progress import progress
-from dinoscope.segment.blending import RowBlender, tile_starts, tile_weights
+from dinoscope.segment.blending import RowBlender
 from dinoscope.segment.class_map import UNKNOWN, ClassMap, array_on_disk
+from dinoscope.segment.inference import window_starts, window_weights
 from dinoscope.segment.model import Segmenter
+from dinoscope.segment.settings import multiples_in_words
 from dinoscope.slides.geojson import mask_feature
 from dinoscope.slides.grid import TileSet, plan_reading
 from dinoscope.slides.padding import read_tile
@@ -73,10 +75,9 @@ def slide_settings(
         tile_px = max(sides)
     overlap_px = tile_px // 4 if overlap_px is None else overlap_px
     if tile_px < 1 or tile_px % patch:
-        below = tile_px // patch * patch
-        fitting = " or ".join(str(fit) for fit in (below, below + patch) if fit > 0)
         raise ConfigError(
-            f"tiles are to be {tile_px} px, but must be a multiple of the model's patch size of {patch} px: {fitting}"
+            f"tiles are to be {tile_px} px, but must be a multiple of the model's patch size of {patch} px: "
+            f"{multiples_in_words(tile_px, patch)}"
         )
     if not 0 <= overlap_px <= tile_px // 2:
         raise ConfigError(f"tiles of {tile_px} px are to overlap by {overlap_px} px; wanted is 0 to {tile_px // 2}")
@@ -166,7 +167,7 @@ class _Tiles:
         reading = plan_reading(slide, TileSet("segmentation", settings.tile_px, settings.mpp, edge="pad"))
         downsample, stride = settings.mpp / slide.mpp, settings.tile_px - settings.overlap_px
         width, height = (max(1, math.floor(side / downsample + 1e-6)) for side in (slide.width, slide.height))
-        columns, rows = (tile_starts(length, settings.tile_px, stride) for length in (width, height))
+        columns, rows = (window_starts(length, settings.tile_px, stride) for length in (width, height))
         side = settings.tile_px * downsample
         share = square_shares(tissue.sums, tissue.downsample, columns * downsample, rows * downsample, side)
         row, column = np.nonzero(share > 0)
@@ -204,7 +205,8 @@ def _weighted_logits(segmenter: Segmenter, tiles: _Tiles, settings: SlideSetting
     """Each tile's number and its logits times their weights, float32 (C, tile_px, tile_px), in order."""
     device = next(segmenter.parameters()).device
     dtype = choose_precision(device, settings.precision)
-    weights = torch.from_numpy(tile_weights(settings.tile_px, settings.overlap_px)).to(device)
+    weights = window_weights((settings.tile_px,) * 2, (settings.overlap_px,) * 2)
+    weights = torch.from_numpy(weights).to(device)
     size = settings.batch_size
     batches = [slice(start, min(start + size, len(tiles))) for start in range(0, len(tiles), size)]
     depth = 1 + math.ceil(2 * max(1, settings.workers) / size)

@@ -37,7 +37,8 @@ RUN_COLUMNS = (
     *("dice", "pixel_accuracy", "validation_miou", "best_epoch", "trained_parameters", "file"),
 )
 _TUNED = {"lora": "LoRA + ", "decoder": "", "last_n": "last blocks + ", "full": "whole encoder + "}
-_DECODERS = {"linear": "1x1 Conv decoder", "fpn": "FPN decoder", "public_fpn": "FPN decoder (dinov2-finetune)"}
+_PUBLIC = "FPN decoder (dinov2-finetune)"
+_DECODERS = {"linear": "1x1 Conv decoder", "fpn": "FPN decoder", "public_fpn": _PUBLIC, "public_fpn3": _PUBLIC}
 # Numbers that are averaged over seeds.
 _CORRUPTED = ("miou_level_5", "relative_drop", "pathology_miou_level_5", "pathology_relative_drop")
 _AVERAGED = ("miou", *_CORRUPTED, "dice", "pixel_accuracy")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoscope.errors import CheckpointError, ConfigError, StoppedError
 from dinoscope.features.embedding import choose_precision
@@ -32,7 +32,7 @@ from dinoscope.segment.engine import (
     train_step,
 )
 from dinoscope.segment.evaluate import predict_classes, validate
-from dinoscope.segment.files import make_card, save_segmenter
+from dinoscope.segment.files import SEGMENTER_NAME, make_card, save_segmenter
 from dinoscope.segment.inference import Inference
 from dinoscope.segment.settings import FINAL_NAME, STATE_NAME, TrainSettings, seal_segmenter
 from dinoscope.segment.transforms import check_img_dim
@@ -44,10 +44,9 @@ if TYPE_CHECKING:
     from dinoscope.segment.model import Segmenter
     from dinoscope.train.distributed import World
 
-__all__ = ["SEGMENTER_NAME", "TrainJob", "inference_of", "train_segmenter"]
+__all__ = ["TrainJob", "inference_of", "train_segmenter"]
 
 _log = logging.getLogger(__name__)
-SEGMENTER_NAME = "segmenter"
 SAVE_SECONDS = 300.0
 LOG_EVERY = 10
 DEBUG_IMAGES = 4
@@ -67,6 +66,7 @@ class TrainJob:
         workers: Processes that draw views; change nothing but speed.
         debug: Whether pictures of the validation are written.
         save_seconds: Between two saves, besides those after each validation.
+        start_sha256: Digest of the weights of the segmenter that it begins with, if any.
     """
 
     settings: TrainSettings
@@ -78,6 +78,7 @@ class TrainJob:
     workers: int = 2
     debug: bool = False
     save_seconds: float = SAVE_SECONDS
+    start_sha256: str | None = None
 
 
 @dataclass
@@ -109,9 +110,16 @@ def train_segmenter(model: "Segmenter", job: TrainJob, world: "World") -> dict[s
     """
     settings = job.settings
     check_img_dim(*settings.img_dim, model.patch_size)
+    if world.size > 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise ConfigError(
+            f"decoder {settings.decoder} has batch norm, which would see a share of each batch in {world.size} "
+            "processes and end with other weights than in one: train it in one process, or take decoder fpn"
+        )
     if world.is_main:
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        seal_segmenter(job.run_dir, settings, model.encoder_sha256, job.data_sha256)
+        seal_segmenter(job.run_dir, settings, model.encoder_sha256, job.data_sha256, job.start_sha256)
+    if (job.run_dir / FINAL_NAME).is_file():  # also where state.pt was deleted to save space
+        return read_json(job.run_dir / FINAL_NAME)
     return _Training(model, job, world).run()
 
 
@@ -207,7 +215,7 @@ class _Training:
         append_metrics(self.job.run_dir, line | {f"validation_{key}": value for key, value in measures.items()})
         if self.job.debug:
             self._draw(how, epoch)
-        if miou > self.at.best_miou:
+        if miou > self.at.best_miou or not (self.job.run_dir / SEGMENTER_NAME).is_dir():  # a kill may have taken it
             self.at.best_miou, self.at.best_epoch, self.at.best_measures = miou, epoch, measures
             classes, palette = self.job.validation.classes, self.job.validation.palette
             told = {"validation_miou": miou, "epoch": epoch}
@@ -307,9 +315,7 @@ class _Training:
         }
         path = self.job.run_dir / FINAL_NAME
         if self.world.is_main:
-            if not path.is_file():
-                write_json(path, final)
-            return read_json(path)
+            write_json(path, final)
         return final
 
 

@@ -1,4 +1,4 @@
-"""Views of an image and its mask, in register: what a model is trained on and what it is validated on.
+"""Views of an image and its mask, in register: what a model is trained on.
 
     image, mask = training_view(image, mask, (224, 224), view_rng(seed, index, epoch), VIEWS["pathology"])
 
@@ -17,9 +17,11 @@ from PIL import Image
 from dinoscope.data import color
 from dinoscope.errors import ConfigError
 from dinoscope.segment.metrics import IGNORED
+from dinoscope.segment.settings import multiples_in_words
 
-__all__ = ["VIEWS", "ViewSettings", "check_img_dim", "training_view", "validation_view", "view_rng"]
+__all__ = ["VIEWS", "ViewSettings", "check_img_dim", "training_view", "view_rng"]
 
+_SCALES_OF = ("pixels", "image")
 _DRAWS = 22  # of a view, whatever is switched on: changing one setting changes no other draw
 
 
@@ -58,6 +60,23 @@ class ViewSettings:
     hue: float = 0.05
     fill: tuple[int, int, int] = (124, 116, 104)  # ImageNet's mean
 
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        low, high = self.scale
+        wanted = {
+            "scale": (0 < low <= high, "two numbers above 0, the lower one first"),
+            "scale_of": (self.scale_of in _SCALES_OF, " or ".join(_SCALES_OF)),
+            "hed_p": (0 <= self.hed_p <= 1, "a probability from 0 to 1"),
+            "color_jitter_p": (0 <= self.color_jitter_p <= 1, "a probability from 0 to 1"),
+            "hue": (0 <= self.hue <= 0.5, "a share from 0 to 0.5"),
+            "fill": (all(0 <= value <= 255 for value in self.fill), "three numbers from 0 to 255"),
+        }
+        for name in ("hed_sigma", "brightness", "contrast", "saturation"):
+            wanted[name] = (getattr(self, name) >= 0, "0 or more")
+        for name, (right, words) in wanted.items():
+            if not right:
+                raise ConfigError(f"augmentation.{name} is {getattr(self, name)!r}; {words} is wanted")
+
 
 VIEWS = MappingProxyType(
     {
@@ -84,7 +103,7 @@ def check_img_dim(height: int, width: int, patch: int) -> None:
         ConfigError: A side is no multiple of the patch; names the nearest ones.
     """
     wrong = [
-        f"{name} {side}: take {_nearest_multiples(side, patch)}"
+        f"{name} {side}: take {multiples_in_words(side, patch)}"
         for name, side in (("height", height), ("width", width))
         if side < patch or side % patch
     ]
@@ -128,43 +147,10 @@ def training_view(
     return _recoloured(image, settings, draws[6:]), mask
 
 
-def validation_view(
-    image: np.ndarray,
-    mask: np.ndarray,
-    size_hw: tuple[int, int],
-    fit: str = "resize",
-    fill: tuple[int, int, int] = ViewSettings.fill,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The view that a model is validated on; nothing is drawn.
-
-    Args:
-        image: uint8 (H, W, 3).
-        mask: uint8 (H, W).
-        size_hw: Height and width of the view.
-        fit: "resize": the whole image, stretched; "crop": its middle as it is, what is beyond filled and 255.
-        fill: Colour beyond the image.
-
-    Returns:
-        uint8 (h, w, 3) and (h, w) of the wanted size.
-    """
-    assert fit in ("resize", "crop"), fit
-    height, width = image.shape[:2]
-    if fit == "resize":
-        return _cut(image, mask, (0, 0, height, width), size_hw, fill)
-    top, left = (height - size_hw[0]) // 2, (width - size_hw[1]) // 2
-    return _cut(image, mask, (top, left, *size_hw), size_hw, fill)
-
-
-def _nearest_multiples(side: int, patch: int) -> str:
-    below = side // patch * patch
-    return f"{below} or {below + patch}" if below else f"{patch}"
-
-
 def _box(
     image_hw: tuple[int, int], view_hw: tuple[int, int], settings: ViewSettings, draws: np.ndarray
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of what is cut, in pixels of the image; may reach beyond it on each side."""
-    assert settings.scale_of in ("pixels", "image"), settings.scale_of
     low, high = (math.log(bound) for bound in settings.scale)
     scale = math.exp(low + (high - low) * draws[0])
     if settings.scale_of == "image":
