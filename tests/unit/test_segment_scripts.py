@@ -255,6 +255,8 @@ def test_other_classes_and_other_encoders_are_refused(folder, trained, tmp_path,
     write_own_encoder(tmp_path / "other.pth", seed=1)
     with pytest.raises(WeightsError, match="was trained on another encoder"):
         call(monkeypatch, segment_evaluate, *words, "--weights", tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="0 images are to be pictured; give at least 1"):
+        call(monkeypatch, segment_evaluate, *words, "--picture", tmp_path / "x.png", "--pictured", "0")
     assert not (tmp_path / "x.json").exists()
 
 

@@ -105,6 +105,8 @@ def evaluate_run(
     Raises:
         DinoscopeError: Segmenter, encoder or images cannot be used, or do not belong together.
     """
+    if picture is not None and pictured < 1:
+        raise ConfigError(f"{pictured} images are to be pictured; give at least 1, or no picture to write")
     asked = Asked(question)
     measured = asked.measure(f"measuring {asked.label}")
     told = measured.summary(asked.data.classes) | asked.told | {"model_name": model_name or asked.encoder_kind}
