@@ -133,6 +133,7 @@ def disturbed(cluster, local, tmp_path_factory):
     for training in trainings.values():
         if training.snakemake.poll() is None:
             training.snakemake.kill()
+            training.snakemake.wait()
             run("scancel", training.job())
 
 
@@ -149,8 +150,8 @@ def check_end(training, local):
 def test_a_disturbed_training_ends_as_if_nothing_had_been(disturbed, local, name):
     training = disturbed[name]
     if name == "out_of_time":
+        # warned at once, it saves and fails; where it cannot end its step in time, SLURM kills it
         wait_for(lambda: "Trying to restart job" in training.said(), 240, "SLURM to end the job")
-        assert "TIMEOUT" in training.said()
         training.hurry()
     assert training.snakemake.wait(timeout=600) == 0, training.said()[-4000:]
     same_job = training.job() == training.job_before
