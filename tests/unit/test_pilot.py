@@ -1,5 +1,8 @@
 """Equal compute of a pilot's arms, and the advice that follows from comparisons whose answer is known."""
 
+import csv
+import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,14 +10,17 @@ import numpy as np
 import pytest
 
 from dinoscope.errors import ConfigError
-from dinoscope.evaluate.comparing import TaskComparison
+from dinoscope.evaluate.answers import Answers
+from dinoscope.evaluate.comparing import TaskComparison, compare_models, write_comparison
 from dinoscope.evaluate.intervals import Comparison
 from dinoscope.evaluate.pilot import Arm, advise, costs_of, read_curves, site_sentence
+from dinoscope.evaluate.units import Unit, Units
 from dinoscope.files import write_text
 from dinoscope.plan import make_plan
 from dinoscope.plan_pilot import PilotJobs, equal_iterations
 from dinoscope.recipe import load_recipe
 from dinoscope.train.metrics import append_metrics
+from dinoscope.visualize.report import build_report
 
 REPOSITORY = Path(__file__).parents[2]
 ARMS = [Arm("pilot-lora", "lora", 2e12), Arm("pilot-last_n", "last_n", 1e12), Arm("pilot-full", "full", 4e12)]
@@ -129,8 +135,8 @@ def planned(tmp_path, monkeypatch):
     Path("w.pth").touch()
     recipe = "student: {arch: vit_nano}\ncrops: {global_crops_size: 96, local_crops_size: 48}\n"
     schedules = "schedules:\n" + "".join(
-        f"  {name}: {{start: 0, peak: 1e-3, end: 0, warmup_epochs: 10}}\n"
-        for name in ("lr", "weight_decay", "teacher_temp", "momentum")
+        f"  {name}: {{start: 1e-4, peak: 1e-3, end: 1e-4, warmup_epochs: 10}}\n"
+        for name in ("lr", "weight_decay", "momentum", "teacher_temp")
     )
     write_text(Path("root.yaml"), "MODEL: {WEIGHTS: w.pth}\noptim: {epochs: 40, warmup_epochs: 10}\n" + recipe)
     write_text(Path("v2.yaml"), "MODEL: {WEIGHTS: w.pth}\noptim: {epochs: 40}\n" + recipe + schedules)
@@ -193,3 +199,70 @@ def test_encoders_are_held_against_all_arms(planned):
     jobs = planned(features={"encoders": {"uni": {"source": "uni.pth"}}, "models": ["base"]})
     assert {"uni=base", "uni=pilot-lora", "uni=pilot-full"} <= set(jobs.references("label-grade"))
     assert replace(jobs.plan, runs={}).models == ["base", "pilot-lora", "pilot-last_n", "pilot-full", "uni"]
+
+
+def made_up(folder, num_cases=80):
+    """Comparisons of a task of two sites in which lora is better, and metrics of all runs."""
+    rng = np.random.default_rng(1)
+    units = Units(
+        "label-grade",
+        "classes",
+        [Unit(str(i), str(i), "test", "ab"[i % 2]) for i in range(num_cases)],
+        ["a", "b"],
+    )
+    truth, answers = np.eye(2)[np.arange(num_cases) % 2][None], {}
+    shares = {"base": 0.7, "pilot-lora": 0.95, "pilot-last_n": 0.7, "pilot-full": 0.7, "color-histogram": 0.6}
+    wrong_first = rng.permutation(num_cases)
+    for index, (model, share) in enumerate(shares.items()):
+        right = np.ones(num_cases, bool)
+        right[wrong_first[round(share * num_cases) :]] = False
+        said = np.where(right[None, :, None], truth, 1 - truth)
+        numbers = {"site_readout": 0.6 + 0.05 * index, "site_chance": 0.5}
+        answers[model] = Answers({}, np.zeros(num_cases, np.int8), {"linear": said}, numbers=numbers)
+    references = {model: ["base"] for model in shares if model != "base"}
+    write_comparison(folder / "grade.npz", compare_models(units, answers, references, draws=300))
+    for number, arm in enumerate(ARMS):
+        run = folder / "runs" / arm.run
+        run.mkdir(parents=True)
+        append_metrics(run, {"iteration": 0, "iter_time": 0.5, "probe_knn": 0.6})
+        for iteration in range(1, 5):
+            gain = 0.03 * iteration * (1 - number)
+            told = {"probe_difference": gain, "probe_difference_low": gain - 0.1, "probe_difference_high": gain + 0.1}
+            append_metrics(run, {"iteration": 10 * iteration, "iter_time": 0.5, "probe_knn": 0.6 + gain} | told)
+
+
+def test_table_curves_figure_and_report(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("pilot_script", REPOSITORY / "workflow_scripts" / "pilot.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(tmp_path)
+    made_up(tmp_path)
+    arms = [f"{arm.run}={arm.trained}={arm.step_flops}" for arm in ARMS]
+    asked = ["--comparisons", "grade.npz", "--runs", "runs", "--arms", *arms, "--baselines", "color-histogram"]
+    folder = tmp_path / "results" / "pilot"
+    folder.mkdir(parents=True)
+    names = {"table": "summary.tsv", "curves": "curves.tsv", "advice": "advice.txt", "figure": "figure.png"}
+    files = [part for option, name in names.items() for part in (f"--{option}", str(folder / name))]
+    monkeypatch.setattr(sys, "argv", ["pilot.py", "summary", *asked, *files])
+    script.main()
+    said = (folder / "advice.txt").read_text()
+    assert said.startswith("Adapt, training adapters (LoRA) (pilot-lora): it is better by 0.250 [+0.")
+    assert said.endswith("by 0.650, where the starting weights do by 0.600 (chance 0.500).\n") and said.count("\n") == 1
+    with open(folder / "summary.tsv") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file, delimiter="\t")}
+    assert [row["kind"] for row in rows.values()] == ["start", "arm", "arm", "arm", "baseline"]
+    assert [row["verdict"] for row in rows.values()] == ["", "better", *["no clear difference"] * 2, ""]
+    assert {row["iterations"] for row in rows.values() if row["kind"] == "arm"} == {"41"}
+    assert float(rows["pilot-full"]["petaflops"]) == pytest.approx(41 * 4e-3)
+    assert float(rows["pilot-full"]["seconds"]) == pytest.approx(41 * 0.5)
+    with open(folder / "curves.tsv") as file:
+        points = list(csv.DictReader(file, delimiter="\t"))
+    assert [point["iteration"] for point in points[:5]] == ["0", "11", "21", "31", "41"]
+    assert (folder / "figure.png").stat().st_size > 20_000
+    write_text(tmp_path / "results" / "slides.tsv", "slide_id\n")
+    build_report(tmp_path / "results", [], [], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert said.strip() in page and page.count('id="pilot"') == 1 and "0.700" in page
+    (folder / "advice.json").unlink()
+    build_report(tmp_path / "results", [], [], tmp_path / "report.html")
+    assert 'id="pilot"' not in (tmp_path / "report.html").read_text()

@@ -32,7 +32,7 @@ CONFIG = {
     "pilot": {"iterations": 12, "probes": 3},
 }
 ARMS = ("pilot-lora", "pilot-last_n", "pilot-full")
-NUM_EVAL, NUM_SELECTION = 16, 4
+NUM_EVAL, NUM_SELECTION = 12, 3
 
 
 def write_config(folder, **changes):
