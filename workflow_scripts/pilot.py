@@ -60,7 +60,7 @@ def write_recipe(arguments: argparse.Namespace) -> None:
 def summarise(arguments: argparse.Namespace) -> None:
     """Writes table, curves, figure and advice."""
     from dinoscope.evaluate.comparing import read_comparison
-    from dinoscope.evaluate.pilot import Arm, advise, costs_of, read_curves, site_sentence, write_pilot
+    from dinoscope.evaluate.pilot import Arm, advise, costs_of, read_curves, with_site, write_pilot
     from dinoscope.evaluate.pilot_figure import draw_pilot
     from dinoscope.evaluate.verdicts import primary_of
 
@@ -76,7 +76,7 @@ def summarise(arguments: argparse.Namespace) -> None:
         margin=arguments.margin,
         start=f"{arguments.starting_weights} weights",
     )
-    sentence = advice.sentence + site_sentence(tasks, primary, advice.model)
+    sentence = with_site(advice, tasks, primary)
     kinds = dict.fromkeys(arguments.baselines, "baseline") | dict.fromkeys(arguments.encoders, "encoder")
     write_pilot(
         tasks,

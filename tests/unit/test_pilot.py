@@ -13,7 +13,7 @@ from dinoscope.errors import ConfigError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.comparing import TaskComparison, compare_models, write_comparison
 from dinoscope.evaluate.intervals import Comparison
-from dinoscope.evaluate.pilot import Arm, advise, costs_of, read_curves, site_sentence
+from dinoscope.evaluate.pilot import Advice, Arm, advise, costs_of, read_curves, with_site
 from dinoscope.evaluate.units import Unit, Units
 from dinoscope.files import write_text
 from dinoscope.plan import make_plan
@@ -99,11 +99,12 @@ def test_the_site_stands_beside_the_advice():
         "pilot-full": {"site_readout": 0.8, "site_chance": 0.5},
     }
     of_sites = tasks({}, numbers=numbers)
-    assert site_sentence(of_sites, PRIMARY, "pilot-full") == (
-        " It tells the site within a class by 0.800, where the starting weights do by 0.600 (chance 0.500)."
+    adapt, keep = Advice("adapt", "pilot-full", "Adapt."), Advice("keep", "base", "Keep.")
+    assert with_site(adapt, of_sites, PRIMARY) == (
+        "Adapt; it tells the site within a class by 0.800, where the starting weights do by 0.600 (chance 0.500)."
     )
-    assert "by 0.600 (chance 0.500)" in site_sentence(of_sites, PRIMARY, "base")
-    assert site_sentence(tasks({}), PRIMARY, "base") == ""
+    assert with_site(keep, of_sites, PRIMARY) == "Keep; they tell the site within a class by 0.600 (chance 0.500)."
+    assert with_site(keep, tasks({}), PRIMARY) == "Keep."
 
 
 def test_iterations_of_equal_compute():

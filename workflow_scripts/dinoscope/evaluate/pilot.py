@@ -20,7 +20,7 @@ from dinoscope.evaluate.intervals import Comparison, Verdict, judge_family, verd
 from dinoscope.files import write_json, write_text
 from dinoscope.train.metrics import read_metrics
 
-__all__ = ["COLUMNS", "Advice", "Arm", "Point", "advise", "costs_of", "read_curves", "site_sentence", "write_pilot"]
+__all__ = ["COLUMNS", "Advice", "Arm", "Point", "advise", "costs_of", "read_curves", "with_site", "write_pilot"]
 
 BASE = "base"
 COLUMNS = (
@@ -156,19 +156,22 @@ def advise(
     return Advice("keep", BASE, f"Keep the {start}: {_why_keep(verdicts, margin)} {about}.", verdicts)
 
 
-def site_sentence(tasks: Sequence[TaskComparison], primary: str | None, model: str) -> str:
-    """How well the advised model tells sites apart within a class, beside the starting weights, where that is known."""
+def with_site(advice: Advice, tasks: Sequence[TaskComparison], primary: str | None) -> str:
+    """The advice and, where it is known, how well the advised model tells sites within a class, in one sentence."""
     numbers = next((task.numbers for task in tasks if primary and primary.startswith(f"{task.task}/")), {})
-    mine, before = (numbers.get(name, {}) for name in (model, BASE))
+    mine, before = (numbers.get(name, {}) for name in (advice.model, BASE))
     if "site_readout" not in mine or "site_readout" not in before:
-        return ""
+        return advice.sentence
     chance = f"chance {before['site_chance']:.3f}"
-    if model == BASE:
-        return f" They tell the site within a class by {before['site_readout']:.3f} ({chance})."
-    return (
-        f" It tells the site within a class by {mine['site_readout']:.3f}, where the starting weights do by "
-        f"{before['site_readout']:.3f} ({chance})."
-    )
+    if advice.model == BASE:
+        told = f"they tell the site within a class by {before['site_readout']:.3f} ({chance})"
+    else:
+        told = (
+            f"it tells the site within a class by {mine['site_readout']:.3f}, where the starting weights do by "
+            f"{before['site_readout']:.3f} ({chance})"
+        )
+    told = told if advice.decision != "too few to judge" else told.replace("they", "the starting weights")
+    return f"{advice.sentence.removesuffix('.')}; {told}."
 
 
 def read_curves(runs: Path, arms: Sequence[Arm]) -> dict[str, list[Point]]:

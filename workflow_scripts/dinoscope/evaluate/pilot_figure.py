@@ -105,7 +105,7 @@ def _draw_scores(
         if row.low is not None and row.high is not None:
             scores.plot([row.low, row.high], [place, place], color=color, linewidth=1.4)
     scores.set_yticks(range(len(names)), names)
-    scores.invert_yaxis()
+    scores.set_ylim(len(names) - 0.5, -0.5)
     score = rows[0].score
     scores.set_title(f"test cases, at the end\n{task.task}, {measure_name(rows[0].measure)}", fontsize=9)
     name = MEASURES[score].name if score in MEASURES else "mean IoU"
@@ -126,5 +126,5 @@ def _draw_sites(axes: Axes, task: TaskComparison, names: Sequence[str], colors: 
     axes.axvline(chances[0], color=_GREY, linestyle=":", linewidth=1)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), [""] * len(names))
-    axes.set_title("site within a class\n(dotted: chance; lower is better)", fontsize=9)
+    axes.set_title("how well the site is told\nwithin a class (dotted: chance)", fontsize=9)
     axes.set_xlabel("balanced accuracy")
