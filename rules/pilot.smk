@@ -12,7 +12,7 @@ rule pilot:
 
 rule pilot_recipe:
     input:
-        recipes=ancient(first_recipe),
+        recipes=first_recipe,
     output:
         recipe="<results>/pilot/recipes/{run}.yaml",
     log:

@@ -106,13 +106,12 @@ def test_it_runs_and_says_that_cases_are_too_few(folder):
     results = folder / "results" / "pilot"
     said = (results / "advice.txt").read_text()
     assert said.startswith("Too few cases to judge whether to adapt (on label-direction/linear: ")
-    assert "site within a class" in said
     with open(results / "summary.tsv") as file:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row["primary"] == "yes"]
     assert [row["model"] for row in rows] == ["base", *ARMS, "random", "color-histogram", "thumbnail"]
     assert [row["kind"] for row in rows] == ["start", *["arm"] * 3, *["baseline"] * 3]
     assert {row["verdict"] for row in rows if row["kind"] == "arm"} == {"too few to judge"}
-    assert all(row["seen"] in ("no", "unknown") and row["site_readout"] and row["low"] for row in rows)
+    assert all(row["seen"] in ("no", "unknown") and row["low"] for row in rows)
     arms = {row["model"]: row for row in rows if row["kind"] == "arm"}
     iterations = {name: int(row["iterations"]) for name, row in arms.items()}
     assert iterations["pilot-full"] == 12 < iterations["pilot-lora"] < iterations["pilot-last_n"]
