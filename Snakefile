@@ -5,7 +5,7 @@ snakemake --cores all -n               what would run, and why
 snakemake --cores 1 budget             tiles, disk space, hours and jobs that the config will take
 snakemake --cores all inspect          a look at all slides before anything expensive starts
 snakemake --cores all pretrain         one training run; likewise gram, export, features, pca, clusters, segmentation,
-                                       evaluate, viewer, report
+                                       evaluate, pilot, viewer, report
 snakemake --cores all results/tiles/features/SLIDE.parquet
 """
 
@@ -35,6 +35,7 @@ include: "rules/pictures.smk"
 include: "rules/viewer.smk"
 include: "rules/segment.smk"
 include: "rules/evaluate.smk"
+include: "rules/pilot.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
 include: "rules/budget.smk"

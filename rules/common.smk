@@ -21,6 +21,7 @@ from dinoscope.plan import make_plan, one_sentence
 from dinoscope.plan_evaluation import EvaluationJobs
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
+from dinoscope.plan_pilot import PilotJobs
 from dinoscope.plan_segmentation import SegmentJobs
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.plan_storage import StorageJobs
@@ -35,6 +36,7 @@ PICTURES = PictureJobs(PLAN)
 SEGMENTS = one_sentence(SegmentJobs)(PLAN)
 STORAGE = StorageJobs(PLAN)
 EVALUATION = EvaluationJobs(PLAN, FEATURES)
+PILOT = PilotJobs(PLAN)
 one_sentence(EVALUATION.check)()
 
 if workflow.is_main_process:
@@ -53,11 +55,31 @@ pathvars:
 wildcard_constraints:
     slide="[^/]+",
     set="|".join(PLAN.config["tiling"]["sets"]),
-    run="|".join(PLAN.runs),
-    model="|".join([*PLAN.models, *BASELINES]),
+    run="|".join([*PLAN.runs, *PILOT.arms]),
+    model="|".join(["base", *PLAN.models, *PLAN.encoders, *BASELINES, *PILOT.arms]),
     exported="|".join(["base", *PLAN.runs]),
     task="|".join([*EVALUATION.tasks, *SEGMENTS.tasks]) or "-",
     variant="|".join(SEGMENTS.all_variants) or "-",
+
+
+def plan_of(name):
+    """The plan that knows a run or model: that of the pilot for its arms, which is made for them alone."""
+    return PILOT.plan if name in PILOT.arms else PLAN
+
+
+def run_of(wildcards):
+    """The run that a job belongs to."""
+    return plan_of(wildcards.run).runs[wildcards.run]
+
+
+def features_of(model):
+    """What knows how features of a model are made."""
+    return PILOT.features if model in PILOT.arms else FEATURES
+
+
+def evaluation_of(name):
+    """What knows how a run or model is measured."""
+    return PILOT.evaluation if name in PILOT.arms else EVALUATION
 
 
 def config_file():
@@ -225,14 +247,17 @@ def train_tiles(wildcards):
 @one_sentence
 def run_recipe(wildcards):
     """The run's recipe, refused while planning when a started run had other settings; nothing is deleted then."""
-    run = PLAN.runs[wildcards.run]
-    check_seal(PLAN.results / "runs" / run.name, run.recipe)
+    run = run_of(wildcards)
+    if (
+        run.recipe.is_file() or run.name not in PILOT.arms
+    ):  # a rule writes those of the pilot
+        check_seal(PLAN.results / "runs" / run.name, run.recipe)
     return str(run.recipe)
 
 
 def run_parents(wildcards):
     """The recipes that the run's recipe extends."""
-    return [str(recipe) for recipe in PLAN.runs[wildcards.run].recipes[:-1]]
+    return [str(recipe) for recipe in run_of(wildcards).recipes[:-1]]
 
 
 def kept_by_finished(file, wildcards):
@@ -247,9 +272,9 @@ def kept_by_finished(file, wildcards):
 
 def run_manifest(wildcards):
     """The tiles that the run is trained on; none where its recipe names other data."""
-    if PLAN.runs[wildcards.run].own_data is not None:
+    if run_of(wildcards).own_data is not None:
         return []
-    tile_set = PLAN.runs[wildcards.run].tile_set
+    tile_set = run_of(wildcards).tile_set
     return kept_by_finished(f"<results>/manifests/{tile_set}.parquet", wildcards)
 
 
@@ -265,8 +290,8 @@ def packed_tiles(wildcards):
 
 def run_packed(wildcards):
     """The index of the packed tiles that the run is trained on, if it is."""
-    run = PLAN.runs[wildcards.run]
-    if not PLAN.is_packed(run):
+    run = run_of(wildcards)
+    if not plan_of(run.name).is_packed(run):
         return []
     return kept_by_finished(f"<results>/packed/{run.tile_set}/index.json", wildcards)
 
@@ -292,7 +317,7 @@ def run_weights(wildcards):
 
 def continued_run(wildcards):
     """What the run carries on with, if anything."""
-    continued = PLAN.runs[wildcards.run].continues
+    continued = run_of(wildcards).continues
     if continued is None:
         return []
     return kept_by_finished(f"<results>/runs/{continued}/final.json", wildcards)
@@ -300,7 +325,7 @@ def continued_run(wildcards):
 
 def teacher_files(wildcards):
     """The gram teacher, where the config names a file, and the teacher that is distilled."""
-    run = PLAN.runs[wildcards.run]
+    run = run_of(wildcards)
     files = [run.gram_teacher_file, run.distilled_file]
     return [
         kept_by_finished(str(file), wildcards) for file in files if file is not None
@@ -325,7 +350,7 @@ def launch_options(wildcards, output, resources):
 
 def run_probe(wildcards):
     """The images that the run is asked about while it trains, if it is."""
-    if not EVALUATION.is_probed(wildcards.run):
+    if not evaluation_of(wildcards.run).is_probed(wildcards.run):
         return []
     return kept_by_finished("<results>/evaluation/probe.npz", wildcards)
 
@@ -343,7 +368,7 @@ def run_data(wildcards, input):
 
 def run_options(wildcards, input):
     """Arguments for what the run continues, and its gram teacher."""
-    teacher = PLAN.runs[wildcards.run].gram_teacher
+    teacher = run_of(wildcards).gram_teacher
     continued = ["--continues", input.continued] if input.continued else []
     probe = ["--probe", input.probe] if input.probe else []
     return [
@@ -389,27 +414,29 @@ def basis_features(wildcards):
 
 def feature_tiles(wildcards):
     """The tiles that the model's features are taken from."""
-    return FEATURES.tiles(wildcards.model)
+    return features_of(wildcards.model).tiles(wildcards.model)
 
 
 def feature_tiles_folder(wildcards):
     """The folder of these tiles."""
-    return f"{PLAN.results}/tiles/{FEATURES.tile_set(wildcards.model)}"
+    return (
+        f"{PLAN.results}/tiles/{features_of(wildcards.model).tile_set(wildcards.model)}"
+    )
 
 
 def encoder_files(wildcards):
     """The files of the model; features are made anew when they change."""
-    return FEATURES.encoder_files(wildcards.model)
+    return features_of(wildcards.model).encoder_files(wildcards.model)
 
 
 def encoder_arguments(wildcards):
     """Arguments that name the model."""
-    return FEATURES.encoder_arguments(wildcards.model)
+    return features_of(wildcards.model).encoder_arguments(wildcards.model)
 
 
 def feature_pooling(wildcards):
     """What is taken of a tile with the model."""
-    return FEATURES.pooling(wildcards.model)
+    return features_of(wildcards.model).pooling(wildcards.model)
 
 
 def minutes_for_others(wildcards, resources):

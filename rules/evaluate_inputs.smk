@@ -25,7 +25,7 @@ def task_images(wildcards):
 
 def task_features(wildcards):
     """Features that the model answers the task with."""
-    return EVALUATION.features(wildcards.task, wildcards.model)
+    return evaluation_of(wildcards.model).features(wildcards.task, wildcards.model)
 
 
 def task_models(wildcards):
@@ -71,12 +71,12 @@ def probe_arguments(wildcards):
 
 def evaluated_pooling(wildcards):
     """What is taken of an image with the model."""
-    return EVALUATION.pooling(wildcards.model)
+    return evaluation_of(wildcards.model).pooling(wildcards.model)
 
 
 def model_history(wildcards):
     """Arguments that say what the model was trained on."""
-    return EVALUATION.history(wildcards.task, wildcards.model)
+    return evaluation_of(wildcards.model).history(wildcards.task, wildcards.model)
 
 
 def model_references(wildcards):
@@ -102,3 +102,59 @@ def evaluation_results():
         return []
     figures = expand("<results>/evaluation/{task}/figure.png", task=EVALUATION.tasks)
     return ["<results>/evaluation/summary.json", *figures]
+
+
+@one_sentence
+def pilot_results(wildcards):
+    """What the pilot found; refused while planning where it has nothing to judge by."""
+    PILOT.check()
+    for note in PILOT.notes() if workflow.is_main_process else []:
+        print(f"note: {note}", file=sys.stderr)
+    figures = expand("<results>/pilot/{task}/figure.png", task=PILOT.tasks)
+    return ["<results>/pilot/advice.txt", *figures]
+
+
+def first_recipe(wildcards):
+    """The recipe that the arms are made from, and all that it extends."""
+    return [str(recipe) for recipe in PLAN.base_run.recipes]
+
+
+@one_sentence
+def pilot_overrides(wildcards):
+    """What an arm changes in it."""
+    return PILOT.overrides(wildcards.run)
+
+
+def pilot_models(wildcards):
+    """Models that the pilot compares: starting weights, arms, encoders, baselines."""
+    return PILOT.evaluation.models(wildcards.task)
+
+
+def pilot_answers(wildcards):
+    """What they answered."""
+    return expand(
+        "<results>/evaluation/{task}/answers/{model}.npz",
+        task=wildcards.task,
+        model=PILOT.evaluation.models(wildcards.task),
+    )
+
+
+def pilot_references(wildcards):
+    """Arguments that say whom each of them is held against."""
+    return PILOT.references(wildcards.task)
+
+
+def pilot_comparisons(wildcards):
+    """The comparisons of all tasks that have a verdict."""
+    return expand("<results>/pilot/{task}/comparison.npz", task=PILOT.tasks)
+
+
+def pilot_finals(wildcards):
+    """Of all arms."""
+    return expand("<results>/runs/{run}/final.json", run=PILOT.arms)
+
+
+@one_sentence
+def pilot_arguments(wildcards):
+    """Arguments for the table and the advice."""
+    return PILOT.summary_arguments()

@@ -19,12 +19,13 @@ from dinoscope.recipe import resolve_recipe
 from dinoscope.resolutions import resolutions
 from dinoscope.train import outlook as outlook_module
 from dinoscope.train.draws import step_draws
+from dinoscope.train.flops import num_masked_patches
 from dinoscope.train.forecast import Disk, Forecast, Memory, Parameters, disk_use, forecast
 from dinoscope.train.outlook import Warmup, outlook, time_in_words, warnings
 from dinoscope.train.parallelize import checkpoint_activations
 from dinoscope.train.speed import Speed
 from dinoscope.train.ssl_step import SSLModel, build_heads
-from dinoscope.train.traced_memory import num_masked_patches, step_memory
+from dinoscope.train.traced_memory import step_memory
 
 MODES = {"none": {}, "selective": {"checkpointing": True}, "full": {"checkpointing_full": True}}
 CASES = [

@@ -16,9 +16,9 @@ from dinoscope.errors import ConfigError
 from dinoscope.models.registry import settings_from_config
 from dinoscope.recipe import resolve_recipe
 from dinoscope.resolutions import Resolution, choice_of_step, resolutions
-from dinoscope.train.flops import step_flops
+from dinoscope.train.flops import num_masked_patches, step_flops
 from dinoscope.train.forecast import forecast
-from dinoscope.train.traced_memory import num_masked_patches, step_memory
+from dinoscope.train.traced_memory import step_memory
 
 SIZES = {"global_crops_size": [64, 96], "local_crops_size": [32, 48], "global_local_crop_pairs_ratios": [3, 1]}
 

@@ -89,12 +89,11 @@ class Units:
 
 
 def units_of_label(task: str, label: Label, cohort: Cohort, records: Mapping[str, SlideRecord]) -> Units:
-    """The eval cases (or slides) that have the label.
+    """The test cases (or their slides) that have the label; features of those of the selection are not needed.
 
     Raises:
         ConfigError: None of them has it.
     """
-    slides = [*cohort.slides_of("selection"), *cohort.slides_of("test")]
     found = [
         Unit(
             unit.name,
@@ -104,9 +103,9 @@ def units_of_label(task: str, label: Label, cohort: Cohort, records: Mapping[str
             unit.slides,
             _site([records[slide] for slide in unit.slides]),
         )
-        for unit in labels_of_units(label, slides, cohort.case_of)
+        for unit in labels_of_units(label, cohort.slides_of("test"), cohort.case_of)
     ]
-    if not any(unit.set == "test" for unit in found):
+    if not found:
         raise ConfigError(
             f"label {label.name}: none of the {len(cohort.cases('test'))} test cases has it; label some, or leave it "
             "out of evaluation.labels"

@@ -16,13 +16,13 @@ from dinoscope.models.registry import ViTSettings
 from dinoscope.resolutions import resolutions
 from dinoscope.train.checkpoint import frozen_names, frozen_state
 from dinoscope.train.distillation import TeacherShape
-from dinoscope.train.flops import step_flops
+from dinoscope.train.flops import num_masked_patches, step_flops
 from dinoscope.train.optimizer import multipliers
 from dinoscope.train.parallelize import is_sharded
 from dinoscope.train.schedule import build_schedules
 from dinoscope.train.ssl_step import SSLModel, compute_dtype
 from dinoscope.train.step import global_batch
-from dinoscope.train.traced_memory import num_masked_patches, step_memory
+from dinoscope.train.traced_memory import step_memory
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig

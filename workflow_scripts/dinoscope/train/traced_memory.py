@@ -24,14 +24,14 @@ from dinoscope.resolutions import Resolution, resolutions
 from dinoscope.train import ssl_step
 from dinoscope.train.distillation import TeacherShape
 from dinoscope.train.draws import step_draws
-from dinoscope.train.flops import step_flops
+from dinoscope.train.flops import num_masked_patches, step_flops
 from dinoscope.train.parallelize import checkpoint_activations
 from dinoscope.train.ssl_step import SSLModel, compute_dtype
 
 if TYPE_CHECKING:
     from dinoscope.config import RunConfig
 
-__all__ = ["LiveBytes", "StepMemory", "num_masked_patches", "step_memory"]
+__all__ = ["LiveBytes", "StepMemory", "step_memory"]
 
 
 class StepMemory(NamedTuple):
@@ -178,17 +178,6 @@ def _empty_batch(config: "RunConfig", tiles: int, sizes: Resolution) -> Batch:
         mask_indices=torch.empty(masked, dtype=torch.int64),
         mask_weights=torch.empty(masked),
     )
-
-
-def num_masked_patches(config: "RunConfig", tiles: int, sizes: Resolution) -> int:
-    """Masked patches of the global crops of so many tiles, which is the same number for all crops of a size."""
-    ibot, patches = config.ibot, (sizes.global_px // config.student.patch_size) ** 2
-    if not (ibot.loss_weight or ibot.force_masking_even_with_zero_weight):
-        return 0
-    num_masked_crops = int(2 * tiles * ibot.mask_sample_probability)
-    low, high = ibot.mask_ratio_min_max
-    shares = (low + (high - low) * (crop + 1) / num_masked_crops for crop in range(num_masked_crops))
-    return sum(int(patches * share) for share in shares)
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from dinoscope.files import write_text
+from dinoscope.files import read_json, write_text
 from dinoscope.visualize.curves import RUN_COLORS, curves_svg
 from dinoscope.visualize.evaluation_section import EvaluationFacts, evaluation_facts
 from dinoscope.visualize.pca_map import without_title
@@ -89,6 +89,8 @@ def build_report(
         summary=[*(evaluation.on_top if evaluation else []), *summary_sentences(data)],
         evaluation=evaluation,
         task_figures=_task_figures(results, evaluation),
+        pilot=_pilot(results),
+        pilot_figure=_pilot_figure(results),
         rows=[
             (slide, _slide_pictures(results, slide.slide_id, data.models), _cluster_map(results, slide.slide_id))
             for slide in shown
@@ -229,6 +231,23 @@ def _task_figures(results: Path, evaluation: EvaluationFacts | None) -> dict[str
         page = _page(results / "evaluation" / task.name / "figure.png", task.name, caption)
         figures |= dict.fromkeys([task.name], page[0]) if page else {}
     return figures
+
+
+def _pilot(results: Path) -> dict[str, Any] | None:
+    """The advice of the pilot, and the scores that it rests on; None where there was none."""
+    path = results / "pilot" / "advice.json"
+    if not path.is_file():
+        return None
+    told = read_json(path)
+    return told | {"rows": [row for row in told["rows"] if row["primary"] == "yes"]}
+
+
+def _pilot_figure(results: Path) -> list[Picture]:
+    caption = (
+        "left: differences from the start on the selection cases while training, with 95 % intervals; middle: scores "
+        "on the test cases; right: how well the site is told within a class"
+    )
+    return _page(results / "pilot" / "figure.png", "pilot", caption)
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

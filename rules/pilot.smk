@@ -1,0 +1,78 @@
+"""A short trial of adaptation at equal compute, and one sentence of advice: snakemake --cores all pilot."""
+
+
+localrules:
+    pilot,
+
+
+rule pilot:
+    input:
+        pilot_results,
+
+
+rule pilot_recipe:
+    input:
+        recipes=first_recipe,
+    output:
+        recipe="<results>/pilot/recipes/{run}.yaml",
+    log:
+        "<logs>/pilot_recipe/{run}.log",
+    localrule: True
+    conda:
+        "../envs/torch.yaml"
+    params:
+        script=SCRIPTS / "pilot.py",
+        base=str(PLAN.base_run.recipe),
+        changes=pilot_overrides,
+    shell:
+        "python {params.script:q} recipe --config {params.base:q} --set {params.changes:q} --output {output.recipe:q}"
+        " > {log:q} 2>&1"
+
+
+use rule compare_models as pilot_compare with:
+    input:
+        units=rules.evaluation_units.output.units,
+        answers=pilot_answers,
+    output:
+        comparison="<results>/pilot/{task}/comparison.npz",
+        figure=report(
+            "<results>/pilot/{task}/figure.png",
+            caption="../report/evaluation.rst",
+            category="Pilot",
+            labels={"task": "{task}"},
+        ),
+    log:
+        "<logs>/pilot_compare/{task}.log",
+    params:
+        script=SCRIPTS / "evaluate.py",
+        models=pilot_models,
+        references=pilot_references,
+        how=EVALUATION.compare_arguments(),
+
+
+rule pilot_summary:
+    input:
+        comparisons=pilot_comparisons,
+        finals=pilot_finals,
+    output:
+        table="<results>/pilot/summary.tsv",
+        curves="<results>/pilot/curves.tsv",
+        advice="<results>/pilot/advice.txt",
+        figure=report(
+            "<results>/pilot/figure.png",
+            caption="../report/evaluation.rst",
+            category="Pilot",
+        ),
+    log:
+        "<logs>/pilot_summary.log",
+    localrule: True
+    conda:
+        "../envs/pictures.yaml"
+    params:
+        script=SCRIPTS / "pilot.py",
+        runs=str(PLAN.results / "runs"),
+        told=pilot_arguments,
+    shell:
+        "python {params.script:q} summary --comparisons {input.comparisons:q} --runs {params.runs:q} {params.told:q}"
+        " --table {output.table:q} --curves {output.curves:q} --advice {output.advice:q} --figure {output.figure:q}"
+        " > {log:q} 2>&1"
