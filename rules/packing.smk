@@ -33,7 +33,8 @@ rule pack_slide:
     shell:
         "python {params.script:q} --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.mpp:q}"
         " {params.reader:q} --on-error {params.on_error:q} --tiles {input.tiles:q} --quality {params.quality}"
-        " --subsampling {params.subsampling} {params.copies} --file-gb {params.file_gb} --output {output.packed:q} > {log:q} 2>&1"
+        " --subsampling {params.subsampling} {params.copies:q} --file-gb {params.file_gb:q}"
+        " --output {output.packed:q} > {log:q} 2>&1"
 
 
 # The files are found in the index's folder: 10,000 arguments would burst the command line.

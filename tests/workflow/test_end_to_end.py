@@ -232,7 +232,9 @@ def test_the_report_is_self_contained(finished):
     for model in MODELS:
         assert model in page
     slides, regions = len(SLIDES) * (2 + len(MODELS)), 2 * 2
-    pictures = slides + regions + len(MODELS) + 1
+    described = [path.parent.name for path in (finished / "results" / "evaluation").glob("*/figure.png")]
+    assert described == ["descriptive"]
+    pictures = slides + regions + len(MODELS) + 1 + len(described)
     assert len(re.findall(r'src="data:image/', page)) == pictures
     assert not re.search(r'(src|href)="(?!data:|#|viewer/index.html")', page)
 
