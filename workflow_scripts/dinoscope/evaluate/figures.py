@@ -128,11 +128,20 @@ def _described(found: TaskComparison) -> Figure:
             if value is None:
                 continue
             place.barh(row, value, color=RUN_COLORS[row % len(RUN_COLORS)], height=0.6)
-            place.annotate(f"{value:.3g}", (value, row), (3, 0), textcoords="offset points", va="center", fontsize=7)
+            side = -1 if value < 0 else 1  # beyond the bar's end
+            place.annotate(
+                f"{value:.3g}",
+                *((value, row), (3 * side, 0)),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
+                fontsize=7,
+            )
         place.set_ylim(len(models) - 0.4, -0.6)
         place.set_yticks(range(len(models)), models if index % across == 0 else [""] * len(models))
         place.tick_params(axis="y", length=0)
-        place.margins(x=0.18)
+        place.margins(x=0.25)
+        place.locator_params(axis="x", nbins=4)
         place.set_title(names[index].replace("_", " "), fontsize=9, loc="left")
     figure.suptitle(f"{found.task}: none of these has a better direction", fontsize=9.5)
     return figure
