@@ -1,5 +1,6 @@
 """A page whose coordinates are pixels from the top left, and pictures side by side on such a page."""
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Page:
         self._figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(self._figure)
         self._families = ["DejaVu Sans", *_installed(WIDER_ALPHABETS)]
+        logging.getLogger("matplotlib.font_manager").addFilter(_tells_of_more_than_weights)  # once; it is kept
 
     def text(self, x: float, y: float, text: str, size: float, max_width: float, **style: object) -> float:
         """Writes a line around height `y`, smaller or with its middle left out if it would not fit.
@@ -177,6 +179,11 @@ def scale_bar_um(width_um: float) -> float:
 
 def _ignore_missing_glyphs() -> None:
     warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+
+
+def _tells_of_more_than_weights(record: logging.LogRecord) -> bool:
+    """A fallback for other alphabets need not come in bold, and nobody can do anything about it."""
+    return "Failed to find font weight" not in record.getMessage()
 
 
 def _installed(families: tuple[str, ...]) -> list[str]:
