@@ -96,7 +96,8 @@ def slide_features(units: Units, files: Sequence[Path], *, max_tiles: int, seed:
         seed: Which tiles are taken where there are more.
 
     Raises:
-        FeaturesError: A slide has no file, a file is damaged or of another model, or a unit has no tile at all.
+        FeaturesError: A slide has no file, a file is damaged or of another model, or a unit that is asked about
+            has no tile at all.
     """
     infos = {path: read_info(path) for path in files}
     wanted = list(dict.fromkeys(slide for unit in units.units for slide in unit.slides))
@@ -113,7 +114,7 @@ def slide_features(units: Units, files: Sequence[Path], *, max_tiles: int, seed:
         total, rows, of = 0.0, [], []
         corners_um.append([])
         for slide in unit.slides:
-            if not counts[slide]:  # it was skipped
+            if not counts[slide] and units.kind != "none":  # it was skipped; a description counts it with no tile
                 continue
             found = read_features(of_slide[slide])
             total = total + found.features.sum(axis=0, dtype=np.float64)
@@ -123,7 +124,7 @@ def slide_features(units: Units, files: Sequence[Path], *, max_tiles: int, seed:
             of.append(np.full(len(kept), numbers[slide]))
         if not rows:
             raise FeaturesError(f"task {units.task}: {unit.name} has no tile in any of its slides; leave it out")
-        pooled.append((total / sum(counts[slide] for slide in unit.slides)).astype(np.float32))
+        pooled.append((total / max(1, sum(counts[slide] for slide in unit.slides))).astype(np.float32))
         bags.append(np.concatenate(rows))
         slides.append(np.concatenate(of))
     info = infos[of_slide[wanted[0]]][0]
