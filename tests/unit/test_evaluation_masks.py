@@ -70,5 +70,31 @@ def test_masks_of_one_class_are_refused(images):
     for path in images.masks:
         cv2.imwrite(str(path), np.zeros((HEIGHT, WIDTH), np.uint8))
     units = units_of_images("masks-nuclei", images, 0, 0)
-    with pytest.raises(FeaturesError, match="all pixels of all masks are of class 0"):
+    with pytest.raises(FeaturesError, match="its masks have only class 0, and two are needed"):
         answer_masks(units, images, features_of(images, 8), True, Settings(folds=2, repeats=1))
+
+
+def test_ignored_pixels_are_neither_learned_from_nor_counted(images):
+    """Where the truth is hidden beside every foreground, patches are labelled by what is left, and scores stay."""
+    features = features_of(images, 8)
+    hidden = 0
+    for index, path in enumerate(images.masks):
+        mask = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0).astype(np.uint8)
+        mask[:, 40:] = 255  # whole patches
+        mask[::2, :40] = 255  # half of each of the others
+        hidden += int((mask == 255).sum())
+        cv2.imwrite(str(path), mask)
+        labels = patch_labels(np.where(mask == 255, -1, mask.astype(int)), (5, 7), 2, 8).reshape(5, 7)
+        assert (labels[:, 5:] == -1).all() and (labels[:, :5] == (mask[1::8, 0:40:8] == 1)).all(), index
+    units = units_of_images("masks-nuclei", images, 0, 0)
+    confusions = answer_masks(units, images, features, False, Settings(folds=2, repeats=1)).confusions["dense"]
+    assert confusions.sum() == IMAGES * HEIGHT * WIDTH - hidden
+    assert float(mean_iou(confusions.sum(axis=0))) == 1
+
+
+def test_masks_that_say_nothing_are_refused(images):
+    for path in images.masks:
+        cv2.imwrite(str(path), np.full((HEIGHT, WIDTH), 255, np.uint8))
+    units = units_of_images("masks-nuclei", images, 0, 0)
+    with pytest.raises(FeaturesError, match="its masks have no class"):
+        answer_masks(units, images, features_of(images, 8), False, Settings(folds=2, repeats=1))

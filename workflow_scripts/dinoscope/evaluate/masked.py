@@ -22,6 +22,7 @@ __all__ = ["answer_masks", "patch_edges", "patch_labels"]
 
 _MOST_PATCHES = 50_000  # that a regression is fitted on, as equal as possible an image; all are asked
 IGNORED = 255  # of masks with classes
+_UNTOLD = -1  # the class of pixels that are ignored, and of patches of nothing else
 
 
 def answer_masks(
@@ -37,34 +38,37 @@ def answer_masks(
         settings: How.
 
     Raises:
-        FeaturesError: A mask cannot be read, or there is one class only.
+        FeaturesError: A mask cannot be read, or there are fewer than two classes.
     """
     masks = [read_mask(images, index, instances) for index in range(len(images))]
-    classes = sorted({int(value) for mask in masks for value in np.unique(mask)} - ({IGNORED} - {0, 1}))
+    classes = sorted({int(value) for mask in masks for value in np.unique(mask)} - {IGNORED})
     if len(classes) < 2:
-        raise FeaturesError(f"set {images.name}: all pixels of all masks are of class {classes[0]}; two are needed")
-    numbered = [np.searchsorted(classes, np.where(mask == IGNORED, classes[0], mask)) for mask in masks]
+        found = f"only class {classes[0]}" if classes else "no class"
+        raise FeaturesError(
+            f"set {images.name}: its masks have {found}, and two are needed; {IGNORED} is ignored where masks hold "
+            "classes, and `instances` makes one class of all values above 0"
+        )
+    numbered = [np.where(mask == IGNORED, _UNTOLD, np.searchsorted(classes, mask)) for mask in masks]
     patch_px = None if features.about["image_px"] else features.about["patch_size"] / features.about["enlarge"]
-    ends = np.cumsum(features.grids.prod(axis=1))
+    sizes = features.grids.prod(axis=1)
+    ends = np.cumsum(sizes)
     labels = np.concatenate(
         [patch_labels(mask, tuple(g), len(classes), patch_px) for mask, g in zip(numbered, features.grids, strict=True)]
     )
-    image_of = np.repeat(np.arange(len(images)), features.grids.prod(axis=1))
+    image_of = np.repeat(np.arange(len(images)), sizes)
     test = np.flatnonzero([unit.set == "test" for unit in units.units])
     mine = np.isin(image_of, test)
     groups = units.groups
-    rows, of_rows = features.features[mine].astype(np.float32), image_of[mine]
-    folds = _patch_folds(groups[test], test, of_rows, settings)
-    probed = linear_probe(rows, labels[mine], groups[of_rows], folds, max_rows=_MOST_PATCHES, seed=settings.seed)
-    said = probed.predictions[CLEAN].said[0].argmax(axis=1)
+    rows, of_rows, told = features.features[mine].astype(np.float32), image_of[mine], labels[mine]
+    folds = _patch_folds(groups[test], test, of_rows, told != _UNTOLD, settings)
+    told = np.maximum(told, 0)  # patches that nothing is known of are asked, and never learned from
+    probed = linear_probe(rows, told, groups[of_rows], folds, max_rows=_MOST_PATCHES, seed=settings.seed)
     answers = np.zeros(len(labels), dtype=np.int64)
-    answers[mine] = said
+    answers[mine] = probed.predictions[CLEAN].said[0].argmax(axis=1)
     confusions = np.zeros((len(images), len(classes), len(classes)), dtype=np.int64)
     for index in test:
-        grid = tuple(features.grids[index])
-        patches = answers[ends[index] - grid[0] * grid[1] : ends[index]].reshape(grid)
-        pixels = _spread(patches, masks[index].shape, patch_px)
-        counted = masks[index] != IGNORED if IGNORED not in classes else np.ones(pixels.shape, dtype=bool)
+        patches = answers[ends[index] - sizes[index] : ends[index]].reshape(features.grids[index])
+        pixels, counted = _spread(patches, masks[index].shape, patch_px), numbered[index] != _UNTOLD
         np.add.at(confusions[index], (numbered[index][counted], pixels[counted]), 1)
     numbers = {"outlier_patches": outlier_patches(features.features[None].astype(np.float32))}
     notes = [f"{len(labels):,} patches; patches with a norm of more than three times the median are outliers"]
@@ -75,7 +79,7 @@ def patch_labels(mask: np.ndarray, grid: tuple[int, int], num_classes: int, patc
     """(h·w,) the class that most pixels of each patch have, row by row; of equal numbers the lower one.
 
     Args:
-        mask: (H, W) class numbers.
+        mask: (H, W) class numbers; -1 where none counts, which is the answer for patches of nothing else.
         grid: (h, w).
         num_classes: C.
         patch_px: Side of a patch in pixels of the mask; None where the image was stretched to its patches.
@@ -83,7 +87,7 @@ def patch_labels(mask: np.ndarray, grid: tuple[int, int], num_classes: int, patc
     counts = np.stack(
         [_sums((mask == number).astype(np.int64), grid, patch_px) for number in range(num_classes)], axis=-1
     )
-    return counts.argmax(axis=-1).ravel()
+    return np.where(counts.any(axis=-1), counts.argmax(axis=-1), _UNTOLD).ravel()
 
 
 def patch_edges(length: int, count: int, patch_px: float | None) -> np.ndarray:
@@ -109,13 +113,20 @@ def _spread(patches: np.ndarray, shape: tuple[int, ...], patch_px: float | None)
     return np.repeat(np.repeat(patches, counts[0], axis=0), counts[1], axis=1)
 
 
-def _patch_folds(groups: np.ndarray, test: np.ndarray, image_of: np.ndarray, settings: Settings) -> list[Fold]:
+def _patch_folds(
+    groups: np.ndarray, test: np.ndarray, image_of: np.ndarray, is_told: np.ndarray, settings: Settings
+) -> list[Fold]:
     """Folds of images as folds of their patches; one repeat, since every pixel of every image is asked."""
     # images have no class to be stratified by: two labels that alternate over groups do no harm
     alternating = np.unique(groups, return_inverse=True)[1] % 2
     number = min(settings.folds, len(np.unique(groups)) // 2)
     found = grouped_folds(alternating, groups, folds=number, repeats=1, seed=settings.seed)
-    of_patches = (
-        (fold, [np.flatnonzero(np.isin(image_of, test[side])) for side in (fold.train, fold.test)]) for fold in found
-    )
-    return [Fold(fold.repeat, fold.name, *sides) for fold, sides in of_patches]
+    return [
+        Fold(
+            fold.repeat,
+            fold.name,
+            np.flatnonzero(np.isin(image_of, test[fold.train]) & is_told),
+            np.flatnonzero(np.isin(image_of, test[fold.test])),
+        )
+        for fold in found
+    ]
