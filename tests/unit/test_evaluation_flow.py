@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dinoscope.errors import ConfigError
-from dinoscope.evaluate.answers import Answers
+from dinoscope.evaluate.answers import Answers, read_answers
 from dinoscope.evaluate.cohort import SEEN
 from dinoscope.evaluate.comparing import compare_models, read_comparison, write_comparison
 from dinoscope.evaluate.inputs import UnitFeatures
@@ -107,6 +107,32 @@ def test_verdicts_of_known_models(answered, script, monkeypatch):
     assert Path("grade.png").stat().st_size > 10_000
     with pytest.raises(ConfigError, match="'label-grade/liner', which no task measures; did you mean"):
         call(script, monkeypatch, "summary", "--comparisons", "grade.npz", "--primary", "label-grade/liner", *written)
+
+
+def test_cases_of_skipped_slides_are_left_out_of_every_comparison(collection, script, monkeypatch, tmp_path):
+    """Each model lacks another case: both are judged on the cases that both were asked about."""
+    monkeypatch.chdir(collection)
+    asked = ["--slides", "slides.tsv", "--labels", "labels.tsv", "--label", "grade", "--selection-fraction", 0]
+    call(script, monkeypatch, "units", "--task", "label-grade", *asked, "--output", tmp_path / "units.json")
+    for model, lacking in (("base", "e0"), ("good", "e1")):
+        files = [path for path in sorted((collection / model).glob("*.h5")) if path.stem != lacking]
+        empty = write_sample(
+            tmp_path / f"{lacking}.h5", np.zeros((0, WIDTH), np.float32), slide_id=lacking, model=model
+        )
+        how = ["--folds", 2, "--repeats", 1, "--slides", "slides.tsv", "--model-name", model, "--no-attention"]
+        words = ["--units", tmp_path / "units.json", "--features", *files, empty, *how]
+        call(script, monkeypatch, "measure", *words, "--output", tmp_path / f"{model}.npz")
+        answers = read_answers(tmp_path / f"{model}.npz")
+        assert np.flatnonzero(np.isnan(answers.said["linear"]).any(axis=(0, 2))).tolist() == [int(lacking[1:])]
+        assert f"left out, since no tile was found or read: {lacking.upper()}" in answers.notes
+    compared = ["--models", "base", "good", "--against", "good=base", "--bootstraps", 200]
+    files = ["--answers", tmp_path / "base.npz", tmp_path / "good.npz", "--figure", tmp_path / "f.png"]
+    words = ["--units", tmp_path / "units.json", *files, *compared, "--output", tmp_path / "found.npz"]
+    call(script, monkeypatch, "compare", *words)
+    found = read_comparison(tmp_path / "found.npz")
+    assert {row.cases for row in found.rows if row.measure == "linear"} == {CASES - 1}
+    difference = found.differences["linear", "good", "base"]
+    assert difference.num_cases == CASES - 2 and difference.smallest_class == CASES // 2 - 1
 
 
 def test_survival_is_answered(answered, script, monkeypatch):

@@ -109,12 +109,11 @@ def compare_models(
     rows: list[Row] = []
     differences: dict[tuple[str, str, str], Comparison] = {}
     for measure in _measures(answers):
-        statistics = {}
-        for model, answer in answers.items():
-            if measure not in answer.measures:
-                continue
+        asked = {model: answer for model, answer in answers.items() if measure in answer.measures}
+        common = clean & np.all([_asked(answer, measure) for answer in asked.values()], axis=0)
+        statistics = {model: _statistic(units, answer, measure, common) for model, answer in asked.items()}
+        for model, answer in asked.items():
             rows += _rows(units, answer, measure, model, clean, draws, seed)
-            statistics[model] = _statistic(units, answer, measure, clean)
             transductive = is_test & (answer.seen == yes)
             if transductive.any():
                 rows += _rows(units, answer, measure, model, transductive, draws, seed, seen="yes")
@@ -216,6 +215,14 @@ def _rows(
     return found
 
 
+def _asked(answer: Answers, measure: str) -> np.ndarray:
+    """(N,) bool: units that the model answered about, in some repeat."""
+    if measure in answer.confusions:
+        return np.ones(len(answer.seen), dtype=bool)
+    said = answer.said[measure]
+    return np.isfinite(said.reshape(*said.shape[:2], -1)).all(axis=2).any(axis=0)
+
+
 def _statistic(
     units: Units, answer: Answers, measure: str, chosen: np.ndarray, score: str | None = None
 ) -> tuple[Statistic, int, int, int] | None:
@@ -228,11 +235,10 @@ def _statistic(
         summed = np.zeros((len(names), *confusions.shape[1:]))
         np.add.at(summed, numbers, confusions)
         return statistic_of_confusions(summed, mean_iou), len(names), int(chosen.sum()), len(names)
-    said = answer.said[measure]
-    asked = chosen & np.isfinite(said.reshape(len(said), len(units), -1)).all(axis=2).any(axis=0)
+    asked = chosen & _asked(answer, measure)
     if not asked.any():
         return None
-    predictions = Predictions(units.targets[asked], said[:, asked], units.groups[asked])
+    predictions = Predictions(units.targets[asked], answer.said[measure][:, asked], units.groups[asked])
     statistic = statistic_of(predictions, score or SCORES[units.kind][0])
     return statistic, predictions.num_cases, int(asked.sum()), predictions.smallest_class()
 
@@ -248,9 +254,9 @@ def _differences(
     for model, mine in statistics.items():
         for reference in references.get(model, ()):
             theirs = statistics.get(reference)
-            # the same units: a measure asks all models about the same ones
-            if mine is None or theirs is None or mine[1] < 2 or mine[1:3] != theirs[1:3]:
+            if mine is None or theirs is None or mine[1] < 2:
                 continue
+            assert mine[1:3] == theirs[1:3]  # of the units that all were asked about
             found[measure, model, reference] = compare(
                 mine[0], theirs[0], mine[1], min(mine[3], theirs[3]), draws=draws, seed=seed
             )

@@ -26,7 +26,7 @@ def describe_slides(units: Units, features: UnitFeatures, seed: int) -> Answers:
     taken = balanced_rows(unit_of, MAX_TILES, seed)
     rows = np.concatenate(features.bags)[taken].astype(np.float32)
     slides = np.concatenate(features.slides)[taken]
-    notes = [f"of {len(taken):,} tiles of {len(units)} slides, as equal as possible a slide"]
+    notes = [f"of {len(taken):,} tiles of {len(np.unique(slides))} slides, as equal as possible a slide"]
     numbers: dict[str, float] = {}
     if len(rows) > 2:
         numbers |= describe(rows)

@@ -32,6 +32,7 @@ from dinoscope.train.probing import write_probe_set
 __all__ = ["embed", "make_probe", "measure", "write_random_weights"]
 
 _log = logging.getLogger(__name__)
+_NAMED = 5  # of cases without a tile
 
 
 def write_random_weights(arguments: argparse.Namespace) -> None:
@@ -77,12 +78,18 @@ def measure(arguments: argparse.Namespace) -> None:
         answers = _answers_of_images(units, images, arguments, settings)
     else:
         features = slide_features(units, arguments.features, max_tiles=arguments.max_tiles, seed=arguments.seed)
+        empty = np.array([not len(bag) for bag in features.bags])
+        units = units.without(empty)
         if units.kind == "none":
             answers = describe_slides(units, features, settings.seed)
         else:
             ask = answer_classes if units.kind == "classes" else answer_values
             answers = ask(units, features.pooled, settings, features)
         answers.about.update(features.about)
+        if empty.any():
+            names = [unit.name for unit in units.units if unit.set == "skipped"]
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            answers.notes.append(f"left out, since no tile was found or read: {', '.join(names[:_NAMED])}{more}")
     answers.about["seconds"] = round(time.monotonic() - started, 2)
     told = {name: int((seen == number).sum()) for number, name in enumerate(SEEN)}
     answers.about["seen"] = {name: count for name, count in told.items() if count}

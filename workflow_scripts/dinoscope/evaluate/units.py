@@ -7,7 +7,7 @@ slide (descriptive). Images go by number, in the order of their names: no file's
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Unit:
     Attributes:
         name: Case, slide, or number of an image.
         group: The case, or what stands for it: units of a group stay on one side of every split.
-        set: "test", "selection" or "training".
+        set: "test", "selection", "training", or "skipped": nothing is known of it.
         value: Class, number, [time, event], or None.
         slides: Of a case.
         site: Where it comes from, if known.
@@ -63,6 +63,13 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def without(self, skipped: np.ndarray) -> "Units":
+        """The same, but for some (N,) bool that are neither asked nor learned from."""
+        units = [
+            replace(unit, set="skipped") if is_one else unit for unit, is_one in zip(self.units, skipped, strict=True)
+        ]
+        return replace(self, units=units)
 
     @property
     def groups(self) -> np.ndarray:
