@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoscope.errors import ConfigError
+from dinoscope.errors import ConfigError, FeaturesError
 from dinoscope.evaluate.answers import Answers, read_answers
 from dinoscope.evaluate.cohort import SEEN
 from dinoscope.evaluate.comparing import compare_models, read_comparison, write_comparison
@@ -133,6 +133,16 @@ def test_cases_of_skipped_slides_are_left_out_of_every_comparison(collection, sc
     assert {row.cases for row in found.rows if row.measure == "linear"} == {CASES - 1}
     difference = found.differences["linear", "good", "base"]
     assert difference.num_cases == CASES - 2 and difference.smallest_class == CASES // 2 - 1
+
+
+@pytest.mark.parametrize("keep", [0, 40, 0.5, 0.95])
+def test_damaged_files_are_named(answered, tmp_path, keep):
+    for name, read, what in (("good", read_answers, "answers"), ("grade", read_comparison, "comparison of models")):
+        whole = (answered / f"{name}.npz").read_bytes()
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+        with pytest.raises(FeaturesError, match=rf"{name}\.npz: no whole {what}.*; delete it and"):
+            read(path)
 
 
 def test_survival_is_answered(answered, script, monkeypatch):

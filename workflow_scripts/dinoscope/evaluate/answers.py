@@ -3,7 +3,6 @@
 Comparing models needs nothing else, so a model that comes later is measured alone.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoscope.errors import FeaturesError
-from dinoscope.files import atomic_path
+from dinoscope.arrays import damage_named, document_in, document_of, read_arrays, write_arrays
 
 __all__ = ["Answers", "read_answers", "write_answers"]
 
@@ -53,9 +51,7 @@ def write_answers(path: Path, answers: Answers) -> None:
     for part in _PARTS:
         arrays |= {f"{part}/{name}": values for name, values in getattr(answers, part).items()}
     document = {"about": answers.about, "numbers": dict(answers.numbers), "notes": answers.notes}
-    arrays["document"] = np.frombuffer(json.dumps(document, allow_nan=False).encode(), dtype=np.uint8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    write_arrays(path, packed=True, document=document_in(document), **arrays)
 
 
 def read_answers(path: Path) -> Answers:
@@ -64,14 +60,11 @@ def read_answers(path: Path) -> Answers:
     Raises:
         FeaturesError: It is missing or damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        document = json.loads(bytes(arrays.pop("document")))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise FeaturesError(f"{path}: no answers of a model ({error}); delete it and measure again") from None
-    parts = {
-        part: {name.partition("/")[2]: values for name, values in arrays.items() if name.startswith(f"{part}/")}
-        for part in _PARTS
-    }
-    return Answers(seen=arrays["seen"], **document, **parts)
+    with damage_named(path, "answers of a model", "delete it and measure again"):
+        arrays = read_arrays(path)
+        document = document_of(arrays.pop("document"))
+        parts = {
+            part: {name.partition("/")[2]: values for name, values in arrays.items() if name.startswith(f"{part}/")}
+            for part in _PARTS
+        }
+        return Answers(seen=arrays["seen"], **document, **parts)

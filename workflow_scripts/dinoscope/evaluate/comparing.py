@@ -4,7 +4,6 @@ Only units whose group no model has seen in training count for a difference; wha
 own, labelled transductive. Verdicts come later, over all tasks (verdicts.py), since they are corrected together.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from dinoscope.arrays import damage_named, document_in, document_of, read_arrays, write_arrays
 from dinoscope.errors import FeaturesError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.cohort import SEEN
 from dinoscope.evaluate.intervals import DRAWS, Comparison, compare, estimate
 from dinoscope.evaluate.scores import Predictions, Statistic, mean_iou, statistic_of, statistic_of_confusions
 from dinoscope.evaluate.units import Units
-from dinoscope.files import atomic_path
 
 __all__ = ["SCORES", "Row", "TaskComparison", "compare_models", "read_comparison", "write_comparison"]
 
@@ -146,8 +145,7 @@ def write_comparison(path: Path, found: TaskComparison) -> None:
         ],
     }
     arrays = {str(index): found.differences[key].resampled for index, key in enumerate(keys)}
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, document=np.frombuffer(json.dumps(document).encode(), dtype=np.uint8), **arrays)
+    write_arrays(path, packed=True, document=document_in(document), **arrays)
 
 
 def read_comparison(path: Path) -> TaskComparison:
@@ -156,18 +154,17 @@ def read_comparison(path: Path) -> TaskComparison:
     Raises:
         FeaturesError: It is missing or damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        document = json.loads(bytes(arrays.pop("document")))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise FeaturesError(f"{path}: no comparison of models ({error}); delete it and compare again") from None
-    differences = {
-        (measure, model, reference): Comparison(difference, arrays[str(index)], num_cases, smallest)
-        for index, (measure, model, reference, difference, num_cases, smallest) in enumerate(document["differences"])
-    }
-    rows = [Row(**row) for row in document["rows"]]
-    return TaskComparison(**{**document, "rows": rows, "differences": differences})
+    with damage_named(path, "comparison of models", "delete it and compare again"):
+        arrays = read_arrays(path)
+        document = document_of(arrays["document"])
+        differences = {
+            (measure, model, reference): Comparison(difference, arrays[str(index)], num_cases, smallest)
+            for index, (measure, model, reference, difference, num_cases, smallest) in enumerate(
+                document["differences"]
+            )
+        }
+        rows = [Row(**row) for row in document["rows"]]
+        return TaskComparison(**{**document, "rows": rows, "differences": differences})
 
 
 def _seen_note(answers: Mapping[str, Answers], is_test: np.ndarray, clean: np.ndarray) -> list[str]:

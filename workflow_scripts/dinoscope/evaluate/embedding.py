@@ -3,7 +3,6 @@
 Shapes: N images, D width, h x w patches.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoscope.arrays import damage_named, document_in, document_of, read_arrays, write_arrays
 from dinoscope.data.images import read_image
 from dinoscope.errors import FeaturesError, WeightsError
 from dinoscope.evaluate.shifts import shifted
@@ -23,7 +23,6 @@ from dinoscope.evaluate.tile_sets import ImageSet
 from dinoscope.evaluate.units import digest_of
 from dinoscope.features.embedding import Embedder
 from dinoscope.features.encoders import LoadedEncoder
-from dinoscope.files import atomic_path
 from dinoscope.progress import progress
 
 __all__ = ["ImageFeatures", "embed_masked", "embed_tiles", "read_image_features", "read_mask", "tile", "write_features"]
@@ -137,10 +136,8 @@ def tile(pixels: np.ndarray, tile_px: int, grey: bool) -> np.ndarray:
 
 def write_features(path: Path, found: ImageFeatures) -> None:
     """Writes the features of a set, by rename."""
-    about = np.frombuffer(json.dumps(found.about).encode(), dtype=np.uint8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        shifts = {f"shifted/{kind}": rows for kind, rows in found.shifted.items()}
-        np.savez(file, about=about, features=found.features, grids=found.grids, **shifts)
+    shifts = {f"shifted/{kind}": rows for kind, rows in found.shifted.items()}
+    write_arrays(path, about=document_in(found.about), features=found.features, grids=found.grids, **shifts)
 
 
 def read_image_features(path: Path, digest: str) -> ImageFeatures:
@@ -149,13 +146,10 @@ def read_image_features(path: Path, digest: str) -> ImageFeatures:
     Raises:
         FeaturesError: They are missing or damaged, or of other images than those that the task numbers.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(bytes(file["about"]))
-            shifts = {name.partition("/")[2]: file[name] for name in file.files if name.startswith("shifted/")}
-            found = ImageFeatures(about, file["features"], file["grids"], shifts)
-    except (OSError, ValueError, KeyError) as error:
-        raise FeaturesError(f"{path}: no features of images ({error}); delete it and embed again") from None
+    with damage_named(path, "features of images", "delete it and embed again"):
+        arrays = read_arrays(path)
+        shifts = {name.partition("/")[2]: rows for name, rows in arrays.items() if name.startswith("shifted/")}
+        found = ImageFeatures(document_of(arrays["about"]), arrays["features"], arrays["grids"], shifts)
     if found.about["images"] != digest:
         raise FeaturesError(f"{path}: features of other images than those of the task now; delete it and embed again")
     return found

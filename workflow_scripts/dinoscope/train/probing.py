@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinoscope.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.errors import ConfigError, RunError
 from dinoscope.evaluate.intervals import compare
 from dinoscope.evaluate.knn import knn_predict
 from dinoscope.evaluate.scores import Predictions, mean_iou, statistic_of, statistic_of_confusions
-from dinoscope.files import atomic_path
 from dinoscope.train.health import mean_pairwise_cosine, rankme
 from dinoscope.train.metrics import read_metrics
 
@@ -62,8 +62,7 @@ class ProbeSet:
 
 def write_probe_set(path: Path, probe: ProbeSet) -> None:
     """Writes it, by rename."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **vars(probe))
+    write_arrays(path, **vars(probe))
 
 
 def read_probe_set(path: Path) -> ProbeSet:
@@ -72,11 +71,9 @@ def read_probe_set(path: Path) -> ProbeSet:
     Raises:
         ConfigError: It is missing or damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return ProbeSet(*(file[name] for name in ProbeSet.__annotations__))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ConfigError(f"{path} is no set of probe images ({error}); make it again with evaluate.py probe") from None
+    with damage_named(path, "set of probe images", "make it again with evaluate.py probe", ConfigError):
+        arrays = read_arrays(path)
+        return ProbeSet(*(arrays[name] for name in ProbeSet.__annotations__))
 
 
 class TeacherProbe:
@@ -169,8 +166,7 @@ class TeacherProbe:
         for name, answer in answers.items():
             line[f"probe_{name}"] = self._score(name, answer)
         if start:
-            with atomic_path(self.run_dir / _START_NAME) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **answers)
+            write_arrays(self.run_dir / _START_NAME, **answers)
         elif answers:
             line |= self._difference(answers)
         return {name: float(value) for name, value in line.items() if math.isfinite(value)}
@@ -223,8 +219,8 @@ class TeacherProbe:
         path = self.run_dir / _START_NAME
         if not path.is_file():
             return {}
-        with np.load(path, allow_pickle=False) as file:
-            before = {name: file[name] for name in file.files}
+        with damage_named(path, "answers of the start", "delete it; the run then goes on without comparing", RunError):
+            before = read_arrays(path)
         name = next((name for name in answers if name in before and before[name].shape == answers[name].shape), None)
         if name is None:
             return {}

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from dinoscope.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureFile
 from dinoscope.files import atomic_path, read_json, write_json
-from dinoscope.visualize.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.visualize.color_basis import ColorBasis
 from dinoscope.visualize.pca import MAX_TILES, sample_features
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 import dinoscope
+from dinoscope.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureFile, FeatureInfo, check_same_kind, read_features, read_info
 from dinoscope.files import read_json, write_json
-from dinoscope.visualize.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.visualize.color_basis import DARKEST, ColorBasis, fit_colors, kind_of
 
 __all__ = ["DARKEST", "ColorBasis", "fit_basis", "load_basis", "rounding_note", "sample_features", "save_basis"]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dinoscope.arrays import damage_named, read_arrays
 from dinoscope.errors import FeaturesError
 from dinoscope.files import read_json
-from dinoscope.visualize.arrays import damage_named, read_arrays
 
 __all__ = ["TileClusters", "read_clusters"]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoscope.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.errors import FeaturesError
 from dinoscope.features.writers import FeatureFile, FeatureInfo, check_same_kind, read_features, read_info
 from dinoscope.files import write_json
-from dinoscope.visualize.arrays import damage_named, read_arrays, write_arrays
 from dinoscope.visualize.pca import balanced_quotas
 
 __all__ = [
