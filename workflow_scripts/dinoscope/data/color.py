@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-__all__ = ["JITTERS", "gaussian_blur", "jitter", "luma", "shift_stains", "solarize", "turn_hues"]
+__all__ = ["JITTERS", "coarser", "gaussian_blur", "jitter", "luma", "shift_stains", "solarize", "turn_hues"]
 
 JITTERS = ("brightness", "contrast", "saturation", "hue")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, of red, green, blue
@@ -145,6 +145,14 @@ def _scratch_planes(count: int, height: int, width: int) -> np.ndarray:
 def luma(image: np.ndarray) -> np.ndarray:
     """The grayscale image, (h, w)."""
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def coarser(image: np.ndarray, factor: float) -> np.ndarray:
+    """As if scanned at so many times the micrometres a pixel: averaged over areas, and enlarged again (bicubic)."""
+    height, width = image.shape[:2]
+    small = (max(1, round(width / factor)), max(1, round(height / factor)))
+    shrunk = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def gaussian_blur(image: np.ndarray, sigma_px: float, kernel_px: int) -> np.ndarray:

@@ -7,10 +7,11 @@ through without trouble.
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import cv2
 import numpy as np
 
-from dinoscope.data.color import gaussian_blur, luma, shift_stains
+from dinoscope.data.color import coarser, gaussian_blur, luma, shift_stains
+from dinoscope.data.packed import decode_jpeg
+from dinoscope.data.packing import encode_jpeg
 
 __all__ = ["SHIFTS", "shifted"]
 
@@ -30,16 +31,12 @@ def _blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    _, stored = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return np.ascontiguousarray(cv2.imdecode(stored, cv2.IMREAD_COLOR)[..., ::-1])
+    stream = encode_jpeg(image, JPEG_QUALITY, "4:2:0")
+    return decode_jpeg(np.frombuffer(stream, dtype=np.uint8))
 
 
 def _coarser(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    height, width = image.shape[:2]
-    small = max(1, round(width / MPP_FACTOR)), max(1, round(height / MPP_FACTOR))
-    return cv2.resize(
-        cv2.resize(image, small, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_CUBIC
-    )
+    return coarser(image, MPP_FACTOR)
 
 
 def _turned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

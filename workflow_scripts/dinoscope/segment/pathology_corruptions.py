@@ -51,10 +51,7 @@ def _focus(image: np.ndarray, radius: float, rng: np.random.Generator) -> np.nda
 
 
 def _mpp_change(image: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
-    height, width = image.shape[:2]
-    small = (max(1, round(width / factor)), max(1, round(height / factor)))
-    coarse = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return color.coarser(image, factor)
 
 
 def disk(radius: float) -> np.ndarray:
