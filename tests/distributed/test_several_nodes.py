@@ -16,7 +16,7 @@ from dinoscope.train.distributed import joined_world
 def main():
     with joined_world() as world:
         total = world.reduce(torch.tensor(float(world.rank)), torch.distributed.ReduceOp.SUM)
-        print(f"rank {world.rank} of {world.size}, {world.local_size} here, sum {total:g}\\n", end="", flush=True)  # one write: parts of two may mix
+        print(f"rank {world.rank} of {world.size}, {world.local_size} here, sum {total:g}\\n", end="", flush=True)
 
 run_script(main)
 """
