@@ -51,6 +51,19 @@ def test_the_commit_and_whether_files_were_changed_since(tmp_path):
     assert code_version(tmp_path)["git_dirty"] is True
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone may give files away")
+def test_the_commit_of_a_copy_that_belongs_to_somebody_else(tmp_path):
+    """A lab shares one, of which git says nothing by itself."""
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "first", "--allow-empty")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    for path in (tmp_path, tmp_path / ".git"):
+        os.chown(path, 12345, 12345)
+    refused = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    assert code_version(tmp_path)["git_commit"] == commit
+
+
 @pytest.mark.parametrize(
     ("argument", "shown"),
     [

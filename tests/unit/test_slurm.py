@@ -39,6 +39,12 @@ def test_a_step_is_what_its_variables_say():
     assert Step.of(IN_SNAKEMAKE) == Step("77")
     assert Step.of(TASK | {"SLURM_GPUS_ON_NODE": "4"}).gpus == 4
     assert Step.of({"SLURM_STEP_NUM_TASKS": "2"}) == Step()
+    # the shell that salloc opens on a node is a step of one task, which is no reason to refuse two nodes
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    assert Step.of(TASK | shell) == Step("77", 2)
+    Step.of(TASK | shell | {"SLURM_JOB_NUM_NODES": "1"}).require_one_node()
+    with pytest.raises(ConfigError, match="job 77 has 2 nodes, but training was asked to run on one"):
+        Step.of(TASK | shell).require_one_node()
 
 
 @pytest.mark.parametrize(
