@@ -182,3 +182,15 @@ def test_demands_grow_with_files_and_attempts(tmp_path):
     assert grown(10, 20, [str(file)], 1) == 40
     assert grown(10, 20, [[str(file), str(file)], str(tmp_path / "yet to be made")], 2) == 140
     assert grown(10, 0, [str(file)], 3) == 30
+
+
+def test_what_is_yet_to_be_brought_counts_as_a_usual_slide(tmp_path):
+    """Of Snakemake's own names of files on object storage the test of storage has one."""
+
+    class Remote(str):
+        is_storage = True
+
+    remote = Remote(tmp_path / "slide.svs")
+    assert grown(10, 20, [remote], 2) == 60
+    (tmp_path / "slide.svs").write_bytes(bytes(1000))
+    assert grown(10, 20, [remote], 2) == 20

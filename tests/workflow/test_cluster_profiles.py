@@ -65,7 +65,7 @@ def rules_as_written():
 
 
 def demand(block, name):
-    """A rule's demand of that name: (what the smallest job needs, what a gigabyte adds), None where it does not grow."""
+    """Of a rule: (what the smallest job needs, what a gigabyte adds); None where it does not grow with attempts."""
     told = re.search(rf"^ +{name}=growing\((\d+)(?:, per_gb=(\d+))?(?:, of=.*)?\),$", block, re.MULTILINE)
     return told and (int(told.group(1)), int(told.group(2) or 0))
 

@@ -29,6 +29,10 @@ _STAGES = {
     "features": ("extract_features",),
     "pictures": ("list_features", "pca_fit", "pca_map", "pca_compare", "pca_region", "cluster_fit", "cluster_map",
                  "cluster_examples"),
+    "evaluation": ("random_weights", "evaluation_units", "embed_images", "probe_set", "measure_model",
+                   "compare_models", "evaluation_summary"),
+    "segmentation": ("segment_train", "segment_evaluate", "segment_corruptions", "segment_compare",
+                     "segment_predict_slide"),
     "viewer": ("viewer_pyramid", "list_sampled", "viewer_sample", "viewer_tiles", "viewer"),
 }  # fmt: skip
 

@@ -93,7 +93,11 @@ def _git(folder: Path, *command: str) -> str | None:
     """What git says of a folder, also where it belongs to another user, as a lab's shared copy does."""
     try:
         done = subprocess.run(
-            ["git", "-c", "safe.directory=*", "-C", str(folder), *command], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+            ["git", "-c", "safe.directory=*", "-C", str(folder), *command],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
