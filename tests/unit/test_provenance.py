@@ -37,9 +37,12 @@ def git(folder, *arguments):
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_commit_and_whether_files_were_changed_since(tmp_path):
+def test_the_commit_and_whether_files_were_changed_since(tmp_path, monkeypatch):
+    monkeypatch.delenv("DINOSCOPE_COMMIT", raising=False)
     assert code_version(tmp_path)["git_commit"] is None
     assert code_version(tmp_path)["git_dirty"] is None
+    monkeypatch.setenv("DINOSCOPE_COMMIT", "0123abc")  # in a container, which was built of it
+    assert code_version(tmp_path)["git_commit"] == "0123abc"
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "add", "code.py")

@@ -162,8 +162,7 @@ def as_table(budget: Budget) -> str:
     rows += [("time", text) for text in _times(budget)]
     rows.append(("jobs", f"{sum(budget.jobs.values()):,} of Snakemake: {_largest_first(budget.jobs)}"))
     rows += [
-        ("", f"{count:,} at most submitted to the cluster by profile {name}")
-        for name, count in budget.submitted.items()
+        ("", f"about {count:,} submitted to the cluster by profile {name}") for name, count in budget.submitted.items()
     ]
     lines, before = [], None
     for label, text in rows:
