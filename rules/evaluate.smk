@@ -14,8 +14,8 @@ rule random_weights:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
         settings=PLAN.base_digest,
@@ -35,8 +35,8 @@ rule evaluation_units:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
         slides=Path(PLAN.config["slides"]["source"]),
@@ -60,8 +60,8 @@ rule embed_images:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=growing(16000),
+        runtime=growing(120),
     params:
         script=SCRIPTS / "evaluate.py",
         encoder=encoder_arguments,
@@ -84,8 +84,8 @@ rule probe_set:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=growing(4000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
         reading=not_a_trigger(SLIDES.reading_options()),
@@ -108,8 +108,8 @@ rule measure_model:
         "../envs/pictures.yaml"
     threads: 4
     resources:
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=growing(16000),
+        runtime=growing(240),
     params:
         script=SCRIPTS / "evaluate.py",
         features=input_files("features"),
@@ -140,8 +140,8 @@ rule compare_models:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=growing(8000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "evaluate.py",
         models=task_models,

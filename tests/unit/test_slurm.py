@@ -39,6 +39,12 @@ def test_a_step_is_what_its_variables_say():
     assert Step.of(IN_SNAKEMAKE) == Step("77")
     assert Step.of(TASK | {"SLURM_GPUS_ON_NODE": "4"}).gpus == 4
     assert Step.of({"SLURM_STEP_NUM_TASKS": "2"}) == Step()
+    # the shell that salloc opens on a node is a step of one task, which is no reason to refuse two nodes
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    assert Step.of(TASK | shell) == Step("77", 2)
+    Step.of(TASK | shell | {"SLURM_JOB_NUM_NODES": "1"}).require_one_node()
+    with pytest.raises(ConfigError, match="job 77 has 2 nodes, but training was asked to run on one"):
+        Step.of(TASK | shell).require_one_node()
 
 
 @pytest.mark.parametrize(
@@ -180,3 +186,15 @@ def test_demands_grow_with_files_and_attempts(tmp_path):
     assert grown(10, 20, [str(file)], 1) == 40
     assert grown(10, 20, [[str(file), str(file)], str(tmp_path / "yet to be made")], 2) == 140
     assert grown(10, 0, [str(file)], 3) == 30
+
+
+def test_what_is_yet_to_be_brought_counts_as_a_usual_slide(tmp_path):
+    """Of Snakemake's own names of files on object storage the test of storage has one."""
+
+    class Remote(str):
+        is_storage = True
+
+    remote = Remote(tmp_path / "slide.svs")
+    assert grown(10, 20, [remote], 2) == 60
+    (tmp_path / "slide.svs").write_bytes(bytes(1000))
+    assert grown(10, 20, [remote], 2) == 20
