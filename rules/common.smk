@@ -56,7 +56,7 @@ wildcard_constraints:
     slide="[^/]+",
     set="|".join(PLAN.config["tiling"]["sets"]),
     run="|".join([*PLAN.runs, *PILOT.arms]),
-    model="|".join(["base", *PLAN.models, *PLAN.encoders, *BASELINES, *PILOT.arms]),
+    model="|".join(["base", *PLAN.runs, *PLAN.encoders, *BASELINES, *PILOT.arms]),
     exported="|".join(["base", *PLAN.runs]),
     task="|".join([*EVALUATION.tasks, *SEGMENTS.tasks]) or "-",
     variant="|".join(SEGMENTS.all_variants) or "-",
@@ -248,11 +248,14 @@ def train_tiles(wildcards):
 def run_recipe(wildcards):
     """The run's recipe, refused while planning when a started run had other settings; nothing is deleted then."""
     run = run_of(wildcards)
-    if (
-        run.recipe.is_file() or run.name not in PILOT.arms
-    ):  # a rule writes those of the pilot
-        check_seal(PLAN.results / "runs" / run.name, run.recipe)
+    check_seal(PLAN.results / "runs" / run.name, run.recipe, run.changes)
     return str(run.recipe)
+
+
+@one_sentence
+def run_changes(wildcards):
+    """What repeats, controls and arms of the pilot have in place of the recipe's settings, key=value."""
+    return list(run_of(wildcards).changes)
 
 
 def run_parents(wildcards):
@@ -398,7 +401,7 @@ def exports(wildcards):
     """What the models of all runs are written as for other tools."""
     return expand(
         "<results>/models/{exported}/{format}/verification.json",
-        exported=PLAN.runs,
+        exported=PLAN.written_runs,
         format=PLAN.config["export"]["formats"],
     )
 
