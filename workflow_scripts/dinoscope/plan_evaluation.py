@@ -161,9 +161,9 @@ class EvaluationJobs:
         That of runs.NAME.control, else one that the config has by itself.
         """
         runs, found = self._plan.runs, {}
-        own_last = sorted(runs.values(), key=lambda run: run.of is None)
-        for run in runs.values():
-            others = [other for other in own_last if run.settings.gram.use_loss and _is_control(other, run)]
+        for run in (run for run in runs.values() if run.settings.gram.use_loss):
+            others = [other for other in runs.values() if _is_control(other, run)]
+            others.sort(key=lambda other: other.of != (run.of or run.name))
             if others:
                 found[run.name] = others[0].name
         return found
