@@ -56,7 +56,7 @@ wildcard_constraints:
     slide="[^/]+",
     set="|".join(PLAN.config["tiling"]["sets"]),
     run="|".join([*PLAN.runs, *PILOT.arms]),
-    model="|".join(["base", *PLAN.models, *PLAN.encoders, *BASELINES, *PILOT.arms]),
+    model="|".join(["base", *PLAN.runs, *PLAN.encoders, *BASELINES, *PILOT.arms]),
     exported="|".join(["base", *PLAN.runs]),
     task="|".join([*EVALUATION.tasks, *SEGMENTS.tasks]) or "-",
     variant="|".join(SEGMENTS.all_variants) or "-",

@@ -80,8 +80,9 @@ def model_history(wildcards):
 
 
 def model_references(wildcards):
-    """Arguments that say which models each model is held against."""
-    return EVALUATION.reference_arguments(wildcards.task)
+    """Arguments that say which models each model is held against, and which are one run with several seeds."""
+    task = wildcards.task
+    return [*EVALUATION.reference_arguments(task), *EVALUATION.run_arguments(task)]
 
 
 @one_sentence
@@ -112,17 +113,6 @@ def pilot_results(wildcards):
         print(f"note: {note}", file=sys.stderr)
     figures = expand("<results>/pilot/{task}/figure.png", task=PILOT.tasks)
     return ["<results>/pilot/advice.txt", *figures]
-
-
-def first_recipe(wildcards):
-    """The recipe that the arms are made from, and all that it extends."""
-    return [str(recipe) for recipe in PLAN.base_run.recipes]
-
-
-@one_sentence
-def pilot_overrides(wildcards):
-    """What an arm changes in it."""
-    return PILOT.overrides(wildcards.run)
 
 
 def pilot_models(wildcards):

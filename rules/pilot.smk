@@ -10,25 +10,6 @@ rule pilot:
         pilot_results,
 
 
-rule pilot_recipe:
-    input:
-        recipes=first_recipe,
-    output:
-        recipe="<results>/pilot/recipes/{run}.yaml",
-    log:
-        "<logs>/pilot_recipe/{run}.log",
-    localrule: True
-    conda:
-        "../envs/torch.yaml"
-    params:
-        script=SCRIPTS / "pilot.py",
-        base=str(PLAN.base_run.recipe),
-        changes=pilot_overrides,
-    shell:
-        "python {params.script:q} recipe --config {params.base:q} --set {params.changes:q} --output {output.recipe:q}"
-        " > {log:q} 2>&1"
-
-
 use rule compare_models as pilot_compare with:
     input:
         units=rules.evaluation_units.output.units,

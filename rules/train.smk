@@ -57,11 +57,13 @@ rule train:
         run_dir=subpath(output.final, parent=True),
         launch=launch_options,
         options=run_options,
+        changes=run_changes,
         keep=kept_exports,
     shell:
         "python {params.launcher:q} {params.launch:q} --threads {threads} --stop-with-snakemake -- {params.script:q}"
         " --config {input.recipe:q} {params.data:q} {params.access:q}"
-        " --weights {input.weights:q} {params.options:q} {params.keep:q} --run-dir {params.run_dir:q} 2>&1 | tee -i {log:q}"
+        " --weights {input.weights:q} {params.options:q} {params.keep:q} --run-dir {params.run_dir:q}"
+        " {params.changes:q} 2>&1 | tee -i {log:q}"
 
 
 rule convert:

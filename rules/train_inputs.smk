@@ -4,11 +4,14 @@
 def run_recipe(wildcards):
     """The run's recipe, refused while planning when a started run had other settings; nothing is deleted then."""
     run = run_of(wildcards)
-    if (
-        run.recipe.is_file() or run.name not in PILOT.arms
-    ):  # a rule writes those of the pilot
-        check_seal(PLAN.results / "runs" / run.name, run.recipe)
+    check_seal(PLAN.results / "runs" / run.name, run.recipe, run.changes)
     return str(run.recipe)
+
+
+@one_sentence
+def run_changes(wildcards):
+    """What repeats, controls and arms of the pilot have in place of the recipe's settings, key=value."""
+    return list(run_of(wildcards).changes)
 
 
 def run_parents(wildcards):
@@ -120,6 +123,6 @@ def exports(wildcards):
     """What the models of all runs are written as for other tools."""
     return expand(
         "<results>/models/{exported}/{format}/verification.json",
-        exported=PLAN.runs,
+        exported=PLAN.written_runs,
         format=PLAN.config["export"]["formats"],
     )

@@ -1,4 +1,4 @@
-"""A short trial of what adaptation is worth: recipes of its arms, and one sentence of advice from what came of them.
+"""A short trial of what adaptation is worth: table, curves, and one sentence of advice from what came of its arms.
 
 The workflow plans the arms, trains and measures them: snakemake --cores all pilot. By hand, on what it left:
     python workflow_scripts/pilot.py summary --comparisons results/pilot/*/comparison.npz --runs results/runs \\
@@ -19,11 +19,6 @@ def main() -> None:
     """Runs one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True)
-    recipe = commands.add_parser("recipe", help="the recipe of an arm", formatter_class=HelpFormatter)
-    recipe.add_argument("--config", type=Path, required=True, help="recipe that it is made from (YAML)")
-    recipe.add_argument("--set", nargs="+", required=True, metavar="KEY=VALUE", help="what it changes in it")
-    recipe.add_argument("--output", type=Path, required=True, help="recipe to write")
-    recipe.set_defaults(run=write_recipe)
     add_summary(commands.add_parser("summary", help="table, curves and advice", formatter_class=HelpFormatter))
     arguments = parser.parse_args()
     arguments.run(arguments)
@@ -45,16 +40,6 @@ def add_summary(parser: argparse.ArgumentParser) -> None:
     add("--advice", type=Path, required=True, help="text file for the sentence; the report's .json lies beside it")
     add("--figure", type=Path, required=True, help="PNG to write")
     parser.set_defaults(run=summarise)
-
-
-def write_recipe(arguments: argparse.Namespace) -> None:
-    """Writes a recipe with all its keys."""
-    from omegaconf import OmegaConf
-
-    from dinoscope.files import write_text
-    from dinoscope.recipe import load_recipe
-
-    write_text(arguments.output, OmegaConf.to_yaml(load_recipe(arguments.config, arguments.set)))
 
 
 def summarise(arguments: argparse.Namespace) -> None:

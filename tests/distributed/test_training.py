@@ -359,9 +359,14 @@ def test_a_run_keeps_its_tiles_when_the_manifest_changes(place: Path, finished: 
 
 
 def test_a_run_that_continues_another_sees_other_samples(place: Path) -> None:
+    from dinoscope.config import RunConfig, TrainConfig
     from dinoscope.train.trainer import _stream_seed
 
-    assert len({_stream_seed(seed, run) for seed in (0, 1) for run in ("pretrain", "gram")}) == 4
+    def drawn(seed: int, run: str, stream: str | None = None) -> int:
+        return _stream_seed(RunConfig(train=TrainConfig(seed=seed, stream=stream)), Path("runs") / run)
+
+    assert len({drawn(seed, run) for seed in (0, 1) for run in ("pretrain", "gram")}) == 4
+    assert drawn(1, "gram-control-seed1", "gram-seed1") == drawn(1, "gram-seed1")
 
 
 def test_a_damaged_slide_is_named_in_one_sentence(place: Path) -> None:

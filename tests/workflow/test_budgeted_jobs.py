@@ -14,6 +14,8 @@ from dinoscope.plan import make_plan
 from snakemake_runs import NANO_RECIPE, REPOSITORY, plan, snakemake
 
 TWO_RUNS = {"pretrain": {"recipe": "root.yaml"}, "gram": {"recipe": "gram.yaml", "continues": "pretrain"}}
+REPEATED = {name: run | {"seeds": [0, 1, 2]} for name, run in TWO_RUNS.items()}
+REPEATED["gram"] |= {"control": True}
 CONFIGS = {
     "plain": {},
     "everything": {
@@ -35,6 +37,9 @@ CONFIGS = {
     "segmentation": {
         "segmentation": {"tasks": {"nuclei": {"dataset": "folder", "root": "masks", "seeds": [0, 1]}}},
     },
+    "seeds and a control": {"labels": "labels.tsv", "runs": REPEATED, "export": {"formats": ["timm"]}},
+    "seeds of which nothing is measured": {"runs": REPEATED, "evaluation": {"enabled": False}},
+    "of a chain of runs the last": {"features": {"models": ["gram"]}, "evaluation": {"enabled": False}},
     "models of which runs are exported": {"features": {"models": ["pretrain"]}, "export": {"formats": ["timm"]}},
 }
 

@@ -71,7 +71,7 @@ def test_it_is_planned_when_asked_for_and_not_else(folder):
     everything, text = plan(folder)
     assert "pilot-" not in text.replace(str(folder), "") and everything["train"] == 1
     jobs, _ = plan(folder, "pilot")
-    wanted = {"pilot_recipe": 3, "train": 3, "convert": 3, "probe_set": 1, "pilot_compare": 1, "pilot_summary": 1}
+    wanted = {"train": 3, "convert": 3, "probe_set": 1, "pilot_compare": 1, "pilot_summary": 1}
     # base, three arms, random initialisation, histogram and thumbnail
     wanted |= {"measure_model": 7, "random_weights": 1, "initial_weights": 1, "evaluation_units": 1, "pilot": 1}
     assert {name: jobs[name] for name in wanted} == wanted

@@ -271,6 +271,30 @@ def test_exports_are_planned_where_asked_for(folder):
     assert "output: results/exports/wsidata/base/demo_ihc_1.zarr" in text
 
 
+def test_seeds_and_a_control_that_are_wished_for_later_leave_what_is_there(finished):
+    """Four further runs, measured on the slides that models are measured on, and no picture of them."""
+    change_config(finished, **{"runs.pretrain.seeds": [0, 1], "runs.gram.seeds": [0, 1], "runs.gram.control": True})
+    jobs, text = plan(finished, "--printshellcmds")
+    assert jobs == {
+        "train": 4, "convert": 4, "plot_metrics": 4, "extract_features": 20, "measure_model": 4, "compare_models": 1,
+        "evaluation_summary": 1, "report": 1, "all": 1,
+    }  # fmt: skip
+    trained = re.findall(r"pretrain\.py (.*)--run-dir results/runs/(\S+) (.*) 2>&1", text)
+    told = {run: (options, changes) for options, run, changes in trained}
+    assert {run: changes for run, (_, changes) in told.items()} == {
+        "pretrain-seed1": "train.seed=1",
+        "gram-seed1": "train.seed=1",
+        "gram-control": "gram.use_loss=false train.stream=gram",
+        "gram-control-seed1": "train.seed=1 gram.use_loss=false train.stream=gram-seed1",
+    }
+    assert "--continues results/runs/pretrain-seed1/final.json" in told["gram-control-seed1"][0]
+    assert "--gram-teacher last" in told["gram-seed1"][0] and "--gram-teacher" not in told["gram-control"][0]
+    (compared,) = re.findall(r"evaluate\.py compare (.*) --bootstraps", text)
+    assert "gram=gram-control gram-seed1=gram-control-seed1" in compared
+    assert "--seeds-of gram-control gram-control-seed1" in compared
+    assert plan(finished, "gram-seed1")[0] == {"train": 2, "convert": 1, "gram-seed1": 1}
+
+
 def test_a_longer_run_goes_on_and_the_start_stays(finished):
     recipe = finished / "config" / "runs" / "tiny_gram.yaml"
     change(recipe, **{"optim.epochs": load_recipe(recipe).optim.epochs + 1})

@@ -283,6 +283,7 @@ class TrainConfig:
     accumulation_steps: int = 1  # forwards whose gradients make one step: batch = processes × this × batch_size_per_gpu
     num_workers: int = 10  # loader processes a training process; changes nothing but speed
     seed: int = 0  # of every random draw
+    stream: str | None = None  # run whose tiles, crops and masks are drawn, at the same seed; null: this run, its own
     compile: bool = True  # compile blocks with torch.compile (on GPUs)
     checkpointing: bool = False  # recompute all but matrix products in the backward: less memory
     checkpointing_full: bool = False  # recompute whole blocks in the backward: least memory, one more forward

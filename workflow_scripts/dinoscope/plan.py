@@ -27,6 +27,7 @@ from dinoscope.plan_checks import (
     remote_problems,
     window_problems,
 )
+from dinoscope.plan_runs import PlannedRun, planned_runs
 from dinoscope.recipe import flatten, load_recipe, recipe_chain
 from dinoscope.slides.find import slide_files
 from dinoscope.slides.remote import remote_address
@@ -65,9 +66,12 @@ class Run:
 
     Attributes:
         recipes: The recipe and all that it extends, most basic first.
-        settings: The recipe, resolved.
+        settings: The recipe, resolved, with `changes`.
         continues: Name of the run that this one carries on with, if any.
         gram_teacher: "last", an iteration, a teacher file, or None.
+        changes: What differs from the recipe, key=value; nothing in runs of the config.
+        of: The run of the config that this one follows from (a repeat, a control); None, it is one itself.
+        repeats: The run that this one repeats with another seed, if it does.
     """
 
     name: str
@@ -76,6 +80,9 @@ class Run:
     tile_set: str
     continues: str | None
     gram_teacher: str | None
+    changes: tuple[str, ...] = ()
+    of: str | None = None
+    repeats: str | None = None
 
     @property
     def recipe(self) -> Path:
@@ -119,7 +126,7 @@ class Plan:
         config: With all defaults filled in.
         slides: All slides, by slide_id.
         split: slide_id -> "train" or "eval" of the slides that serve one of them.
-        runs: By name, in the order of the config.
+        runs: By name, in the order of the config, each followed by its repeats and its control.
     """
 
     config: dict[str, Any]
@@ -133,10 +140,24 @@ class Plan:
         return Path(self.config["results"])
 
     @property
+    def written_runs(self) -> dict[str, Run]:
+        """Runs of the config itself, without repeats and controls."""
+        return {name: run for name, run in self.runs.items() if run.of is None}
+
+    @property
     def models(self) -> list[str]:
-        """Models that features are extracted with."""
+        """Models that features of all slides are extracted with, and that pictures show."""
         chosen = self.config["features"]["models"]
-        return [BASE, *self.runs, *self.encoders] if chosen is None else list(chosen)
+        return [BASE, *self.written_runs, *self.encoders] if chosen is None else list(chosen)
+
+    @property
+    def measured_models(self) -> list[str]:
+        """Models that are measured: these, and the repeats and controls of their runs."""
+        found = {}
+        for model in self.models:
+            further = [name for name, run in self.runs.items() if run.of is not None and run.of == model]
+            found |= dict.fromkeys([model, *further])
+        return list(found)
 
     @property
     def own_models(self) -> list[str]:
@@ -155,9 +176,9 @@ class Plan:
 
     @property
     def trained_runs(self) -> list[str]:
-        """Runs whose model is asked for, with all that they continue, in the order of the config."""
+        """Runs whose model is measured, with all that they continue, in the order of the config."""
         wanted: set[str] = set()
-        for name in self.models:
+        for name in self.measured_models:
             current = name if name in self.runs else None
             while current is not None:
                 wanted.add(current)
@@ -431,7 +452,7 @@ def make_plan(config: Mapping[str, Any], workflow_dir: Path, *, check_files: boo
     checked = check_config(config, workflow_dir)
     records = read_slide_table(checked["slides"]["source"])
     split = split_cases(records, checked["split"]["fraction"], checked["split"]["seed"])
-    runs = {name: _run(name, settings, workflow_dir) for name, settings in checked["runs"].items()}
+    runs = {planned.name: _run(planned, workflow_dir) for planned in planned_runs(checked["runs"])}
     plan = Plan(checked, {record.slide_id: record for record in records}, split, runs)
     found = [*base_problems(plan), *window_problems(plan), *process_problems(plan), *remote_problems(plan)]
     if check_files:
@@ -458,16 +479,19 @@ def one_sentence(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
-def _run(name: str, settings: Mapping[str, Any], workflow_dir: Path) -> Run:
+def _run(planned: PlannedRun, workflow_dir: Path) -> Run:
+    name, settings = planned.name, planned.settings
     recipe = Path(settings["recipe"])
     if not recipe.exists() and (workflow_dir / recipe).exists():
         recipe = workflow_dir / recipe
     teacher = settings["gram_teacher"]
     try:
-        chain, resolved = recipe_chain(recipe), load_recipe(recipe)
+        chain, resolved = recipe_chain(recipe), load_recipe(recipe, planned.changes)
         settings_from_config(resolved.student)
     except ConfigError as error:
         raise ConfigError(f"runs.{name}: {error}") from None
+    if planned.of is None:
+        _check_wishes(name, settings, recipe, resolved)
     return Run(
         name=name,
         recipes=tuple(chain),
@@ -475,7 +499,25 @@ def _run(name: str, settings: Mapping[str, Any], workflow_dir: Path) -> Run:
         tile_set=settings["tile_set"],
         continues=settings["continues"],
         gram_teacher=None if teacher is None else str(teacher),
+        changes=planned.changes,
+        of=planned.of,
+        repeats=planned.repeats,
     )
+
+
+def _check_wishes(name: str, settings: Mapping[str, Any], recipe: Path, resolved: RunConfig) -> None:
+    """Raises ConfigError where repeats or a control do not suit the recipe."""
+    seeds, own = settings["seeds"], resolved.train.seed
+    if seeds and seeds[0] != own:
+        raise ConfigError(
+            f"config: runs.{name}.seeds begins with {seeds[0]}, but train.seed of {recipe} is {own}, and the first "
+            f"seed is that of {name} itself: begin the list with {own}, or set train.seed to {seeds[0]}"
+        )
+    if settings["control"] and not resolved.gram.use_loss:
+        raise ConfigError(
+            f"config: runs.{name}.control is true, but gram.use_loss of {recipe} is false: a control does the same as "
+            "a run with gram loss, without it; leave out `control`, or set gram.use_loss to true"
+        )
 
 
 def _set_options(name: str, tiles: Mapping[str, Any], options: Sequence[tuple[str, str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from dinoscope.data.sources import is_class_name
 from dinoscope.errors import ConfigError
 from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.names import nearest
+from dinoscope.plan_runs import planned_runs
 from dinoscope.recipe import require_weights
 from dinoscope.recipe_checks import check_processes
 from dinoscope.resolutions import resolutions
@@ -38,7 +39,7 @@ TARGETS = (
     "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm",
     "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled",
     "manifest", "measure_model", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit",
-    "pca_map", "pca_region", "pilot", "pilot_compare", "pilot_recipe", "pilot_summary", "plot_metrics", "probe_set",
+    "pca_map", "pca_region", "pilot", "pilot_compare", "pilot_summary", "plot_metrics", "probe_set",
     "random_weights", "report", "segment_compare", "segment_corruptions", "segment_evaluate",
     "segment_predict_slide", "segment_train", "segmentation", "slide_table", "slides_report", "split_slides",
     "tile_slide", "tiles", "train", "upload", "upload_file", "viewer", "viewer_pyramid", "viewer_sample",
@@ -70,10 +71,13 @@ def check_config(config: Mapping[str, Any], workflow_dir: Path) -> dict[str, Any
 
 
 def base_problems(plan: "Plan") -> Iterator[str]:
-    """Starting weights that are missing, or other than the first run's; there is one set a workflow."""
+    """Starting weights that are missing, or other than the first run's; there is one set a workflow.
+
+    Repeats of a run with other seeds start from the same weights too.
+    """
     first = plan.base_run
     wanted = first.start
-    for run in plan.runs.values():
+    for run in plan.written_runs.values():
         if run.continues is not None:
             continue
         try:
@@ -96,7 +100,7 @@ def process_problems(plan: "Plan") -> Iterator[str]:
     processes = plan.config["launch"]["processes"]
     if not str(processes).isdecimal():
         return
-    for run in plan.runs.values():
+    for run in plan.written_runs.values():
         try:
             check_processes(run.settings, int(processes))
         except ConfigError as error:
@@ -127,7 +131,7 @@ def remote_problems(plan: "Plan") -> Iterator[str]:
 
 def window_problems(plan: "Plan") -> Iterator[str]:
     """Crops larger than the tiles that they are cut from."""
-    for run in plan.runs.values():
+    for run in plan.written_runs.values():
         if run.own_data is not None:
             continue
         tile_px = plan.config["tiling"]["sets"][run.tile_set]["tile_px"]
@@ -149,7 +153,7 @@ def file_problems(plan: "Plan") -> Iterator[str]:
     weights = plan.base_run.settings.MODEL.WEIGHTS
     if weights and not Path(weights).exists():
         yield f"recipe {plan.base_run.recipe}: MODEL.WEIGHTS {weights} does not exist"
-    for run in plan.runs.values():
+    for run in plan.written_runs.values():
         data = run.own_data
         if data is not None and not Path(data).is_dir() and not is_class_name(data):
             yield f"recipe {run.recipe}: train.dataset_path {data} is neither a folder of images nor module:Class"
@@ -208,7 +212,7 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
     references += [(f"runs.{name}.tile_set", run["tile_set"], sets) for name, run in runs.items()]
     references += [(f"runs.{name}.continues", run["continues"], runs) for name, run in runs.items() if run["continues"]]
     encoders = config["features"]["encoders"]
-    models = [BASE, *runs, *encoders]
+    models = [BASE, *(planned.name for planned in planned_runs(runs)), *encoders]
     references += [("features.models", model, models) for model in config["features"]["models"] or ()]
     own_sets = {name: encoder["set"] for name, encoder in encoders.items() if encoder["set"] is not None}
     references += [(f"features.encoders.{name}.set", tile_set, sets) for name, tile_set in own_sets.items()]
@@ -228,6 +232,7 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
         if name in (*TARGETS, *_FOLDERS, *BASELINES, BASE) or name in runs:
             taken_by = "a run" if name in runs else "a part of the workflow"
             yield f"features.encoders.{name}: this name is taken by {taken_by}; give the encoder another"
+    yield from _clashes(config)
     taken_from = {"features.set": config["features"]["set"]}
     taken_from |= {f"features.encoders.{name}.set": tile_set for name, tile_set in own_sets.items()}
     for key, tile_set in taken_from.items():
@@ -242,6 +247,24 @@ def _reference_problems(config: dict[str, Any]) -> Iterator[str]:
     if config["tissue"]["method"] == "annotations" and config["tissue"]["annotations"] is None:
         yield "tissue.method is annotations, but tissue.annotations names no folder; give one with SLIDE.geojson files"
     yield from _circle_problems(runs)
+
+
+def _clashes(config: dict[str, Any]) -> Iterator[str]:
+    """Repeats and controls whose names are taken."""
+    pilot, runs = config["pilot"], config["runs"]
+    taken = dict.fromkeys((*TARGETS, *_FOLDERS, *BASELINES, BASE), "a part of the workflow")
+    taken |= dict.fromkeys((f"{pilot['name']}-{arm}" for arm in pilot["arms"]), "a run of the pilot")
+    taken |= dict.fromkeys(config["features"]["encoders"], "an encoder")
+    taken |= {name: f"runs.{name}" for name in runs}
+    for planned in planned_runs(runs):
+        if planned.of is None:
+            continue
+        if planned.name in taken:
+            yield (
+                f"{planned.key} adds a run {planned.name}, but that is the name of {taken[planned.name]}: give one of "
+                f"both another name, or leave out {planned.key}"
+            )
+        taken[planned.name] = f"another run that {planned.key} adds"
 
 
 def _circle_problems(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -81,7 +81,7 @@ class EvaluationJobs:
 
     def models(self, task: str) -> list[str]:
         """Models that are asked, the starting weights first."""
-        own = self._plan.models
+        own = self._plan.measured_models
         if task == DESCRIPTIVE or not self._settings["baselines"]:
             return own
         names = [name for name in BASELINES if name != "random" or self._base_is_trained()]
@@ -146,17 +146,26 @@ class EvaluationJobs:
         pairs += [f"{run}={control}" for run, control in self.controls.items() if {run, control} <= set(models)]
         return ["--against", *pairs] if pairs else []
 
+    def run_arguments(self, task: str) -> list[str]:
+        """Arguments that say which models are one run with several seeds, in the order of its seeds."""
+        repeated: dict[str, list[str]] = {}
+        for model in self.models(task):
+            if (run := self._plan.runs.get(model)) is not None:
+                repeated.setdefault(run.repeats or model, []).append(model)
+        return [part for names in repeated.values() for part in ("--seeds-of", *names)]
+
     @functools.cached_property
     def controls(self) -> dict[str, str]:
-        """Run with gram loss -> the run that does the very same iterations without it, if the config has one."""
-        found = {}
-        for run in self._plan.runs.values():
-            if not run.settings.gram.use_loss:
-                continue
-            for other in self._plan.runs.values():
-                same = (other.continues, other.tile_set) == (run.continues, run.tile_set)
-                if same and not other.settings.gram.use_loss and _without_gram(other) == _without_gram(run):
-                    found[run.name] = other.name
+        """Run with gram loss -> the run that does the very same iterations without it, if there is one.
+
+        That of runs.NAME.control, else one that the config has by itself.
+        """
+        runs, found = self._plan.runs, {}
+        for run in (run for run in runs.values() if run.settings.gram.use_loss):
+            others = [other for other in runs.values() if _is_control(other, run)]
+            others.sort(key=lambda other: other.of != (run.of or run.name))
+            if others:
+                found[run.name] = others[0].name
         return found
 
     def shift_arguments(self, task: str) -> list[str]:
@@ -292,7 +301,13 @@ class EvaluationJobs:
         return chain
 
 
+def _is_control(other: Run, run: Run) -> bool:
+    """Whether another run differs from one with gram loss in that loss alone."""
+    same = (other.continues, other.tile_set) == (run.continues, run.tile_set)
+    return same and not other.settings.gram.use_loss and _without_gram(other) == _without_gram(run)
+
+
 def _without_gram(run: Run) -> dict[str, Any]:
-    """Settings of a run but those of the gram loss, its teacher's crops, and what changes no weights."""
-    apart = ("gram.", "crops.gram_teacher", "evaluation.", "checkpointing.")
+    """Settings of a run but those of the gram loss, its teacher's crops, the draws, and what changes no weights."""
+    apart = ("gram.", "crops.gram_teacher", "train.stream", "evaluation.", "checkpointing.")
     return {key: value for key, value in flatten(run.settings).items() if not key.startswith(apart)}

@@ -8,7 +8,6 @@ is planned unless it is asked for: snakemake pilot.
 import functools
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from dinoscope.config import RunConfig
@@ -93,12 +92,8 @@ class PilotJobs:
             return []
         return [f"the pilot leaves out {' and '.join(left_out)}: {self._base.base_run.recipe} names no MODEL.WEIGHTS"]
 
-    def recipe(self, name: str) -> Path:
-        """The arm's recipe, which a rule writes."""
-        return self._base.results / "pilot" / "recipes" / f"{name}.yaml"
-
     def overrides(self, name: str) -> list[str]:
-        """What an arm's recipe has in place of the first run's, key=value each.
+        """What an arm has in place of the first run's settings, key=value each.
 
         Raises:
             ConfigError: The budget is too small.
@@ -182,9 +177,9 @@ class PilotJobs:
         return {"student.trainable": arm, "student.unfrozen_blocks": min(blocks, depth - 1)}
 
     def _run(self, name: str, arm: str) -> Run:
-        base, recipe = self._base.base_run, self.recipe(name)
-        settings = load_recipe(base.recipe, self.overrides(name))
-        return Run(name, (recipe,), settings, base.tile_set, continues=None, gram_teacher=None)
+        base, changes = self._base.base_run, self.overrides(name)
+        settings = load_recipe(base.recipe, changes)
+        return Run(name, base.recipes, settings, base.tile_set, None, None, tuple(changes))
 
 
 def equal_iterations(budget: float, costs: dict[str, float]) -> dict[str, int]:

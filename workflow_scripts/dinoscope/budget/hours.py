@@ -145,7 +145,7 @@ def hours(
 
 def _extraction_flops(plan: Plan, slides: Sequence[SlideSize], models: ModelSizes) -> float:
     jobs, total = FeatureJobs(plan), 0.0
-    for model in plan.models:
+    for model in plan.measured_models:
         tile_set, settings = jobs.tile_set(model), models.settings(model)
         tile_px = plan.config["tiling"]["sets"][tile_set]["tile_px"]
         flops = _USUAL_FLOPS if settings is None else backbone_flops(settings, tile_px)

@@ -39,9 +39,9 @@ def count_jobs(plan: Plan) -> Counter[str]:
         pack_index=len(packed),
         initial_weights=int(bool(plan.own_models or runs)),
         train=len(runs),
-        convert=len(runs),
+        convert=len(_converted(plan)),
         plot_metrics=len(plan.trained_runs),
-        extract_features=sum(len(featured_slides(plan, model)) for model in plan.models),
+        extract_features=sum(len(featured_slides(plan, model)) for model in plan.measured_models),
         list_features=models,
         pca_fit=models,
         pca_map=models * used,
@@ -58,7 +58,7 @@ def count_jobs(plan: Plan) -> Counter[str]:
         report=1,
         all=1,
     )
-    jobs.update({f"export_{name}": len(plan.runs) for name in formats})
+    jobs.update({f"export_{name}": len(plan.written_runs) for name in formats})
     jobs.update({f"export_features_{name}": models * used for name in plan.config["features"]["export"]})
     assert set(plan.config["features"]["export"]) <= set(EXPORT_FILES)
     return +(jobs + _evaluation_jobs(plan) + _segmentation_jobs(plan))
@@ -103,14 +103,32 @@ def _segmentation_jobs(plan: Plan) -> Counter[str]:
 
 
 def featured_slides(plan: Plan, model: str) -> list[str]:
-    """Slides whose features by a model are made: those that want them, and those that its colours are fitted on."""
+    """Slides whose features by a model are made: those that want them, and those that its colours are fitted on.
+
+    Of repeats and controls, which nothing shows, those that it is measured on.
+    """
+    if model not in plan.models:
+        evaluation = EvaluationJobs(plan, FeatureJobs(plan))
+        tasks = evaluation.tasks if plan.config["evaluation"]["enabled"] else []
+        of_slides = [task for task in tasks if task not in evaluation.image_tasks]
+        measured = {slide for task in of_slides for slide in evaluation.slides(task)}
+        return [slide_id for slide_id in plan.slides if slide_id in measured]
     wanted = {*plan.feature_slides, *plan.basis_slides(model)}
     return [slide_id for slide_id in plan.slides if slide_id in wanted]
 
 
 def _made_runs(plan: Plan) -> list[str]:
-    """Runs that are trained: those whose models are asked for, and with export.formats all."""
-    return list(plan.runs) if plan.config["export"]["formats"] else plan.trained_runs
+    """Runs that are trained: those whose models are asked for, and with export.formats all of the config."""
+    exported = plan.written_runs if plan.config["export"]["formats"] else ()
+    return list(dict.fromkeys([*plan.trained_runs, *exported]))
+
+
+def _converted(plan: Plan) -> set[str]:
+    """Runs whose model is wanted: of those that are shown, measured or exported; not all that others continue."""
+    measured = plan.config["evaluation"]["enabled"] and EvaluationJobs(plan, FeatureJobs(plan)).tasks
+    wanted = {*(plan.measured_models if measured else plan.own_models)}
+    wanted |= {*(plan.written_runs if plan.config["export"]["formats"] else ())}
+    return wanted & plan.runs.keys()
 
 
 def submitted(jobs: Mapping[str, int], groups: Mapping[str, str], components: Mapping[str, int]) -> int:

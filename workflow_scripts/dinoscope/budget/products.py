@@ -156,16 +156,16 @@ def _models(plan: Plan, models: ModelSizes) -> Iterator[Product]:
     each = {name: _FLOAT32 * models.num_parameters(name) + _FILE_OF_MODEL for name in own}
     total = 2 * sum(each.values())
     yield Product("models", "models", total, 3 * len(own), max(each.values()))
-    exported = sum(each.get(run, max(each.values())) for run in plan.runs) * len(formats)
+    exported = sum(each.get(run, max(each.values())) for run in plan.written_runs) * len(formats)
     if exported:
         saving = Saving("name fewer formats in export.formats", exported)
-        yield Product("models", "exported models", exported, 4 * len(formats) * len(plan.runs), 0, (saving,))
+        yield Product("models", "exported models", exported, 4 * len(formats) * len(plan.written_runs), 0, (saving,))
 
 
 def _features(plan: Plan, by_id: Mapping[str, SlideSize], models: ModelSizes) -> Iterator[Product]:
     settings, jobs = plan.config["features"], FeatureJobs(plan)
     number = 2 if settings["dtype"] == "float16" else _FLOAT32
-    for model in plan.models:
+    for model in plan.measured_models:
         tile_set = jobs.tile_set(model)
         shape = models.features(model, jobs.pooling(model), plan.config["tiling"]["sets"][tile_set]["tile_px"])
         counts = [by_id[slide_id].num_tiles[tile_set] for slide_id in featured_slides(plan, model)]
@@ -175,7 +175,7 @@ def _features(plan: Plan, by_id: Mapping[str, SlideSize], models: ModelSizes) ->
         savings = []
         if number == _FLOAT32:
             savings.append(Saving("set features.dtype to float16", tiles * shape.width * 2))
-        if len(plan.models) > 1:
+        if len(plan.models) > 1 and model in plan.models:
             savings.append(Saving(f"leave {model} out of features.models", rows + dense))
         guessed = ", width guessed" if shape.guessed else ""
         largest = most * (shape.width * number + _COORDS)
@@ -186,7 +186,8 @@ def _features(plan: Plan, by_id: Mapping[str, SlideSize], models: ModelSizes) ->
         if dense:
             name, saving = f"features of every patch by {model}", Saving("set features.dense to false", dense)
             yield Product(f"features/{model}", name, dense, 0, most * shape.patches * 2, (saving,))
-        yield from _feature_exports(plan, model, shape.width, counts)
+        if model in plan.models:
+            yield from _feature_exports(plan, model, shape.width, counts)
 
 
 def _feature_exports(plan: Plan, model: str, width: int, counts: Sequence[int]) -> Iterator[Product]:

@@ -4,8 +4,8 @@ Only units whose group no model has seen in training count for a difference; wha
 own, labelled transductive. Verdicts come later, over all tasks (verdicts.py), since they are corrected together.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from dinoscope.arrays import damage_named, document_in, document_of, read_arrays
 from dinoscope.errors import FeaturesError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.cohort import SEEN
-from dinoscope.evaluate.intervals import DRAWS, Comparison, compare, estimate
+from dinoscope.evaluate.intervals import DRAWS, Comparison
 from dinoscope.evaluate.scores import Predictions, Statistic, mean_iou, statistic_of, statistic_of_confusions
+from dinoscope.evaluate.seeds import Family, compare_over_seeds, estimate_over_seeds, families, family_references
 from dinoscope.evaluate.units import Units
 
 __all__ = ["SCORES", "Row", "TaskComparison", "compare_models", "read_comparison", "write_comparison"]
@@ -28,6 +29,10 @@ SCORES = {
     "survival": ("c_index",),
     "masks": ("mean_iou",),
 }
+# Least values of the scores that may be below 0; none is above 1.
+_LEAST = {"r2": -np.inf, "pearson": -1.0}
+# A score as a function of cases' weights, number of cases and units, and cases of the smallest class.
+_Asked = tuple[Statistic, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Row:
         units: That were asked about.
         seen: Whether the model's training saw these cases; "yes" makes the number transductive, and no verdict.
         smallest_class: Cases of the class that has fewest.
+        seeds: Training seeds of the run, 1 or more; None for what is no run.
+        by_seed: The score with each of several; `value` is their mean.
     """
 
     measure: str
@@ -55,6 +62,8 @@ class Row:
     units: int
     seen: str
     smallest_class: int
+    seeds: int | None = None
+    by_seed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class TaskComparison:
         differences: (measure, model, reference) -> the difference in the first score of the task's kind.
         numbers: Model -> descriptive measures.
         about: Model -> what it is.
+        families: Name of a run with several training seeds -> the models of these; it stands among the models too.
     """
 
     task: str
@@ -74,6 +84,7 @@ class TaskComparison:
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    families: dict[str, list[str]] = field(default_factory=dict)
 
 
 def compare_models(
@@ -81,15 +92,19 @@ def compare_models(
     answers: Mapping[str, Answers],
     references: Mapping[str, Sequence[str]],
     *,
+    runs: Sequence[Sequence[str]] = (),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> TaskComparison:
     """Scores of all models and their differences.
 
+    A run with several training seeds is a further model, whose scores and differences are the means over its seeds.
+
     Args:
         units: The task's; those of the test set count.
         answers: By model, in the order of the table, about these units.
         references: Model -> the models that it is held against.
+        runs: Models that are trainings of ours: of each run the models of its seeds.
         draws: Of cases.
         seed: Of the draws, which are the same for all models.
 
@@ -107,18 +122,22 @@ def compare_models(
     clean = is_test & ~np.any([answer.seen == yes for answer in answers.values()], axis=0)
     rows: list[Row] = []
     differences: dict[tuple[str, str, str], Comparison] = {}
+    repeated = families(runs, list(answers))
+    trained = {model for members in runs for model in members}
     for measure in _measures(answers):
         asked = {model: answer for model, answer in answers.items() if measure in answer.measures}
         common = clean & np.all([_asked(answer, measure) for answer in asked.values()], axis=0)
         statistics = {model: _statistic(units, answer, measure, common) for model, answer in asked.items()}
-        for model, answer in asked.items():
-            rows += _rows(units, answer, measure, model, clean, draws, seed)
-            transductive = is_test & (answer.seen == yes)
+        for model, members in _with_families(asked, repeated).items():
+            of = [asked[member] for member in members]
+            seeds = len(members) if members[0] in trained else None
+            rows += _rows(units, of, measure, model, clean, draws, seed, seeds)
+            transductive = is_test & np.all([answer.seen == yes for answer in of], axis=0)
             if transductive.any():
-                rows += _rows(units, answer, measure, model, transductive, draws, seed, seen="yes")
+                rows += _rows(units, of, measure, model, transductive, draws, seed, seeds, seen="yes")
         if "~" in measure:  # of changed copies: beside the clean figure, without a verdict
             continue
-        differences |= _differences(measure, statistics, references, draws, seed)
+        differences |= _differences(measure, statistics, references, trained, repeated, draws, seed)
     return TaskComparison(
         units.task,
         units.kind,
@@ -127,6 +146,7 @@ def compare_models(
         {model: dict(answer.numbers) for model, answer in answers.items() if answer.numbers},
         {model: answer.about for model, answer in answers.items()},
         [*_seen_note(answers, is_test, clean), *dict.fromkeys(n for answer in answers.values() for n in answer.notes)],
+        {family.name: list(family.members) for family in repeated},
     )
 
 
@@ -140,8 +160,10 @@ def write_comparison(path: Path, found: TaskComparison) -> None:
         "numbers": found.numbers,
         "about": found.about,
         "notes": found.notes,
+        "families": found.families,
         "differences": [
-            [*key, one.difference, one.num_cases, one.smallest_class] for key, one in found.differences.items()
+            [*key, one.difference, one.num_cases, one.smallest_class, one.by_seed]
+            for key, one in found.differences.items()
         ],
     }
     arrays = {str(index): found.differences[key].resampled for index, key in enumerate(keys)}
@@ -158,12 +180,12 @@ def read_comparison(path: Path) -> TaskComparison:
         arrays = read_arrays(path)
         document = document_of(arrays["document"])
         differences = {
-            (measure, model, reference): Comparison(difference, arrays[str(index)], num_cases, smallest)
-            for index, (measure, model, reference, difference, num_cases, smallest) in enumerate(
+            (measure, model, reference): Comparison(difference, arrays[str(index)], num_cases, smallest, tuple(by_seed))
+            for index, (measure, model, reference, difference, num_cases, smallest, by_seed) in enumerate(
                 document["differences"]
             )
         }
-        rows = [Row(**row) for row in document["rows"]]
+        rows = [Row(**{**row, "by_seed": tuple(row["by_seed"])}) for row in document["rows"]]
         return TaskComparison(**{**document, "rows": rows, "differences": differences})
 
 
@@ -181,35 +203,60 @@ def _measures(answers: Mapping[str, Answers]) -> list[str]:
     return list(dict.fromkeys(measure for answer in answers.values() for measure in answer.measures))
 
 
+def _with_families(asked: Mapping[str, Answers], repeated: Sequence[Family]) -> dict[str, tuple[str, ...]]:
+    """Name of a row -> its models: each model, and behind its last seed the run of several."""
+    found: dict[str, tuple[str, ...]] = {}
+    for model in asked:
+        found[model] = (model,)
+        for family in repeated:
+            if family.members[-1] == model and set(family.members) <= set(asked):
+                found[family.name] = family.members
+    return found
+
+
 def _rows(
     units: Units,
-    answer: Answers,
+    answers: Sequence[Answers],
     measure: str,
     model: str,
     chosen: np.ndarray,
     draws: int,
     seed: int,
+    seeds: int | None,
     *,
     seen: str | None = None,
 ) -> list[Row]:
-    """A row a score, on the chosen units as far as the model was asked about them."""
+    """A row a score, on the chosen units as far as the model (all of its seeds) was asked about them."""
     found = []
+    asked = chosen & np.all([_asked(answer, measure) for answer in answers], axis=0)
     for score in SCORES[units.kind]:
-        made = _statistic(units, answer, measure, chosen, score)
-        if made is None:
+        made = [_statistic(units, answer, measure, asked, score) for answer in answers]
+        if made[0] is None:
             continue
-        statistic, cases, num_units, smallest = made
-        if cases > 1:
-            guess = estimate(statistic, cases, draws=draws, seed=seed)
-            value, low, high = guess.value, guess.low, guess.high
-        else:
-            value, low, high = float(statistic(np.ones((1, cases)))[0]), None, None
+        _, cases, num_units, smallest = made[0]
+        statistics = [one[0] for one in made if one is not None]
+        value, (low, high), by_seed = _estimated(statistics, cases, _LEAST.get(score, 0.0), draws, seed)
         if not np.isfinite(value):
             continue
-        low, high = (None if end is None or not np.isfinite(end) else end for end in (low, high))
-        told = seen or ("unknown" if (answer.seen[chosen] == SEEN.index("unknown")).any() else "no")
-        found.append(Row(measure, score, model, value, low, high, cases, num_units, told, smallest))
+        unknown = any((answer.seen[chosen] == SEEN.index("unknown")).any() for answer in answers)
+        told = seen or ("unknown" if unknown else "no")
+        found.append(Row(measure, score, model, value, low, high, cases, num_units, told, smallest, seeds, by_seed))
     return found
+
+
+def _estimated(
+    statistics: Sequence[Statistic], cases: int, least: float, draws: int, seed: int
+) -> tuple[float, tuple[float | None, float | None], tuple[float, ...]]:
+    """A score, the ends of its interval within what the score can be, and the score of each of several seeds."""
+    if cases < 2:
+        by_seed = tuple(float(statistic(np.ones((1, cases)))[0]) for statistic in statistics)
+        return float(np.mean(by_seed)), (None, None), by_seed if len(by_seed) > 1 else ()
+    guess, by_seed = estimate_over_seeds(statistics, cases, draws=draws, seed=seed)
+    ends = (guess.low, guess.high)
+    if len(by_seed) > 1:  # two or three seeds allow for more than there can be
+        ends = (max(guess.low, least), min(guess.high, 1.0))
+    low, high = (float(end) if np.isfinite(end) else None for end in ends)
+    return guess.value, (low, high), by_seed if len(by_seed) > 1 else ()
 
 
 def _asked(answer: Answers, measure: str) -> np.ndarray:
@@ -222,8 +269,8 @@ def _asked(answer: Answers, measure: str) -> np.ndarray:
 
 def _statistic(
     units: Units, answer: Answers, measure: str, chosen: np.ndarray, score: str | None = None
-) -> tuple[Statistic, int, int, int] | None:
-    """The score as a function of cases' weights, number of cases and units, and cases of the smallest class."""
+) -> _Asked | None:
+    """The score on the chosen units; None where none is left."""
     if measure in answer.confusions:
         confusions, groups = answer.confusions[measure][chosen], units.groups[chosen]
         names, numbers = np.unique(groups, return_inverse=True)
@@ -242,19 +289,35 @@ def _statistic(
 
 def _differences(
     measure: str,
-    statistics: Mapping[str, tuple[Statistic, int, int, int] | None],
+    statistics: Mapping[str, _Asked | None],
     references: Mapping[str, Sequence[str]],
+    trained: Collection[str],
+    repeated: Sequence[Family],
     draws: int,
     seed: int,
 ) -> dict[tuple[str, str, str], Comparison]:
+    """Of each model from its references, then of each run of several seeds from its own."""
+    wanted = [
+        (model, reference, ((model, reference),)) for model in statistics for reference in references.get(model, ())
+    ]
+    for family in repeated:
+        for name, each in family_references(family, references, repeated).items():
+            wanted.append((family.name, name, tuple(zip(family.members, each, strict=True))))
     found = {}
-    for model, mine in statistics.items():
-        for reference in references.get(model, ()):
-            theirs = statistics.get(reference)
-            if mine is None or theirs is None or mine[1] < 2:
-                continue
-            assert mine[1:3] == theirs[1:3]  # of the units that all were asked about
-            found[measure, model, reference] = compare(
-                mine[0], theirs[0], mine[1], min(mine[3], theirs[3]), draws=draws, seed=seed
-            )
+    for model, reference, pairs in wanted:
+        sides = [(statistics.get(mine), statistics.get(theirs)) for mine, theirs in pairs]
+        known = [(mine, theirs) for mine, theirs in sides if mine is not None and theirs is not None]
+        if len(known) < len(sides) or known[0][0][1] < 2:
+            continue
+        assert len({side[1:3] for pair in known for side in pair}) == 1  # of the units that all were asked about
+        one = compare_over_seeds(
+            [mine[0] for mine, _ in known],
+            [theirs[0] for _, theirs in known],
+            known[0][0][1],
+            min(side[3] for pair in known for side in pair),
+            draws=draws,
+            seed=seed,
+        )
+        is_run = pairs[0][0] in trained
+        found[measure, model, reference] = one if is_run else replace(one, by_seed=())
     return found

@@ -24,6 +24,7 @@ _NAMES = {
     "linear": "linear probe", "attention_mil": "attention MIL",
     "ridge": "ridge regression", "cox": "Cox regression", "dense": "dense linear probe",
 }  # fmt: skip
+_SEEDS_TOLD = "; where a run has several seeds (small circles), for another seed too"
 _SCORE_NAMES = {"mean_iou": "mean IoU", **{name: measure.name for name, measure in MEASURES.items()}}
 
 
@@ -59,6 +60,8 @@ def _drawn(found: TaskComparison, margin: float) -> Figure:
     rows = [row for row in found.rows if row.score == score and row.seen != "yes"] or [
         row for row in found.rows if row.score == score
     ]
+    # a seed of several is a mark on the line of its run
+    rows = [row for row in rows if not any(row.model in members for members in found.families.values())]
     measures = list(dict.fromkeys(row.measure for row in rows))
     models = list(dict.fromkeys(row.model for row in rows))
     across = min(_COLUMNS, max(1, len(measures)))
@@ -80,7 +83,7 @@ def _drawn(found: TaskComparison, margin: float) -> Figure:
     transductive = " (transductive: training saw these cases)" if first.seen == "yes" else ""
     figure.suptitle(
         f"{found.task}: {_SCORE_NAMES[score]} on {first.cases} test cases ({first.units} units){transductive}\n"
-        "95 % intervals by bootstrap over cases",
+        f"95 % intervals by bootstrap over cases{_SEEDS_TOLD if found.families else ''}",
         fontsize=9.5,
     )
     return figure
@@ -99,11 +102,14 @@ def _panel(axes: Axes, models: Sequence[str], rows: dict[str, Row], margin: floa
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
         axes.plot([row.value], [place], marker="o", markersize=5, color=color)
+        for value in row.by_seed:
+            axes.plot([value], [place], marker="o", markersize=3, color=color, markerfacecolor="white", linewidth=0)
         axes.annotate(
             f"{row.value:.3f}", (row.value, place), (0, 4), textcoords="offset points", ha="center", fontsize=7
         )
     axes.set_ylim(len(models) - 0.4, -0.7)
-    axes.set_yticks(range(len(models)), models if names else [""] * len(models))
+    told = [f"{model} (1 seed)" if model in rows and rows[model].seeds == 1 else model for model in models]
+    axes.set_yticks(range(len(models)), told if names else [""] * len(models))
     axes.tick_params(axis="y", length=0)
     axes.set_title(title, fontsize=9, loc="left")
     axes.grid(axis="x", color="#e6e9ec", linewidth=0.6)

@@ -30,7 +30,9 @@ __all__ = [
     "compare",
     "estimate",
     "holm",
+    "interval_of",
     "judge_family",
+    "spread_factor",
     "verdict",
 ]
 
@@ -66,16 +68,24 @@ class Comparison:
         resampled: (B,) the same on each resample, NaN where it was not defined.
         num_cases: G.
         smallest_class: Cases in the class that the fewest have.
+        by_seed: The difference with each training seed of a run (seeds.py), of which `difference` is the mean; empty of
+            what is no run.
     """
 
     difference: float
     resampled: np.ndarray
     num_cases: int
     smallest_class: int
+    by_seed: tuple[float, ...] = ()
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Ends of the interval of that level."""
-        return _interval(self.resampled, level, self.num_cases)
+        return interval_of(self.resampled, level, self.num_cases)
+
+    @property
+    def seeds_agree(self) -> bool:
+        """Whether the difference has the same sign with all training seeds."""
+        return len(set(np.sign(self.by_seed))) < 2
 
     @property
     def p_value(self) -> float:
@@ -84,7 +94,7 @@ class Comparison:
         tail = (min(np.sum(values <= 0), np.sum(values >= 0)) + 1) / (len(values) + 1)
         if tail >= 0.5:
             return 1.0
-        t = -stats.norm.ppf(tail) / _spread_factor(self.num_cases)
+        t = -stats.norm.ppf(tail) / spread_factor(self.num_cases)
         return float(2 * stats.t.sf(t, self.num_cases - 1))
 
 
@@ -143,7 +153,7 @@ def estimate(
         level: Share of intervals that shall hold the true score.
     """
     resampled = statistic(case_weights(num_cases, draws, seed))
-    low, high = _interval(resampled, level, num_cases)
+    low, high = interval_of(resampled, level, num_cases)
     value = float(statistic(np.ones((1, num_cases)))[0])
     return Estimate(value, low, high, int(np.isfinite(resampled).sum()))
 
@@ -197,7 +207,8 @@ def verdict(
 
     In this order: fewer than `min_cases` in a class: "too few to judge". The interval inside ± margin: "no clear
     difference", also where it leaves out 0, for such a difference is too small to matter. All of it above or below 0:
-    "better" or "worse". Else "inconclusive": there may be a difference, or none.
+    "better" or "worse", unless the training seeds of a run disagree in sign. Else "inconclusive": there may be a
+    difference, or none.
 
     Args:
         comparison: New minus old.
@@ -270,17 +281,19 @@ def _levels(p_values: Sequence[float], level: float) -> list[float]:
     return levels
 
 
-def _spread_factor(num_cases: int) -> float:
+def spread_factor(num_cases: int) -> float:
+    """By how much resampling so many cases understates the spread."""
     return math.sqrt(num_cases / (num_cases - 1))
 
 
-def _interval(resampled: np.ndarray, level: float, num_cases: int) -> tuple[float, float]:
+def interval_of(resampled: np.ndarray, level: float, num_cases: int) -> tuple[float, float]:
+    """Ends of the interval of that level of a score, from its resamples (see `estimate`)."""
     assert num_cases > 1, "one case alone has no interval"
     values = resampled[np.isfinite(resampled)]
     if not len(values):
         return math.nan, math.nan
     t = stats.t.isf((1 - level) / 2, num_cases - 1)
-    tail = stats.norm.sf(_spread_factor(num_cases) * t)
+    tail = stats.norm.sf(spread_factor(num_cases) * t)
     # the order statistic that leaves out 0 exactly where `p_value` is at most 1 - level
     last_left_out = max(0, math.floor((len(values) + 1) * tail + 1e-9) - 1)
     ordered = np.sort(values)
@@ -294,7 +307,7 @@ def _decision(
         return "too few to judge"
     if -margin <= low and high <= margin:
         return "no clear difference"
-    if believed and (low > 0 or high < 0):
+    if believed and comparison.seeds_agree and (low > 0 or high < 0):
         return "better" if low > 0 else "worse"
     return "inconclusive"
 
@@ -303,14 +316,29 @@ def _sentence(
     decision: Decision, comparison: Comparison, low: float, high: float, margin: float, level: float, min_cases: int
 ) -> str:
     ends = f"[{low:+.3f}, {high:+.3f}]"
-    about = f"{100 * level:.4g} % interval, {comparison.num_cases} cases"
+    about = f"{100 * level:.4g} % interval, {comparison.num_cases} cases{_seeds_told(comparison)}"
     if decision == "too few to judge":
         return f"too few to judge: {comparison.smallest_class} cases in the smallest class, {min_cases} are needed"
     if decision == "no clear difference":
         return f"no clear difference: {comparison.difference:+.3f} {ends} lies within ±{margin:g} ({about})"
+    if decision == "inconclusive" and (low > 0 or high < 0) and not comparison.seeds_agree:
+        return f"inconclusive: {comparison.difference:+.3f} {ends}, but training seeds disagree ({about})"
     if decision == "inconclusive":
+        more = "more cases or more training seeds" if len(comparison.by_seed) > 1 else "more cases"
         return (
             f"inconclusive: {comparison.difference:+.3f} {ends} is neither clear of 0 nor within ±{margin:g} "
-            f"({about}); more cases would tell"
+            f"({about}); {more} would tell"
         )
     return f"{decision} by {abs(comparison.difference):.3f} {ends} ({about})"
+
+
+def _seeds_told(comparison: Comparison) -> str:
+    """How many training seeds there are and what each of them gave."""
+    found = comparison.by_seed
+    if len(found) < 2:
+        return ", 1 seed" if found else ""
+    better, worse = sum(each > 0 for each in found), sum(each < 0 for each in found)
+    told = [f"{number} {word}" for number, word in ((better, "better"), (worse, "worse")) if number]
+    if len(found) in (better, worse):
+        told = [f"all {'better' if better else 'worse'}"]
+    return f"; {len(found)} seeds, {', '.join(told) or 'all the same'}: {', '.join(f'{each:+.3f}' for each in found)}"

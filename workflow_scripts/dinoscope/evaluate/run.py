@@ -11,6 +11,7 @@ from dinoscope.evaluate.labels import read_labels
 from dinoscope.evaluate.tile_sets import ImageSet, list_masks, list_tiles
 from dinoscope.evaluate.units import read_units, units_of_images, units_of_label, units_of_slides, write_units
 from dinoscope.evaluate.verdicts import judge, primary_of, write_summary
+from dinoscope.names import nearest
 from dinoscope.slides.table import SlideRecord, check_labels, read_slide_table, split_cases
 
 __all__ = ["compare", "images_of", "make_units", "summarise"]
@@ -51,7 +52,11 @@ def compare(arguments: argparse.Namespace) -> None:
         references.setdefault(model, []).append(reference)
     from dinoscope.evaluate.figures import draw_task  # matplotlib takes its time
 
-    found = compare_models(units, answers, references, draws=arguments.bootstraps, seed=arguments.seed)
+    unknown = [model for members in arguments.seeds_of for model in members if model not in answers]
+    if unknown:
+        raise ConfigError(f"--seeds-of names {unknown[0]}, which is none of the models{nearest(unknown[0], answers)}")
+    how = {"draws": arguments.bootstraps, "seed": arguments.seed}
+    found = compare_models(units, answers, references, runs=arguments.seeds_of, **how)
     draw_task(found, arguments.figure, margin=arguments.margin)
     write_comparison(arguments.output, found)
 

@@ -1,7 +1,8 @@
 """What may be said of each model, over all tasks: summary.tsv, a JSON a measure, and sentences for the report.
 
 One measure was chosen beforehand (evaluation.primary) and is judged by itself; all others of a model against the same
-reference are one family, corrected together by Holm's procedure.
+reference are one family, corrected together by Holm's procedure. A run that was made with several training seeds is
+judged as a whole (seeds.py): none of its seeds gets a verdict of its own, among which one could choose.
 """
 
 import csv
@@ -13,22 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from dinoscope.errors import ConfigError
-from dinoscope.evaluate.comparing import SCORES, TaskComparison
-from dinoscope.evaluate.intervals import Verdict, judge_family
+from dinoscope.evaluate.comparing import SCORES, Row, TaskComparison
+from dinoscope.evaluate.intervals import LEVEL, Verdict, judge_family
 from dinoscope.files import atomic_folder, write_json, write_text
 from dinoscope.names import nearest
 
 __all__ = ["COLUMNS", "Judgement", "judge", "primary_of", "summary_rows", "write_summary"]
 
 COLUMNS = (
-    "task", "measure", "score", "model", "value", "low", "high", "cases", "units", "seen", "primary", "reference",
-    "difference", "difference_low", "difference_high", "level", "p_value", "verdict",
+    "task", "measure", "score", "model", "seeds", "value", "low", "high", "cases", "units", "seen", "primary",
+    "reference", "difference", "difference_low", "difference_high", "level", "p_value", "verdict", "by_seed",
+    "difference_by_seed",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and what it is about."""
+    """A verdict and what it is about.
+
+    Attributes:
+        by_seed: The difference with each training seed of a run; empty of what is no run.
+    """
 
     task: str
     measure: str
@@ -36,6 +42,7 @@ class Judgement:
     reference: str
     is_primary: bool
     verdict: Verdict
+    by_seed: tuple[float, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -72,8 +79,11 @@ def judge(tasks: Sequence[TaskComparison], margin: float, primary: str | None) -
         primary: TASK/MEASURE.
     """
     pairs = dict.fromkeys((model, reference) for task in tasks for _, model, reference in task.differences)
+    of_families = _judged_as_a_whole(tasks)
     judgements = []
     for model, reference in pairs:
+        if (model, reference) in of_families:
+            continue
         found = {
             f"{task.task}/{measure}": comparison
             for task in tasks
@@ -83,8 +93,20 @@ def judge(tasks: Sequence[TaskComparison], margin: float, primary: str | None) -
         verdicts = judge_family(found, dict.fromkeys(found, margin), primary=primary)
         for name, verdict in verdicts.items():
             task, _, measure = name.rpartition("/")
-            judgements.append(Judgement(task, measure, model, reference, name == primary, verdict))
+            by_seed = found[name].by_seed
+            judgements.append(Judgement(task, measure, model, reference, name == primary, verdict, by_seed))
     return judgements
+
+
+def _judged_as_a_whole(tasks: Sequence[TaskComparison]) -> set[tuple[str, str]]:
+    """Seeds of a run with their references, where the run as a whole is held against these."""
+    found = set()
+    for task in tasks:
+        for _, model, reference in task.differences:
+            if (members := task.families.get(model)) is not None:
+                others = task.families.get(reference, [reference] * len(members))
+                found |= set(zip(members, others, strict=True))
+    return found
 
 
 def summary_rows(tasks: Sequence[TaskComparison], judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
@@ -96,10 +118,11 @@ def summary_rows(tasks: Sequence[TaskComparison], judgements: Sequence[Judgement
     for task in tasks:
         for row in task.rows:
             number = {"task": task.task, **{key: value for key, value in asdict(row).items() if key in COLUMNS}}
-            judged = by_place.get((task.task, row.measure, row.model), [])
+            judged = [_told(one) for one in by_place.get((task.task, row.measure, row.model), [])]
+            judged += _told_of_seeds(task, row, judgements)
             if row.seen == "yes" or row.score != SCORES[task.kind][0]:
                 judged = []
-            rows += [number | _told(one) for one in judged] or [number]
+            rows += [number | told for told in judged] or [number]
         kind = "robustness" if task.rows else "descriptive"
         for model, numbers in task.numbers.items():
             rows += [
@@ -164,7 +187,8 @@ def _measure_document(task: TaskComparison, measure: str, judgements: Sequence[J
 def _document(one: Judgement) -> dict[str, Any]:
     about = {"task": one.task, "measure": one.measure, "model": one.model, "reference": one.reference}
     numbers = {key: _finite(value) for key, value in asdict(one.verdict).items()}
-    return {**about, "is_primary": one.is_primary, **numbers, "sentence": one.sentence}
+    seeds = {"seeds": len(one.by_seed) or None, "by_seed": list(one.by_seed)}
+    return {**about, "is_primary": one.is_primary, **seeds, **numbers, "sentence": one.sentence}
 
 
 def _told(one: Judgement) -> dict[str, Any]:
@@ -178,7 +202,20 @@ def _told(one: Judgement) -> dict[str, Any]:
         "level": said.level,
         "p_value": said.p_value,
         "verdict": said.decision,
+        "difference_by_seed": " ".join(f"{each:+.6g}" for each in one.by_seed if len(one.by_seed) > 1),
     }
+
+
+def _told_of_seeds(task: TaskComparison, row: Row, judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """Differences that have no verdict of their own: those of one of several training seeds."""
+    judged = {(one.model, one.reference) for one in judgements}
+    told = []
+    for (measure, model, reference), found in task.differences.items():
+        if (measure, model) == (row.measure, row.model) and (model, reference) not in judged:
+            low, high = map(_finite, found.interval())
+            ends = {"difference_low": low, "difference_high": high, "level": LEVEL}
+            told.append({"reference": reference, "difference": found.difference, **ends})
+    return told
 
 
 def _finite(value: Any) -> Any:
@@ -188,4 +225,6 @@ def _finite(value: Any) -> Any:
 def _shown(value: Any) -> Any:
     if value is None:
         return ""
+    if isinstance(value, tuple):
+        return " ".join(f"{each:.6g}" for each in value)
     return f"{value:.6g}" if isinstance(value, float) else value

@@ -203,7 +203,7 @@ def _order_of(images: TrainingImages, inputs: RunInputs, world: World) -> Sample
     return sample_order(
         images,
         inputs.config.sampling,
-        seed=_stream_seed(inputs.config.train.seed, inputs.run_dir.name),
+        seed=_stream_seed(inputs.config, inputs.run_dir),
         batch_size=batch // world.size,
         global_batch=batch,
     )
@@ -242,7 +242,7 @@ class Trainer:
     ) -> None:
         self.config, self.run_dir, self.world, self.images = inputs.config, inputs.run_dir, world, prepared.images
         self.origin, self.distilled = prepared.origin, prepared.distilled
-        self.stream_seed = _stream_seed(self.config.train.seed, self.run_dir.name)
+        self.stream_seed = _stream_seed(self.config, self.run_dir)
         self.global_batch = global_batch(self.config, world.size)
         self.schedules = build_schedules(self.config, self.global_batch)
         self.settings = settings_from_config(self.config.student)
@@ -656,6 +656,10 @@ def _schedule_line(values: ScheduleValues) -> dict[str, float]:
     return line
 
 
-def _stream_seed(seed: int, run: str) -> int:
-    """Seed of a run's samples, crops, masks and draws: a run that continues another sees other ones."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{run}".encode()).digest()[:7], "big")
+def _stream_seed(config: "RunConfig", run_dir: Path) -> int:
+    """Seed of a run's samples, crops, masks and draws: a run that continues another sees other ones.
+
+    A control (`train.stream`) sees those of the run that it is compared with.
+    """
+    drawn = f"{config.train.seed}/{config.train.stream or run_dir.name}"
+    return int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7], "big")

@@ -87,7 +87,8 @@ def _task(task: Mapping[str, Any], judged: Sequence[_Judged]) -> TaskFacts:
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    return f"{row['model']} (transductive)" if row["seen"] == "yes" else row["model"]
+    of_one = " (1 seed)" if row["seeds"] == 1 else ""
+    return f"{row['model']}{of_one}{' (transductive)' if row['seen'] == 'yes' else ''}"
 
 
 def _cell(rows: Sequence[Mapping[str, Any]], measure: str, model: str, seen: str, score: str) -> str:
