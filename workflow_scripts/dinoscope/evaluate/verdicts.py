@@ -1,7 +1,8 @@
 """What may be said of each model, over all tasks: summary.tsv, a JSON a measure, and sentences for the report.
 
 One measure was chosen beforehand (evaluation.primary) and is judged by itself; all others of a model against the same
-reference are one family, corrected together by Holm's procedure.
+reference are one family, corrected together by Holm's procedure. Measures of robustness are families of their own
+(robust_verdicts.py).
 """
 
 import csv
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoscope.errors import ConfigError
-from dinoscope.evaluate.comparing import SCORES, TaskComparison
+from dinoscope.evaluate.comparing import TaskComparison, scores_of
 from dinoscope.evaluate.intervals import Verdict, judge_family
+from dinoscope.evaluate.robust_measures import has_direction, is_robustness
+from dinoscope.evaluate.robust_verdicts import BESIDE, beside, judge_robustness
 from dinoscope.files import atomic_folder, write_json, write_text
 from dinoscope.names import nearest
 
@@ -22,7 +25,7 @@ __all__ = ["COLUMNS", "Judgement", "judge", "primary_of", "summary_rows", "write
 
 COLUMNS = (
     "task", "measure", "score", "model", "value", "low", "high", "cases", "units", "seen", "primary", "reference",
-    "difference", "difference_low", "difference_high", "level", "p_value", "verdict",
+    "difference", "difference_low", "difference_high", "level", "p_value", "verdict", *BESIDE,
 )  # fmt: skip
 
 
@@ -50,7 +53,12 @@ def primary_of(tasks: Sequence[TaskComparison], wanted: str | None) -> str | Non
     Raises:
         ConfigError: There is no such measure.
     """
-    names = [f"{task.task}/{measure}" for task in tasks for measure, _, _ in task.differences]
+    names = [
+        f"{task.task}/{measure}"
+        for task in tasks
+        for measure, _, _ in task.differences
+        if has_direction(measure) or not is_robustness(measure)
+    ]
     if wanted is None:
         linear = [name for name in names if name.rpartition("/")[2] == "linear"]
         return next(iter([*linear, *names]), None)
@@ -78,9 +86,13 @@ def judge(tasks: Sequence[TaskComparison], margin: float, primary: str | None) -
             f"{task.task}/{measure}": comparison
             for task in tasks
             for (measure, of, against), comparison in task.differences.items()
-            if (of, against) == (model, reference)
+            if (of, against) == (model, reference) and not is_robustness(measure)
         }
         verdicts = judge_family(found, dict.fromkeys(found, margin), primary=primary)
+        for one in tasks:
+            chosen = (primary or "").removeprefix(f"{one.task}/")
+            robust = judge_robustness(one, model, reference, margin, chosen)
+            verdicts |= {f"{one.task}/{measure}": found for measure, found in robust.items()}
         for name, verdict in verdicts.items():
             task, _, measure = name.rpartition("/")
             judgements.append(Judgement(task, measure, model, reference, name == primary, verdict))
@@ -96,16 +108,18 @@ def summary_rows(tasks: Sequence[TaskComparison], judgements: Sequence[Judgement
     for task in tasks:
         for row in task.rows:
             number = {"task": task.task, **{key: value for key, value in asdict(row).items() if key in COLUMNS}}
+            number |= beside(task, row)
             judged = by_place.get((task.task, row.measure, row.model), [])
-            if row.seen == "yes" or row.score != SCORES[task.kind][0]:
+            if row.seen == "yes" or row.score != scores_of(task.kind, row.measure)[0]:
                 judged = []
             rows += [number | _told(one) for one in judged] or [number]
         kind = "robustness" if task.rows else "descriptive"
+        told = {row.measure for row in task.rows}  # with an interval, above
         for model, numbers in task.numbers.items():
             rows += [
                 {"task": task.task, "measure": kind, "score": name, "model": model, "value": value}
                 for name, value in numbers.items()
-                if isinstance(value, int | float) and math.isfinite(value)
+                if isinstance(value, int | float) and math.isfinite(value) and name not in told
             ]
     return rows
 
