@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.evaluate.comparing import SCORES, Row, TaskComparison
+from dinoscope.evaluate.robust_measures import SITE, change_of, has_direction
 from dinoscope.evaluate.scores import MEASURES
 from dinoscope.files import atomic_path
 from dinoscope.visualize.curves import RUN_COLORS
@@ -23,6 +24,7 @@ _DPI = 150
 _NAMES = {
     "linear": "linear probe", "attention_mil": "attention MIL",
     "ridge": "ridge regression", "cox": "Cox regression", "dense": "dense linear probe",
+    SITE: "site within a class (dots: chance)",
 }  # fmt: skip
 _SCORE_NAMES = {"mean_iou": "mean IoU", **{name: measure.name for name, measure in MEASURES.items()}}
 
@@ -56,9 +58,9 @@ def measure_name(measure: str) -> str:
 
 def _drawn(found: TaskComparison, margin: float) -> Figure:
     score = SCORES[found.kind][0]
-    rows = [row for row in found.rows if row.score == score and row.seen != "yes"] or [
-        row for row in found.rows if row.score == score
-    ]
+    drawn = [row for row in found.rows if row.score == score or row.measure == SITE]
+    drawn = [row for row in drawn if change_of(row.measure) is None or has_direction(row.measure)]
+    rows = [row for row in drawn if row.seen != "yes"] or drawn
     measures = list(dict.fromkeys(row.measure for row in rows))
     models = list(dict.fromkeys(row.model for row in rows))
     across = min(_COLUMNS, max(1, len(measures)))
@@ -76,6 +78,9 @@ def _drawn(found: TaskComparison, margin: float) -> Figure:
         place.tick_params(labelbottom=index + across >= len(measures))
         of_measure = {row.model: row for row in rows if row.measure == measures[index]}
         _panel(place, models, of_measure, margin, measure_name(measures[index]), names=index % across == 0)
+        chances = {numbers["site_chance"] for numbers in found.numbers.values() if "site_chance" in numbers}
+        if measures[index] == SITE and len(chances) == 1:
+            place.axvline(*chances, color=_GREY, linewidth=1, linestyle=":")
     first = rows[0]
     transductive = " (transductive: training saw these cases)" if first.seen == "yes" else ""
     figure.suptitle(
