@@ -141,7 +141,7 @@ def test_a_model_that_stands_is_better_than_one_that_falls() -> None:
 
 
 def test_robustness_is_a_family_of_its_own() -> None:
-    """That it was asked changes no other verdict, and none of its own measures is corrected for the others."""
+    """That it was asked changes no other verdict."""
     rng, units = np.random.default_rng(2), tiles()
     answers = {name: answer_of(kind, rng) for name, kind in (("base", "falls"), ("model", "stands"))}
     without = {
@@ -153,7 +153,8 @@ def test_robustness_is_a_family_of_its_own() -> None:
     with_it = {one.measure: one.verdict for one in judge([both], 0.02, "tiles-x/linear")}
     for one in judge([alone], 0.02, "tiles-x/linear"):
         assert one.verdict == with_it[one.measure]
-    assert with_it["linear~stain"].level == with_it["linear_change~stain"].level == pytest.approx(0.975)
+    levels = sorted(with_it[measure].level for measure in ("linear~stain", "linear_change~stain"))
+    assert levels == pytest.approx([0.95, 0.975])  # Holm's two steps, not those of a family of nine
     # what is chosen beforehand is judged by itself, be it one of these
     chosen = {one.measure: one.verdict for one in judge([both], 0.02, "tiles-x/linear~stain")}
     assert chosen["linear~stain"].level == chosen["linear_change~stain"].level == pytest.approx(0.95)

@@ -22,6 +22,7 @@ from dinoscope.evaluate.shifts import shifted
 from dinoscope.evaluate.units import Unit, Units, write_units
 from dinoscope.features.read_ahead import load_tiles
 from dinoscope.slides.grid import TileSet
+from dinoscope.slides.manifest import read_metadata, read_tiles, write_tiles
 from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import Slide
 from dinoscope.slides.skipped_tiles import write_skipped
@@ -42,6 +43,9 @@ def folder(tmp_path_factory):
     for index, name in enumerate(names):
         write_slide(folder / f"{name}.tiff", seed=index, side=SIDE)
     write_manifest(folder / "all.parquet", names, SIDE, TILE)
+    for name in names:
+        path = folder / f"{name}.parquet"
+        write_tiles(path, read_tiles(path), read_metadata(path) | {"mpp_x": 0.5, "mpp_y": 0.5})
     return folder
 
 
@@ -136,7 +140,7 @@ def test_a_case_is_the_mean_of_its_sampled_tiles_of_all_slides():
     np.testing.assert_allclose(sums[:, 0].sum() / sums[:, 1].sum(), kept.retained.mean())
     assert found.numbers["chance~stain"] == pytest.approx(kept.chance)
     assert found.notes[0] == "a note" and found.notes[1].startswith(
-        "changed copies (~stain, ~blur, …) are of 74 sampled"
+        "changed copies (~stain, ~blur, …) are of 75 sampled"
     )
     assert found.notes[2] == "not asked about changed copies, since no tile could be sampled: C7"
 

@@ -14,7 +14,7 @@ from dinoscope.slides.tiff_writer import encode_tiles, write_pyramid
 from snakemake_runs import plan, snakemake
 
 RECIPE = "student: {arch: vit_nano}\ncrops: {global_crops_size: 64, local_crops_size: 32}\n"
-NUM, TILES = 8, 4
+NUM, TILES = 6, 4
 CONFIG = {
     "slides": {"source": "slides.tsv", "on_error": "skip"},
     "labels": "labels.tsv",
