@@ -18,7 +18,7 @@ from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.file_lists import file_arguments
 from dinoscope.files import write_json
 from dinoscope.plan import make_plan, one_sentence
-from dinoscope.plan_evaluation import EvaluationJobs
+from dinoscope.plan_evaluation import SHIFTS, EvaluationJobs
 from dinoscope.plan_features import EXPORT_FILES, FeatureJobs
 from dinoscope.plan_pictures import PictureJobs
 from dinoscope.plan_pilot import PilotJobs

@@ -73,6 +73,51 @@ rule embed_images:
         " {params.images:q} {params.shifts:q} --output {output.features:q} > {log:q} 2>&1"
 
 
+# What changed copies of slides are made of, where robustness is asked: some tiles of each test slide.
+rule sample_tiles:
+    input:
+        slide=slide_path,
+        members=slide_members,
+        tiles="<results>/tiles/{set}/{slide}.parquet",
+    output:
+        sample="<results>/evaluation/sampled/{set}/{slide}.npz",
+    log:
+        "<logs>/sample_tiles/{set}/{slide}.log",
+    group:
+        "samples"
+    conda:
+        "../envs/pictures.yaml"
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(5, per_gb=1),
+    params:
+        script=SCRIPTS / "evaluate.py",
+        slide=slide_argument,
+        reader=own_reader,
+        on_error=not_a_trigger(PLAN.config["slides"]["on_error"]),
+        sampled=EVALUATION.sample_arguments(),
+    shell:
+        "python {params.script:q} sample --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.reader:q}"
+        " --on-error {params.on_error:q} --tiles {input.tiles:q} {params.sampled:q}"
+        " --output {output.sample:q} > {log:q} 2>&1"
+
+
+use rule embed_images as embed_samples with:
+    input:
+        samples=model_samples,
+        encoder=encoder_files,
+    output:
+        features="<results>/evaluation/sampled/{model}.npz",
+    log:
+        "<logs>/embed_samples/{model}.log",
+    params:
+        script=SCRIPTS / "evaluate.py",
+        encoder=encoder_arguments,
+        pooling=evaluated_pooling,
+        images=input_samples,
+        shifts=["--shifts", *SHIFTS],
+
+
 rule probe_set:
     input:
         files=probe_inputs,
@@ -98,6 +143,7 @@ rule measure_model:
     input:
         units=rules.evaluation_units.output.units,
         features=task_features,
+        sampled=task_sampled,
     output:
         answers="<results>/evaluation/{task}/answers/{model}.npz",
     log:
@@ -113,13 +159,14 @@ rule measure_model:
     params:
         script=SCRIPTS / "evaluate.py",
         features=input_files("features"),
+        sampled=sampled_argument,
         slides=Path(PLAN.config["slides"]["source"]),
         history=model_history,
         images=task_images,
         how=EVALUATION.measure_arguments(),
     shell:
         "python {params.script:q} measure --units {input.units:q} --features {params.features:q}"
-        " --model-name {wildcards.model:q} --slides {params.slides:q} {params.history:q} {params.images:q}"
+        " {params.sampled:q} --model-name {wildcards.model:q} --slides {params.slides:q} {params.history:q} {params.images:q}"
         " {params.how:q} --output {output.answers:q} > {log:q} 2>&1"
 
 

@@ -28,6 +28,28 @@ def task_features(wildcards):
     return evaluation_of(wildcards.model).features(wildcards.task, wildcards.model)
 
 
+def model_samples(wildcards):
+    """Samples of tiles that changed copies are made of, for a model."""
+    return evaluation_of(wildcards.model).samples(wildcards.model)
+
+
+def input_samples(wildcards, input, resources):
+    """Arguments that name them; no trigger, since the files are one."""
+    return ["--sampled", *input_files("samples")(wildcards, input, resources)]
+
+
+def task_sampled(wildcards):
+    """What the model gives of them and of their changed copies, where the task asks."""
+    return evaluation_of(wildcards.model).sampled_features(
+        wildcards.task, wildcards.model
+    )
+
+
+def sampled_argument(wildcards, input):
+    """The same for the command line."""
+    return ["--sampled", *input.sampled] if input.sampled else []
+
+
 def task_models(wildcards):
     """Models that answer the task."""
     return EVALUATION.models(wildcards.task)

@@ -172,6 +172,20 @@ class EvaluationJobs:
         """Arguments of evaluate.py embed for changed copies of tiles, where robustness is asked."""
         return ["--shifts", *SHIFTS] if self._settings["robustness"] and task.startswith(TILES) else []
 
+    def samples(self, model: str) -> list[str]:
+        """Samples of the test slides' tiles, of the model's tile set, that changed copies are made of."""
+        tile_set = self._features.tile_set(model)
+        return [f"<results>/evaluation/sampled/{tile_set}/{slide}.npz" for slide in self.slides(LABEL)]
+
+    def sampled_features(self, task: str, model: str) -> list[str]:
+        """The file with a model's features of them and of their changed copies, where robustness is asked of slides."""
+        is_asked = self._settings["robustness"] and task.startswith(LABEL)
+        return [f"<results>/evaluation/sampled/{model}.npz"] if is_asked else []
+
+    def sample_arguments(self) -> list[str]:
+        """Arguments of evaluate.py that say which tiles of a slide are sampled."""
+        return ["--count", str(self._settings["robustness_tiles"]), "--seed", str(self._settings["seed"])]
+
     def pooling(self, model: str) -> str:
         """What is taken of an image with a model."""
         return "cls" if model in BASELINES and model != "random" else self._features.pooling(model)

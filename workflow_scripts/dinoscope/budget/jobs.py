@@ -71,9 +71,12 @@ def _evaluation_jobs(plan: Plan) -> Counter[str]:
     if not (plan.config["evaluation"]["enabled"] and evaluation.tasks):
         return probed
     asked = [(task, model) for task in evaluation.tasks for model in evaluation.models(task)]
+    sampled = {model for task, model in asked if evaluation.sampled_features(task, model)}
     return probed + Counter(
         evaluation_units=len(evaluation.tasks),
         embed_images=sum(task in evaluation.image_tasks for task, _ in asked),
+        sample_tiles=len({file for model in sampled for file in evaluation.samples(model)}),
+        embed_samples=len(sampled),
         extract_features=len(
             {
                 file

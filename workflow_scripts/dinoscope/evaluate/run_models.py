@@ -3,6 +3,7 @@
 import argparse
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ from omegaconf import OmegaConf
 from dinoscope.evaluate.answers import Answers, write_answers
 from dinoscope.evaluate.cohort import SEEN
 from dinoscope.evaluate.describing import describe_slides
-from dinoscope.evaluate.embedding import embed_masked, embed_tiles, read_image_features, write_features
+from dinoscope.evaluate.embedding import (
+    embed_masked,
+    embed_tiles,
+    read_image_features,
+    read_sampled_features,
+    write_features,
+)
 from dinoscope.evaluate.inputs import groups_seen, read_history, slide_features
 from dinoscope.evaluate.labels import read_labels
 from dinoscope.evaluate.masked import answer_masks
 from dinoscope.evaluate.measuring import Settings, answer_classes, answer_values
 from dinoscope.evaluate.probe_sets import probe_of_images, probe_of_slides
 from dinoscope.evaluate.run import images_of
+from dinoscope.evaluate.sampled_answers import add_sampled
+from dinoscope.evaluate.samples import SampledTiles
+from dinoscope.evaluate.sampling import sample_slide
 from dinoscope.evaluate.tile_sets import ImageSet
 from dinoscope.evaluate.units import Units, read_units
 from dinoscope.export.convert import write_initial_weights
@@ -26,10 +36,11 @@ from dinoscope.features.embedding import choose_device
 from dinoscope.features.encoders import load_encoder
 from dinoscope.recipe import load_recipe
 from dinoscope.slides.reader import SlidePool
+from dinoscope.slides.skipping import Attempt
 from dinoscope.slides.table import read_slide_table
 from dinoscope.train.probing import write_probe_set
 
-__all__ = ["embed", "make_probe", "measure", "write_random_weights"]
+__all__ = ["embed", "make_probe", "measure", "take_sample", "write_random_weights"]
 
 _log = logging.getLogger(__name__)
 _NAMED = 5  # of cases without a tile
@@ -51,10 +62,13 @@ def embed(arguments: argparse.Namespace) -> None:
         files=arguments.encoder_files,
         version=arguments.encoder_version,
     )
-    images = images_of(arguments)
+    images = images_of(arguments) if not arguments.sampled else SampledTiles(arguments.sampled)
     about = {"model": arguments.model_name, "pooling": arguments.pooling}
     how: dict[str, Any] = {"grey": arguments.grey, "device": device}
-    if arguments.masks is None:
+    if isinstance(images, SampledTiles):
+        about |= {"slides": images.slides, "most": max(Counter(images.slides).values())}
+        found = embed_tiles(encoder, images, about, tile_px=images.tile_px, shifts=arguments.shifts, **how)
+    elif arguments.masks is None:
         found = embed_tiles(encoder, images, about, tile_px=arguments.tile_px, shifts=arguments.shifts, **how)
     else:
         found = embed_masked(encoder, images, about, enlarge=arguments.enlarge, **how)
@@ -85,6 +99,8 @@ def measure(arguments: argparse.Namespace) -> None:
         else:
             ask = answer_classes if units.kind == "classes" else answer_values
             answers = ask(units, features.pooled, settings, features)
+            if arguments.sampled is not None:
+                answers = add_sampled(answers, units, read_sampled_features(arguments.sampled), settings)
         answers.about.update(features.about)
         if empty.any():
             names = [unit.name for unit in units.units if unit.set == "skipped"]
@@ -95,6 +111,13 @@ def measure(arguments: argparse.Namespace) -> None:
     answers.about["seen"] = {name: count for name, count in told.items() if count}
     write_answers(arguments.output, Answers(**{**vars(answers), "seen": seen}))
     _log.info("%s, %s: %s", units.task, arguments.model_name, ", ".join(answers.measures) or "described")
+
+
+def take_sample(arguments: argparse.Namespace) -> None:
+    """Writes a sample of the tiles of one slide."""
+    attempt = Attempt(arguments.slide, arguments.slide_id, "samples", arguments.on_error)
+    how = {"count": arguments.count, "seed": arguments.seed, "reader": arguments.slide_reader}
+    sample_slide(attempt, arguments.tiles, arguments.output, **how)
 
 
 def make_probe(arguments: argparse.Namespace) -> None:
