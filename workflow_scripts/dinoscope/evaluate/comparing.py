@@ -16,7 +16,7 @@ from dinoscope.errors import FeaturesError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.cohort import SEEN
 from dinoscope.evaluate.intervals import DRAWS, Comparison, compare, estimate
-from dinoscope.evaluate.scores import Predictions, Statistic, mean_iou, statistic_of, statistic_of_confusions
+from dinoscope.evaluate.scores import Predictions, Statistic, statistic_of, statistic_of_repeats
 from dinoscope.evaluate.units import Units
 
 __all__ = ["SCORES", "Row", "TaskComparison", "compare_models", "read_comparison", "write_comparison"]
@@ -225,13 +225,11 @@ def _statistic(
 ) -> tuple[Statistic, int, int, int] | None:
     """The score as a function of cases' weights, number of cases and units, and cases of the smallest class."""
     if measure in answer.confusions:
-        confusions, groups = answer.confusions[measure][chosen], units.groups[chosen]
+        confusions, groups = answer.confusions[measure][:, chosen], units.groups[chosen]
         names, numbers = np.unique(groups, return_inverse=True)
         if not len(names):
             return None
-        summed = np.zeros((len(names), *confusions.shape[1:]))
-        np.add.at(summed, numbers, confusions)
-        return statistic_of_confusions(summed, mean_iou), len(names), int(chosen.sum()), len(names)
+        return statistic_of_repeats(confusions, numbers), len(names), int(chosen.sum()), len(names)
     asked = chosen & _asked(answer, measure)
     if not asked.any():
         return None
