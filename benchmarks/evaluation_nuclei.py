@@ -25,11 +25,11 @@ import numpy as np
 from evaluation_runs import GRAM, ROOT, run_workflow, write_workflow
 
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
-from feature_images import read_tissue, tiles_of, write_training_images  # noqa: E402
+from feature_images import read_tissue, tiles_of, write_training_images
 
-from dinoscope.cli import run_script  # noqa: E402
-from dinoscope.evaluate.answers import Answers, read_answers, write_answers  # noqa: E402
-from dinoscope.evaluate.units import Units, read_units, write_units  # noqa: E402
+from dinoscope.cli import run_script
+from dinoscope.evaluate.answers import Answers, read_answers, write_answers
+from dinoscope.evaluate.units import Units, read_units, write_units
 
 TASKS = ("masks-nuclei", "masks-nuclei-grey")
 MODELS = ("base", "nuclei", "gram", "control")

@@ -77,8 +77,8 @@ def answer_masks(
             confusions[:, index, :, number] = (of_image == number).astype(np.int64) @ counts
     numbers = {"outlier_patches": outlier_patches(features.features[None].astype(np.float32))}
     notes = [
-        f"{len(labels):,} patches, of which a regression learns from {probed.num_fitted:,} at most, as equal as possible "
-        "an image; patches with a norm of more than three times the median are outliers"
+        f"{len(labels):,} patches, of which a regression learns from {probed.num_fitted:,} at most, as equal as "
+        "possible an image; patches with a norm of more than three times the median are outliers"
     ]
     return Answers({}, np.zeros(len(units), np.int8), confusions={"dense": confusions}, numbers=numbers, notes=notes)
 

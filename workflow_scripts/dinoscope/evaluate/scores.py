@@ -28,8 +28,8 @@ __all__ = [
     "score",
     "statistic_of",
     "statistic_of_confusions",
-    "statistic_of_repeats",
     "statistic_of_means",
+    "statistic_of_repeats",
 ]
 
 _VALUES_AT_ONCE = 2**20  # 8 MiB of weights
