@@ -139,9 +139,56 @@ rule probe_set:
         "python {params.script:q} probe {params.asked:q} {params.reading:q} --output {output.probe:q} > {log:q} 2>&1"
 
 
+# Tiles on which the similarities of patches are compared (Gram distance), the same for all models.
+rule described_tiles:
+    input:
+        tiles=lambda wildcards: EVALUATION.sampled_manifests(),
+        slides=sampled_slides,
+    output:
+        sampled="<results>/evaluation/descriptive/tiles.npz",
+    log:
+        "<logs>/described_tiles.log",
+    conda:
+        "../envs/pictures.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "evaluate.py",
+        reading=not_a_trigger(SLIDES.reading_options()),
+        asked=lambda wildcards: EVALUATION.sample_arguments_described(),
+    shell:
+        "python {params.script:q} tiles {params.asked:q} {params.reading:q} --output {output.sampled:q}"
+        " > {log:q} 2>&1"
+
+
+rule described_patches:
+    input:
+        sampled=rules.described_tiles.output.sampled,
+        encoder=encoder_files,
+    output:
+        patches="<results>/evaluation/descriptive/patches/{model}.npz",
+    log:
+        "<logs>/described_patches/{model}.log",
+    conda:
+        "../envs/pictures.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=8000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "evaluate.py",
+        encoder=encoder_arguments,
+    shell:
+        "python {params.script:q} patches {params.encoder:q} --model-name {wildcards.model:q} --sampled {input.sampled:q}"
+        " --output {output.patches:q} > {log:q} 2>&1"
+
+
 rule measure_model:
     input:
         units=rules.evaluation_units.output.units,
+        patches=task_patches,
         features=task_features,
         sampled=task_sampled,
     output:
@@ -163,7 +210,7 @@ rule measure_model:
         slides=Path(PLAN.config["slides"]["source"]),
         history=model_history,
         images=task_images,
-        how=EVALUATION.measure_arguments(),
+        how=measure_arguments,
     shell:
         "python {params.script:q} measure --units {input.units:q} --features {params.features:q}"
         " {params.sampled:q} --model-name {wildcards.model:q} --slides {params.slides:q} {params.history:q} {params.images:q}"

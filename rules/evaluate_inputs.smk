@@ -50,6 +50,26 @@ def sampled_argument(wildcards, input):
     return ["--sampled", *input.sampled] if input.sampled else []
 
 
+def sampled_slides(wildcards):
+    """Slides that patches are compared on."""
+    return [
+        path for slide in EVALUATION.sampled_slides for path in SLIDES.input_of(slide)
+    ]
+
+
+def task_patches(wildcards):
+    """Patches of the model and of those that it is compared with, where the task keeps any."""
+    files = evaluation_of(wildcards.model).patch_files(wildcards.task, wildcards.model)
+    return list(files.values())
+
+
+def measure_arguments(wildcards):
+    """Arguments that say how the model is measured."""
+    evaluation = evaluation_of(wildcards.model)
+    patches = evaluation.patch_arguments(wildcards.task, wildcards.model)
+    return EVALUATION.measure_arguments() + patches
+
+
 def task_models(wildcards):
     """Models that answer the task."""
     return EVALUATION.models(wildcards.task)

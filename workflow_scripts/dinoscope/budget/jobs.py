@@ -72,7 +72,11 @@ def _evaluation_jobs(plan: Plan) -> Counter[str]:
         return probed
     asked = [(task, model) for task in evaluation.tasks for model in evaluation.models(task)]
     sampled = {model for task, model in asked if evaluation.sampled_features(task, model)}
+    patched = {file for task, model in asked for file in evaluation.patch_files(task, model).values()}
+    patched = {file for file in patched if Path(file).parent.name == "patches"}
     return probed + Counter(
+        described_tiles=int(bool(patched)),
+        described_patches=len(patched),
         evaluation_units=len(evaluation.tasks),
         embed_images=sum(task in evaluation.image_tasks for task, _ in asked),
         sample_tiles=len({file for model in sampled for file in evaluation.samples(model)}),

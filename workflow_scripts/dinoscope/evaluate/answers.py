@@ -25,7 +25,7 @@ class Answers:
         seen: (N,) int8 an index of cohort.SEEN a unit: whether its training has seen the unit's group.
         said: Measure -> (R, N, C) float32 probabilities of classes or (R, N) values or risks, R repeats; NaN where a
             repeat asked nothing (`scores.Predictions`).
-        confusions: Measure -> (N, C, C) counts of an image's pixels, truth by rows.
+        confusions: Measure -> (R, N, C, C) counts of an image's pixels, truth by rows.
         sums: Measure -> (N, …) what each unit adds to it (`robust_measures.statistic_of_sums`).
         numbers: Descriptive measures.
         notes: Sentences.

@@ -17,7 +17,7 @@ from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.cohort import SEEN
 from dinoscope.evaluate.intervals import DRAWS, Comparison
 from dinoscope.evaluate.robust_measures import change_sources, own_score, statistic_of_sums, sums_asked
-from dinoscope.evaluate.scores import Predictions, Statistic, mean_iou, statistic_of, statistic_of_confusions
+from dinoscope.evaluate.scores import Predictions, Statistic, statistic_of, statistic_of_repeats
 from dinoscope.evaluate.seeds import Family, compare_over_seeds, estimate_over_seeds, families, family_references
 from dinoscope.evaluate.units import Units
 
@@ -281,13 +281,11 @@ def _statistic(
 ) -> _Asked | None:
     """The score on the chosen units; None where none is left."""
     if measure in answer.confusions:
-        confusions, groups = answer.confusions[measure][chosen], units.groups[chosen]
+        confusions, groups = answer.confusions[measure][:, chosen], units.groups[chosen]
         names, numbers = np.unique(groups, return_inverse=True)
         if not len(names):
             return None
-        summed = np.zeros((len(names), *confusions.shape[1:]))
-        np.add.at(summed, numbers, confusions)
-        return statistic_of_confusions(summed, mean_iou), len(names), int(chosen.sum()), len(names)
+        return statistic_of_repeats(confusions, numbers), len(names), int(chosen.sum()), len(names)
     if (sources := change_sources(measure, answer.said)) is not None:
         both = chosen & _asked(answer, measure)
         clean, changed = (_statistic(units, answer, source, both) for source in sources)

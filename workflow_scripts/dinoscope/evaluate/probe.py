@@ -124,6 +124,7 @@ def linear_probe(
     *,
     tested: Mapping[str, np.ndarray] | None = None,
     max_rows: int = MAX_ROWS,
+    max_rows_choosing: int = MAX_ROWS_CHOOSING,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Probed:
@@ -141,6 +142,7 @@ def linear_probe(
         folds: As all probes of a comparison have them.
         tested: Changed copies (N, D) of the same rows, which the same regressions are asked about.
         max_rows: To fit on, balanced by case.
+        max_rows_choosing: To choose on, likewise.
         seed: Of the inner folds and of the rows that are drawn.
         device: Where the products are computed.
     """
@@ -157,7 +159,18 @@ def linear_probe(
         return lambda asked: log_probabilities(asked, theta)[:, 0].exp().double().cpu().numpy()
 
     return answers_by_folds(
-        features, labels, cases, folds, tested, max_rows, seed, device, losses, fit, lambda mine: labels[mine]
+        features,
+        labels,
+        cases,
+        folds,
+        tested,
+        max_rows,
+        seed,
+        device,
+        losses,
+        fit,
+        lambda mine: labels[mine],
+        max_rows_choosing,
     )
 
 
@@ -306,6 +319,7 @@ def answers_by_folds(
     losses: Callable[[Tensor, np.ndarray, Sequence[np.ndarray]], np.ndarray],
     fit: Callable[[Tensor, np.ndarray, float], Callable[[Tensor], np.ndarray]],
     strata: Callable[[np.ndarray], np.ndarray],
+    max_rows_choosing: int = MAX_ROWS_CHOOSING,
 ) -> Probed:
     """Chooses scaling and penalty on inner folds, fits, and asks, fold by fold.
 
@@ -321,11 +335,12 @@ def answers_by_folds(
         losses: From scaled rows, their numbers and what each inner fold holds out to losses (P,) of the penalties.
         fit: From scaled rows, their numbers and a penalty to a function of scaled rows.
         strata: From numbers of rows to what inner folds are stratified by.
+        max_rows_choosing: Rows that the inner folds have, balanced by case.
     """
     copies, choices, numbers = {CLEAN: features, **(tested or {})}, [], []
     said: dict[str, list[np.ndarray]] = {name: [] for name in copies}
     for fold in folds:
-        few = fold.train[balanced_rows(cases[fold.train], min(max_rows, MAX_ROWS_CHOOSING), seed)]
+        few = fold.train[balanced_rows(cases[fold.train], min(max_rows, max_rows_choosing), seed)]
         held_out = inner_folds(strata(few), cases[few], seed)
         choice = _chosen(features[few], few, held_out, losses, device)
         mine = fold.train[balanced_rows(cases[fold.train], max_rows, seed)]
