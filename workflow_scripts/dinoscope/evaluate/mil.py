@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dinoscope.evaluate.folds import Fold, strata_of_values
-from dinoscope.evaluate.probe import inner_folds, pooled
 from dinoscope.evaluate.scores import Predictions
 from dinoscope.evaluate.survival import cox_loss
+from dinoscope.evaluate.tuning import inner_folds, pooled
 
 __all__ = ["GatedAttention", "MilProbed", "MilSettings", "attention_probe", "mean_pool"]
 
