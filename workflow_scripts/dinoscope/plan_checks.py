@@ -33,7 +33,7 @@ BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
     "all", "budget", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "compare_models", "convert",
-    "demo_slides", "embed_images", "evaluate", "evaluation_summary", "evaluation_units", "export",
+    "demo_biopsies", "demo_slides", "embed_images", "evaluate", "evaluation_summary", "evaluation_units", "export",
     "export_features", "export_features_anndata", "export_features_clam", "export_features_parquet",
     "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm",
     "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled",
