@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow_scripts"))
 from dinoscope.data.collate import Batch, mask_tensors
 from dinoscope.models.registry import settings_from_config
 from dinoscope.recipe import load_recipe
@@ -29,6 +29,7 @@ from dinoscope.train.ssl_step import SSLModel
 from dinoscope.train.starting import Start, start_model
 from dinoscope.train.step import TrainingStep
 
+RECIPE = Path(__file__).resolve().parents[1] / "config/runs/tiny.yaml"
 ARMS = {"full": 0, "lora": 1, "last_n": 2}
 VALUES = ScheduleValues(1e-4, 0.04, 0.99, 0.07, 1e-4, None, None)
 
@@ -36,13 +37,14 @@ VALUES = ScheduleValues(1e-4, 0.04, 0.99, 0.07, 1e-4, None, None)
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=ROOT / "config/runs/tiny.yaml")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     steps = {arm: step_of(arm, arguments, device) for arm in ARMS}
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for number in range(arguments.steps + 2):
