@@ -176,6 +176,18 @@ def pilot_references(wildcards):
     return PILOT.references(wildcards.task)
 
 
+@one_sentence
+def pilot_of_report(wildcards):
+    """What the pilot found, where it was asked for in this call or before.
+
+    Of a pilot before, the document that no rule declares: the report is made anew with it, and nothing of the pilot is.
+    """
+    if "pilot" in workflow.dag_settings.targets:
+        return ["<results>/pilot/advice.txt"]
+    document = PLAN.results / "pilot" / "advice.json"
+    return [str(document)] if document.is_file() else []
+
+
 def pilot_comparisons(wildcards):
     """The comparisons of all tasks that have a verdict."""
     return expand("<results>/pilot/{task}/comparison.npz", task=PILOT.tasks)

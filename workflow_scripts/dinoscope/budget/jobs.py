@@ -29,6 +29,7 @@ def count_jobs(plan: Plan) -> Counter[str]:
     packed = dict.fromkeys(run.tile_set for run in map(plan.runs.get, runs) if run and plan.is_packed(run))
     jobs = Counter(
         demo_slides=int(bool(plan.demo_slides())),
+        demo_biopsies=int(bool(plan.demo_biopsies())),
         inspect_slide=slides,
         slides_report=1,
         tile_slide=slides,

@@ -26,8 +26,9 @@ PACKED_QUALITY_STEP = 1.04  # so many times as large with each step of quality
 
 # seconds of a job of a small slide, start of Python included; jobs that compute with a model are counted by operations
 SECONDS_PER_JOB = {
-    "demo_slides": 25.0, "inspect_slide": 1.4, "slides_report": 0.7, "tile_slide": 1.0, "split_slides": 0.2,
-    "merge_manifest": 1.6, "slide_table": 1.5, "initial_weights": 3.2, "convert": 11.5, "plot_metrics": 8.4,
+    "demo_slides": 25.0, "demo_biopsies": 50.0, "inspect_slide": 1.4, "slides_report": 0.7, "tile_slide": 1.0,
+    "split_slides": 0.2, "merge_manifest": 1.6, "slide_table": 1.5, "initial_weights": 3.2, "convert": 11.5,
+    "plot_metrics": 8.4,
     "extract_features": 0.8, "list_features": 0.1, "list_sampled": 0.1, "pca_fit": 8.0, "pca_map": 6.2,
     "pca_compare": 1.6, "pca_region": 23.0, "cluster_fit": 7.7, "cluster_map": 1.3, "cluster_examples": 5.8,
     "viewer_pyramid": 1.6, "viewer_sample": 0.9, "viewer_tiles": 0.25, "viewer": 0.3, "report": 9.3,

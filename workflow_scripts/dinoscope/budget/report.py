@@ -23,8 +23,8 @@ _SOURCES = {
     "unknown": "guessed: not inspected, and not to be opened",
 }
 _STAGES = {
-    "slides": ("demo_slides", "inspect_slide", "slides_report", "tile_slide", "split_slides", "merge_manifest",
-               "slide_table", "pack_slide", "pack_index"),
+    "slides": ("demo_slides", "demo_biopsies", "inspect_slide", "slides_report", "tile_slide", "split_slides",
+               "merge_manifest", "slide_table", "pack_slide", "pack_index"),
     "training": ("initial_weights", "train", "convert", "plot_metrics", "export_hf", "export_timm", "export_onnx"),
     "features": ("extract_features",),
     "pictures": ("list_features", "pca_fit", "pca_map", "pca_compare", "pca_region", "cluster_fit", "cluster_map",
