@@ -33,7 +33,7 @@ _SHARES = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the tiles of annotated
 _USUAL_FLOPS, _USUAL_PATCH, _USUAL_WIDTH, _USUAL_DEPTH = 123e9, 16, 1024, 24  # of an encoder that no file tells of
 _FPN_PIXELS, _FPN_CHANNELS, _FPN_BLOCKS = 21.25, 128, 4  # pixels of its four levels for each patch
 _FLOAT32, _KEPT = 4, 4  # weights, two moments, and the best weights
-_PICTURES, _CORRUPTED_PICTURE, _OF_SLIDE = 900_000, 700_000, 400_000
+_PICTURES, _CORRUPTED_PICTURE, _OF_SLIDE = 1_300_000, 800_000, 3_000_000  # examples, corruptions, a slide's picture
 
 
 @dataclass(frozen=True)
