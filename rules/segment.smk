@@ -23,7 +23,7 @@ rule segment_train:
         launcher=SCRIPTS / "launch.py",
         script=SCRIPTS / "segment_train.py",
         arguments=segment_arguments,
-        launch=segment_launch,
+        launch=launch_options,
         folder=subpath(output.final, ancestor=2),
         workers=segment_workers,
     shell:

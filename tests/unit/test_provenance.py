@@ -75,6 +75,8 @@ def test_the_commit_of_a_copy_that_belongs_to_somebody_else(tmp_path):
         ("/home/somebody/weights/file.pth", "file.pth"),
         ("MODEL.WEIGHTS=/home/somebody/file.pth", "MODEL.WEIGHTS=file.pth"),
         ("optim.lr=0.1", "optim.lr=0.1"),
+        ('slides="/home/somebody/slides.tsv"', 'slides="slides.tsv"'),
+        ('class_map={"a": "b/c"}', 'class_map={"a": "b/c"}'),
         ("/file.pth", "file.pth"),
         ("C:\\Users\\somebody\\file.pth", "file.pth"),
     ],

@@ -30,10 +30,11 @@ __all__ = ["segmentation_products", "segmentation_work"]
 _ADAPTED, _FULL = 2.3, 3.0
 _USUAL_IMAGES = {"train": 600, "val": 200, "test": 200}  # of a data set that is not there yet
 _SHARES = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the tiles of annotated slides
+_USUAL_MPP = 0.5
 _USUAL_FLOPS, _USUAL_PATCH, _USUAL_WIDTH, _USUAL_DEPTH = 123e9, 16, 1024, 24  # of an encoder that no file tells of
 _FPN_PIXELS, _FPN_CHANNELS, _FPN_BLOCKS = 21.25, 128, 4  # pixels of its four levels for each patch
 _FLOAT32, _KEPT = 4, 4  # weights, two moments, and the best weights
-_PICTURES, _CORRUPTED_PICTURE, _OF_SLIDE = 900_000, 700_000, 400_000
+_PICTURES, _CORRUPTED_PICTURE, _OF_SLIDE = 1_300_000, 800_000, 3_000_000  # examples, corruptions, a slide's picture
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class _Task:
 
     def __init__(self, plan: Plan, jobs: SegmentJobs, name: str, by_id: Mapping[str, SlideSize]) -> None:
         self.plan, self.jobs, self.name, self.of, self._by_id = plan, jobs, name, jobs.tasks[name], by_id
+        self.slides = [by_id[plan.slide(slide).slide_id] for slide in self.of["slides"]]
+        self.mpp = self.of["mpp"] or _USUAL_MPP
 
     def images(self, split: str) -> _Images:
         """Of a split; of a data set that is not there yet, or wrong, the usual number."""
@@ -83,13 +86,13 @@ class _Task:
         sides = zip((images.height, images.width), settings.img_dim, strict=True)
         return images.number * math.prod(_num_windows(side, window, settings.overlap) for side, window in sides)
 
-    def slide_tiles(self, slide: str, settings: TrainSettings) -> float:
+    def slide_tiles(self, slide: SlideSize, settings: TrainSettings) -> float:
         """Tiles of a class map: those of features, as many as cover the same area."""
         name = self.plan.config["features"]["set"]
         tiles = self.plan.config["tiling"]["sets"][name]
         side_um = tiles["tile_px"] * (min(tiles["mpp"]) if isinstance(tiles["mpp"], list) else tiles["mpp"])
-        stride_um = 0.75 * max(settings.img_dim) * self.of["mpp"]
-        return self._by_id[slide].num_tiles[name] * (side_um / stride_um) ** 2
+        stride_um = 0.75 * max(settings.img_dim) * self.mpp
+        return slide.num_tiles[name] * (side_um / stride_um) ** 2
 
 
 def _num_windows(side: int, window: int, overlap: float) -> int:
@@ -123,7 +126,7 @@ def segmentation_work(plan: Plan, by_id: Mapping[str, SlideSize], models: ModelS
                     changes = _num_kinds(task) * len(set(task.of["severities"]))
                     yield _of_questions(task, asked, settings, passes, "segment_corruptions", 1 + changes)
                 if variant.seed == task.of["seeds"][0]:
-                    tiles = sum(task.slide_tiles(slide, settings) for slide in task.of["slides"])
+                    tiles = sum(task.slide_tiles(slide, settings) for slide in task.slides)
                     side = max(settings.img_dim)
                     forward = tiles * passes.of_square(side)
                     yield Work("segment_predict_slide", tiles * CLASS_MAP_SECONDS_PER_TILE * side**2 / 224**2, forward)
@@ -206,7 +209,7 @@ def segmentation_products(plan: Plan, by_id: Mapping[str, SlideSize], models: Mo
                 trainings += _CORRUPTED_PICTURE * bool(task.of["corruptions"])
                 files += 10 + 3 * bool(task.of["corruptions"])
                 if variant.seed == task.of["seeds"][0]:
-                    of_slides += sum(_of_map(task, by_id[slide]) for slide in task.of["slides"])
+                    of_slides += sum(_of_map(task, slide) for slide in task.slides)
                     files += 4 * len(task.of["slides"])
         folder = f"segmentation/{task.name}"
         yield Product(folder, f"trainings of {task.name}", trainings, files)
@@ -216,7 +219,7 @@ def segmentation_products(plan: Plan, by_id: Mapping[str, SlideSize], models: Mo
 
 
 def _of_map(task: _Task, slide: SlideSize) -> float:
-    return _OF_SLIDE + CLASS_MAP_BYTES_PER_PIXEL * slide.pixels_at(task.of["mpp"])
+    return _OF_SLIDE + CLASS_MAP_BYTES_PER_PIXEL * slide.pixels_at(task.mpp)
 
 
 def _num_trained(models: ModelSizes, model: str, settings: TrainSettings) -> float:

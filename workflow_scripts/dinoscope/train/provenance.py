@@ -50,7 +50,10 @@ def write_provenance(run_dir: Path, world: World, first_iteration: int, *, name_
     """
     mine = (socket.gethostname(), _device_name(world.device))
     gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, mine)
+    if world.size > 1 or dist.is_initialized():
+        dist.all_gather_object(gathered, mine)
+    else:
+        gathered = [mine]
     if not world.is_main:
         return
     config = run_dir / "config.yaml"
@@ -90,8 +93,9 @@ def code_version(folder: Path) -> dict[str, Any]:
 def without_folders(argument: str) -> str:
     """An argument of a command line with absolute paths cut down to the last name; relative ones stay."""
     key, equals, value = argument.partition("=")
-    if equals and _ABSOLUTE.match(value):
-        return f"{key}={_ABSOLUTE.sub('', value)}"
+    quote = '"' if value.startswith('"') else ""  # a text as JSON has it
+    if equals and _ABSOLUTE.match(value.removeprefix(quote)):
+        return f"{key}={quote}{_ABSOLUTE.sub('', value.removeprefix(quote))}"
     return _ABSOLUTE.sub("", argument) if _ABSOLUTE.match(argument) else argument
 
 
