@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PARENT = "BloodImage_[0-9]+"
@@ -54,10 +55,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "../shared/data", help="folder with tiles/bccd_cells")
     parser.add_argument("--out", type=Path, required=True, help="working directory of the workflow")
     parser.add_argument("--cores", default="2", help="for snakemake")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="make both runs with these, 0 first")
+    parser.add_argument("--control", action="store_true", help="cells-gram without the gram loss too")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not (arguments.out / "config.yaml").is_file():
         prepare(arguments.data / "tiles/bccd_cells", arguments.out)
+    add_runs(arguments.out / "config.yaml", arguments.seeds, control=arguments.control)
     workflow = ["--snakefile", ROOT / "Snakefile", "--configfile", "config.yaml", "--replace-workflow-config"]
     command = [sys.executable, "-m", "snakemake", *workflow, "--cores", arguments.cores, "evaluate"]
     sys.exit(subprocess.run(command, cwd=arguments.out, check=False).returncode)
@@ -84,6 +88,15 @@ def prepare(source: Path, out: Path) -> None:
     rows = [f"demo_he_{i}\tresults/demo/demo_he_{i}.tiff\tcase_{i}" for i in (1, 2, 3)]  # a config needs slides
     (out / "slides.tsv").write_text("\n".join(["slide_id\tpath\tcase_id", *rows]) + "\n", encoding="utf-8")
     (out / "config.yaml").write_text(CONFIG, encoding="utf-8")
+
+
+def add_runs(path: Path, seeds: list[int], *, control: bool) -> None:
+    """Writes into the config which seeds the runs are made with, and whether there is a control of the gram loss."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for run in config["runs"].values():
+        run["seeds"] = seeds
+    config["runs"]["cells-gram"]["control"] = control
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def parent_of(file: Path) -> str:
