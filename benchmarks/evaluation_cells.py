@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import yaml
 from evaluation_runs import GRAM, ROOT, run_workflow, write_workflow
 
 PARENT = "BloodImage_[0-9]+"
@@ -56,12 +57,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="working directory of the workflow")
     parser.add_argument("--length", type=int, default=50, help="iterations times 10 of the training, times 3 after it")
     parser.add_argument("--cores", default="2", help="for snakemake")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="make all runs with these, 0 first")
     arguments = parser.parse_args()
     source = arguments.data / "tiles" / "bccd_cells"
     if not source.is_dir():
         sys.exit(f"error: {arguments.data} has no folder tiles/bccd_cells; give --data a folder that has")
     if not (arguments.out / "config.yaml").is_file():
         prepare(source, arguments.out, arguments.length)
+    add_seeds(arguments.out / "config.yaml", arguments.seeds)
     run_workflow(arguments.out, arguments.cores)
 
 
@@ -82,6 +85,14 @@ def prepare(source: Path, out: Path, length: int) -> None:
     recipes = {"cells.yaml": CELLS.format(length=length, probe_every=2 * length)}
     recipes |= {"cells_control.yaml": CONTINUED, "cells_gram.yaml": CONTINUED + GRAM}
     write_workflow(out, CONFIG, recipes, ["learned_features.yaml", "learned_features_cells.yaml"])
+
+
+def add_seeds(path: Path, seeds: list[int]) -> None:
+    """Writes into the config which seeds the runs are made with."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for run in config["runs"].values():
+        run["seeds"] = seeds
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def parent_of(file: Path) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PlannedRun", "control_name", "family_name", "planned_runs", "repeat_name"]
+__all__ = ["PlannedRun", "control_name", "planned_runs", "repeat_name"]
 
-NO_GRAM = "gram.use_loss=false"
+_NO_GRAM = "gram.use_loss=false"
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,6 @@ def repeat_name(run: str, seed: int) -> str:
 def control_name(run: str) -> str:
     """Name of the run that does the same without gram loss."""
     return f"{run}-control"
-
-
-def family_name(run: str, number: int) -> str:
-    """What a run and its repeats are called together, in tables and sentences."""
-    return f"{run} ({number} seeds)"
 
 
 def planned_runs(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[PlannedRun]:
@@ -86,4 +81,4 @@ def _repeats(
 
 def _of_control(run: str) -> tuple[str, ...]:
     """No gram loss, and the very tiles, crops and masks that the run itself draws."""
-    return (NO_GRAM, f"train.stream={run}")
+    return (_NO_GRAM, f"train.stream={run}")

@@ -21,7 +21,6 @@ from scipy import stats
 
 from dinoscope.evaluate.intervals import DRAWS, Comparison, Estimate, case_weights, spread_factor
 from dinoscope.evaluate.scores import Statistic
-from dinoscope.plan_runs import family_name
 
 __all__ = ["Family", "compare_over_seeds", "estimate_over_seeds", "families", "family_references", "seed_errors"]
 
@@ -47,7 +46,7 @@ def families(runs: Sequence[Sequence[str]], models: Sequence[str]) -> list[Famil
         models: Those that were asked; others do not count.
     """
     asked = [tuple(model for model in members if model in models) for members in runs]
-    return [Family(family_name(members[0], len(members)), members) for members in asked if len(members) > 1]
+    return [Family(f"{members[0]} ({len(members)} seeds)", members) for members in asked if len(members) > 1]
 
 
 def family_references(
