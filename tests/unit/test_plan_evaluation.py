@@ -115,6 +115,19 @@ def test_changed_copies_are_made_where_robustness_is_asked(folder):
     assert jobs_of({"tile_sets": {"cells": {"folder": "cells"}}}).shift_arguments("tiles-cells") == []
 
 
+def test_tiles_of_test_slides_are_sampled_where_robustness_is_asked(folder):
+    Path("encoder").mkdir()
+    encoders = {"other": {"source": "encoder", "set": "train"}}
+    jobs = jobs_of({"robustness": True, "robustness_tiles": 7, "seed": 3}, features={"encoders": encoders})
+    test = jobs.cohort.slides_of("test")
+    # where each model's own tiles are; baselines see those of ours
+    for model, tile_set in (("base", "features"), ("thumbnail", "features"), ("other", "train")):
+        assert jobs.samples(model) == [f"<results>/evaluation/sampled/{tile_set}/{slide}.npz" for slide in test]
+    assert jobs.sampled_features("label-os", "gram") == ["<results>/evaluation/sampled/gram.npz"]
+    assert jobs.sampled_features("descriptive", "gram") == jobs_of().sampled_features("label-os", "gram") == []
+    assert jobs.sample_arguments() == ["--count", "7", "--seed", "3"]
+
+
 def test_shifts_are_those_there_are():
     from dinoscope.evaluate import shifts
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from dinoscope.errors import FeaturesError, SlideError
 from dinoscope.evaluate.answers import Answers, read_answers
@@ -160,6 +162,13 @@ def test_numbers_of_cases_are_asked_too():
     assert "alike~stain" not in found.numbers
 
 
+def as_seen(pixels: np.ndarray) -> np.ndarray:
+    """At the side of the encoder's input."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    large = F.interpolate(image, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return (large[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
 def test_from_slides_to_answers_by_the_script(folder, tmp_path, monkeypatch):
     """The colour baseline on sampled tiles, as the workflow calls it."""
     spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
@@ -179,9 +188,10 @@ def test_from_slides_to_answers_by_the_script(folder, tmp_path, monkeypatch):
     call("embed", *encoder, "--sampled", *files, "--shifts", "grey", "stain", "--output", tmp_path / "features.npz")
     found, tiles = read_sampled_features(tmp_path / "features.npz"), SampledTiles(files)
     for index in (0, 13, 31):
-        np.testing.assert_allclose(found.features[index], color_histogram(tiles.pixels(index)), atol=1e-6)
-        copy = shifted(tiles.pixels(index), "stain", index)
-        np.testing.assert_allclose(found.shifted["stain"][index], color_histogram(copy), atol=1e-6)
+        pixels = tiles.pixels(index)
+        np.testing.assert_allclose(found.features[index], color_histogram(as_seen(pixels)), atol=1e-6)
+        copy = shifted(pixels, "stain", index)
+        np.testing.assert_allclose(found.shifted["stain"][index], color_histogram(as_seen(copy)), atol=1e-6)
     units = [Unit(f"C{i}", f"C{i}", "test", "pq"[i % 2], (name,)) for i, name in enumerate(names)]
     write_units(tmp_path / "units.json", Units("label-x", "classes", units, ["p", "q"]))
     rng = np.random.default_rng(0)

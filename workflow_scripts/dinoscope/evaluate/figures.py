@@ -91,10 +91,10 @@ def _drawn(found: TaskComparison, margin: float) -> Figure:
             place.axvline(*chances, color=_GREY, linewidth=1, linestyle=":")
     first = rows[0]
     transductive = " (transductive: training saw these cases)" if first.seen == "yes" else ""
-    circles = "; open circles: the same on unchanged tiles" if any(map(change_of, measures)) else ""
+    diamonds = "; diamonds: the same on unchanged tiles" if any(map(change_of, measures)) else ""
     figure.suptitle(
         f"{found.task}: {_SCORE_NAMES[score]} on {first.cases} test cases ({first.units} units){transductive}\n"
-        f"95 % intervals by bootstrap over cases{_SEEDS_TOLD if found.families else ''}{circles}",
+        f"95 % intervals by bootstrap over cases{_SEEDS_TOLD if found.families else ''}{diamonds}",
         fontsize=9.5,
     )
     return figure
@@ -135,7 +135,7 @@ def _mark_clean(axes: Axes, models: Sequence[str], rows: Sequence[Row], measure:
     for row in rows:
         if (row.measure, row.score) == (clean, score) and row.seen != "yes" and row.model in models:
             color = _GREY if row.model in BASELINES else RUN_COLORS[models.index(row.model) % len(RUN_COLORS)]
-            axes.plot(row.value, models.index(row.model), "o", markersize=5, markerfacecolor="none", color=color)
+            axes.plot(row.value, models.index(row.model), "D", markersize=5, markerfacecolor="none", color=color)
 
 
 def _described(found: TaskComparison) -> Figure:

@@ -67,15 +67,14 @@ def beside(task: TaskComparison, row: Row) -> dict[str, float]:
     """What stands beside a number of robustness: the same on unchanged tiles, of no knowledge, and of colour alone."""
     if not is_robustness(row.measure):
         return {}
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     measures = {other.measure for other in task.rows}
     if change_of(row.measure) and own_score(row.measure) != RETAINED:
         score = SCORES[task.kind][0] if own_score(row.measure) == "change" else row.score
         found["clean"] = _value(task, clean_measure(row.measure, measures), row.model, score)
-    numbers = _numbers(task, row.model)
-    name = "site_chance" if row.measure == SITE else f"chance~{change_of(row.measure)}"
-    if row.score in (SITE, RETAINED) and name in numbers:
-        found["chance"] = numbers[name]
+    if row.score in (SITE, RETAINED):
+        name = "site_chance" if row.measure == SITE else f"chance~{change_of(row.measure)}"
+        found["chance"] = _chance(task, row.model, name)
     found["color_histogram"] = _value(task, row.measure, COLOR, row.score)
     return {name: value for name, value in found.items() if value is not None}
 
@@ -110,7 +109,7 @@ def _told(task: TaskComparison, measure: str, model: str, reference: str, found:
         accuracy = [_shown(_value(task, probe, name, SCORES[task.kind][0])) for name in (model, reference)]
         about = (
             f"not judged: the site is told within a class by {mine} against {theirs}, {_difference(found)}; chance "
-            f"{_shown(_numbers(task, model).get('site_chance'))}, colour histogram "
+            f"{_shown(_chance(task, model, 'site_chance'))}, colour histogram "
             f"{_shown(_value(task, SITE, COLOR, SITE))}; the class by {accuracy[0]} against {accuracy[1]}"
         )
     return f"{about} ({100 * LEVEL:.4g} % interval, {found.num_cases} cases)"
@@ -121,9 +120,10 @@ def _difference(found: Comparison) -> str:
     return f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def _numbers(task: TaskComparison, model: str) -> dict[str, Any]:
-    """Of a run with several seeds, those of its first."""
-    return task.numbers.get(task.families.get(model, [model])[0], {})
+def _chance(task: TaskComparison, model: str, name: str) -> float | None:
+    """What knowing nothing gives: as counted with the model, else with any other that was asked the same."""
+    numbers = [task.numbers.get(model, {}), *task.numbers.values()]
+    return next((of_model[name] for of_model in numbers if name in of_model), None)
 
 
 def _value(task: TaskComparison, measure: str | None, model: str, score: str) -> float | None:

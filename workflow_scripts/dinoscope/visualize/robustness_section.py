@@ -56,7 +56,8 @@ def robustness_facts(task: Mapping[str, Any], verdicts: Sequence[tuple[str, str]
     if not any(map(is_robustness, measures)):
         return None
     table = []
-    for stem in dict.fromkeys(name.partition("~")[0] for name in changed):
+    stems = dict.fromkeys(name.partition("~")[0] for name in changed)
+    for stem in sorted(stems, key=lambda name: name not in _PROBES):  # what is judged comes first
         clean = clean_measure(f"{stem}~{changes[0]}", measures)
         for model in dict.fromkeys(model for name, model in cells if name.startswith(f"{stem}~")):
             names = [clean, *(f"{stem}~{change}" for change in changes)]
