@@ -1,5 +1,10 @@
 """Gram distances of two models: the formula in float64, what cannot be compared, and the way through the files."""
 
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +14,14 @@ from dinoscope.evaluate import patch_similarity
 from dinoscope.evaluate.embedding import ImageFeatures, write_features
 from dinoscope.evaluate.patch_similarity import embed_patches, gram_distances, read_patches
 from dinoscope.features.encoders import LoadedEncoder
+from dinoscope.models.weights import load_backbone
+from dinoscope.slides.manifest import tile_table, write_tiles
+from dinoscope.train.probing import read_probe_set
+from feature_samples import write_sample
 from tiny_backbone import tiny_backbone
+from tiny_slides import write_slide
 
+SCRIPT = Path(__file__).parents[2] / "workflow_scripts" / "evaluate.py"
 CPU = torch.device("cpu")
 
 
@@ -109,3 +120,67 @@ def test_a_tile_of_no_whole_patches_is_not_comparable():
     other = patches("base", 0, [(2, 2)] * 3, 8, images=found.about["images"])
     assert gram_distances(found, {"d": other}, 0)[0] == {}
     assert gram_distances(found, {"d": found}, 0) == ({}, [])  # nothing to compare, and nothing to say
+
+
+def test_from_slides_to_the_table_by_the_steps_of_the_script(tmp_path, monkeypatch):
+    """Tiles of two slides, their patches by two models, and the number in summary.tsv against float64."""
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        script.main()
+
+    rows = ["slide_id\tpath\tcase_id"]
+    for seed, slide in enumerate(("a", "b")):
+        write_slide(tmp_path / f"{slide}.tiff", seed, side=256)
+        rows.append(f"{slide}\t{slide}.tiff\tcase_{slide}")
+        write_tiles_of(tmp_path / "tiles" / f"{slide}.parquet", slide)
+    (tmp_path / "slides.tsv").write_text("\n".join(rows) + "\n")
+    called = ["--described", "a", "b", "--slides", "slides.tsv"]
+    call("tiles", *called, "--tiles", "tiles", "--seed", 3, "--output", "tiles.npz")
+    images = read_probe_set(tmp_path / "tiles.npz").images
+    assert images.shape == (32, 64, 64, 3) and len(np.unique(images.reshape(32, -1), axis=0)) > 25
+    call("units", "--task", "descriptive", *called, "--output", "units.json")
+    expected = {}
+    for seed, name in enumerate(("base", "run")):
+        model = tiny_backbone()
+        torch.manual_seed(seed)
+        model.init_weights()
+        (tmp_path / name).mkdir()
+        state = {f"backbone.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"teacher": state}, tmp_path / name / "teacher.pth")
+        model = load_backbone(tmp_path / name / "teacher.pth")
+        call("patches", "--weights", f"{name}/teacher.pth", "--model-name", name, "--sampled", "tiles.npz",
+             "--device", "cpu", "--output", f"{name}.npz")  # fmt: skip
+        with torch.inference_mode():
+            mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.mean, model.std))
+            pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+            expected[name] = model.forward_features(pixels)["patches"].double().numpy()
+        features = [write_sample(tmp_path / name / f"{s}.h5", np.random.default_rng(0).normal(size=(16, 8))
+                                 .astype(np.float32), slide_id=s, model=name) for s in ("a", "b")]  # fmt: skip
+        given = [] if name == "base" else ["--patches", "run.npz", "--patches-from", "base=base.npz"]
+        call("measure", "--units", "units.json", "--features", *features, "--model-name", name, *given,
+             "--slides", "slides.tsv", "--output", f"answers_{name}.npz")  # fmt: skip
+    call("compare", "--units", "units.json", "--answers", "answers_base.npz", "answers_run.npz", "--models", "base",
+         "run", "--output", "compared.npz", "--figure", "figure.png")  # fmt: skip
+    call("summary", "--comparisons", "compared.npz", "--table", "s.tsv", "--document", "s.json", "--measures", "m")
+    units = [rows / np.linalg.norm(rows, axis=2, keepdims=True) for rows in expected.values()]
+    truth = np.square(units[0] @ units[0].mT - units[1] @ units[1].mT).mean()
+    with open(tmp_path / "s.tsv") as file:
+        (found,) = [row for row in csv.DictReader(file, delimiter="\t") if row["score"].startswith("gram_distance")]
+    assert (found["model"], found["score"], found["verdict"]) == ("run", "gram_distance_from_base", "")
+    assert float(found["value"]) == pytest.approx(truth, rel=1e-3, abs=1e-6) and truth > 1e-4
+    assert "gram_distance_from_base" in (tmp_path / "s.json").read_text()
+
+
+def write_tiles_of(path, slide):
+    """A manifest of 16 tiles of 64 px of a slide of 256 px."""
+    y, x = (axis.ravel() for axis in np.mgrid[0:256:64, 0:256:64])
+    columns = {"x": x, "y": y, "level": 0, "read_px": 64, "tile_px": 64, "mpp": 0.5, "footprint_px": 64}
+    about = {"slide_id": slide, "tile_set": "features", "tile_px": 64, "requested_mpp": 0.5, "stride_px": 64}
+    about |= {"width": 256, "height": 256, "mpp_x": 0.5, "mpp_y": 0.5}
+    path.parent.mkdir(exist_ok=True)
+    write_tiles(path, tile_table(slide, columns | {"tissue_fraction": 1.0}), about)

@@ -128,6 +128,39 @@ def test_tiles_of_test_slides_are_sampled_where_robustness_is_asked(folder):
     assert jobs.sample_arguments() == ["--count", "7", "--seed", "3"]
 
 
+def test_patches_are_compared_with_the_start_and_with_the_run_that_is_continued(folder):
+    jobs = jobs_of({"masks": {"nuclei": {"images": ".", "masks": "."}}})
+    of_tiles = "<results>/evaluation/descriptive/patches/{}.npz"
+    assert jobs.patch_files("descriptive", "base") == {}
+    assert jobs.patch_files("descriptive", "pretrain") == {
+        "own": of_tiles.format("pretrain"),
+        "base": of_tiles.format("base"),
+    }
+    assert list(jobs.patch_files("descriptive", "gram")) == ["own", "base", "continued_run"]
+    assert jobs.patch_files("descriptive", "gram")["continued_run"] == of_tiles.format("pretrain")
+    assert jobs.patch_arguments("masks-nuclei", "gram") == [
+        "--patches-from",
+        "base=results/evaluation/masks-nuclei/features/base.npz",
+        "continued_run=results/evaluation/masks-nuclei/features/pretrain.npz",
+    ]
+    assert jobs.patch_files("label-grade", "gram") == {} and jobs.patch_arguments("label-grade", "gram") == []
+    arguments = jobs.patch_arguments("descriptive", "gram")
+    assert arguments[:2] == ["--patches", "results/evaluation/descriptive/patches/gram.npz"]
+    # without the starting weights there is nothing to be compared with
+    only = jobs_of(None, features={"models": ["pretrain"]})
+    assert only.patch_files("descriptive", "pretrain") == {}
+
+
+def test_tiles_to_compare_patches_on_are_of_a_few_slides(folder, monkeypatch):
+    jobs = jobs_of()
+    assert jobs.sampled_slides == jobs.slides("descriptive")
+    monkeypatch.setattr("dinoscope.plan_evaluation._MOST_SLIDES", 3)
+    few = jobs_of().sampled_slides
+    assert len(few) == 3 and set(few) < set(jobs.sampled_slides)
+    assert jobs_of({"seed": 1}).sampled_slides != few
+    assert jobs_of().sampled_manifests() == [f"<results>/tiles/features/{slide}.parquet" for slide in few]
+
+
 def test_shifts_are_those_there_are():
     from dinoscope.evaluate import shifts
 
