@@ -3,8 +3,8 @@
 The bank is read chunk by chunk, from memory or from a memory-mapped file in float16 or float32, and multiplied in
 float32: a million tiles of 1,024 values take 1,000 queries at a time, no approximation, and memory for one chunk.
 Products are most of the time: after the first chunk only blocks of rows whose largest product is above the least one
-that a query has kept are looked into. The neighbours that are kept, and some more, are put in order by cosines in
-float64, so that neither the number of threads nor the device decides between rows that are alike.
+that a query has kept are looked into. Where cosines are so close that float32 does not tell them apart, float64 puts
+them in order, so that neither the number of threads nor the device decides between rows that are alike.
 
 Shapes: Q queries, N rows of the bank, D width, K neighbours, C classes.
 """
@@ -21,6 +21,7 @@ _CHUNK_ROWS = 16_384  # whole blocks
 _BLOCK_ROWS = 64
 _QUERIES_AT_ONCE = 1_024
 _SPARE = 16  # neighbours more than asked for, whose order float32 may have wrong
+_CLOSE = 1e-5  # ten times what float32 products of a few thousand values are off
 _VALUES_AT_ONCE = 4_000_000  # in float64
 NEIGHBOURS = (1, 5, 20)
 
@@ -53,8 +54,12 @@ def neighbours(
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         groups = None if exclude_groups is None else (exclude_groups[0][part], exclude_groups[1])
-        rows = _candidates(queries[part], bank, min(k + _SPARE, len(bank)), groups, center, torch.device(device))
-        found_rows[part], found_cosines[part] = _in_order(queries[part], bank, rows, k, center)
+        most = min(k + _SPARE, len(bank))
+        rows, cosines = _candidates(queries[part], bank, most, groups, center, torch.device(device))
+        _tell_apart(queries[part], bank, rows, cosines, center)
+        order = np.lexsort((rows, -cosines), axis=1)[:, :k]
+        found_rows[part] = np.take_along_axis(rows, order, 1)
+        found_cosines[part] = np.take_along_axis(cosines, order, 1)
     return found_rows, found_cosines
 
 
@@ -114,8 +119,8 @@ def _candidates(
     groups: tuple[np.ndarray, np.ndarray] | None,
     center: np.ndarray | None,
     device: torch.device,
-) -> np.ndarray:
-    """(Q, k) rows of the bank with the largest cosines in float32; -1 where there are fewer."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (Q, k) of the bank with the largest cosines, by float32, and these in float64; -1 and -inf of fewer."""
     asked = _centred(torch.from_numpy(np.array(queries, np.float32)).to(device), center)
     asked /= _lengths(asked)
     best = torch.full((len(asked), k), -torch.inf, device=device)
@@ -135,7 +140,7 @@ def _candidates(
             allowed = same[0][hits[0]] != same[1][hits[1]]
             hits = tuple(of[allowed] for of in hits)
         best, rows = _merged(best, rows, hits[0], hits[1] + start, hits[2])
-    return torch.where(best > -torch.inf, rows, -1).cpu().numpy()
+    return torch.where(best > -torch.inf, rows, -1).cpu().numpy(), best.double().cpu().numpy()
 
 
 def _chunks(bank: np.ndarray, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -201,24 +206,25 @@ def _largest(cosines: Tensor, k: int, same: tuple[Tensor, Tensor] | None) -> tup
     return values, columns
 
 
-def _in_order(
-    queries: np.ndarray, bank: np.ndarray, rows: np.ndarray, k: int, center: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of candidates (Q, …) by cosines in float64, of equally near ones the lower row."""
-    rows = np.sort(rows, axis=1)
-    cosines = np.empty(rows.shape)
+def _tell_apart(
+    queries: np.ndarray, bank: np.ndarray, rows: np.ndarray, cosines: np.ndarray, center: np.ndarray | None
+) -> None:
+    """Works out in float64 those of the cosines (Q, k), in descending order, that are close to the next or the last."""
+    close = np.zeros(rows.shape, dtype=bool)
+    with np.errstate(invalid="ignore"):  # between two that are not there
+        close[:, 1:] = cosines[:, :-1] - cosines[:, 1:] < _CLOSE
+    close[:, :-1] |= close[:, 1:]
+    close &= rows >= 0
+    query, place = np.nonzero(close)
     shift = 0.0 if center is None else np.asarray(center, np.float64)
-    at_once = max(1, _VALUES_AT_ONCE // (rows.shape[1] * bank.shape[1]))
-    for start in range(0, len(rows), at_once):
-        part = slice(start, start + at_once)
-        asked = queries[part].astype(np.float64) - shift
-        near = bank[rows[part]].astype(np.float64) - shift  # of -1 the last row, which counts as nothing below
-        lengths = np.sqrt(np.square(near).sum(-1)) * np.sqrt(np.square(asked).sum(-1))[:, None]
+    at_once = max(1, _VALUES_AT_ONCE // bank.shape[1])
+    for start in range(0, len(query), at_once):
+        its_query, its_place = query[start : start + at_once], place[start : start + at_once]
+        asked = queries[its_query].astype(np.float64) - shift
+        near = bank[rows[its_query, its_place]].astype(np.float64) - shift
+        lengths = np.sqrt(np.square(near).sum(1) * np.square(asked).sum(1))
         # sums over the last axis are the same wherever a row lies, unlike those of a product of matrices
-        cosines[part] = (near * asked[:, None]).sum(-1) / np.maximum(lengths, 1e-24)
-    cosines[rows < 0] = -np.inf
-    order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(rows, order, 1), np.take_along_axis(cosines, order, 1)
+        cosines[its_query, its_place] = (near * asked).sum(1) / np.maximum(lengths, 1e-24)
 
 
 def _centred(rows: Tensor, center: np.ndarray | None) -> Tensor:
