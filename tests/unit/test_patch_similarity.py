@@ -176,7 +176,7 @@ def test_from_slides_to_the_table_by_the_steps_of_the_script(tmp_path, monkeypat
     assert "gram_distance_from_base" in (tmp_path / "s.json").read_text()
     # a slide that can no longer be read costs the others nothing, where slides may be skipped
     (tmp_path / "b.tiff").write_bytes((tmp_path / "b.tiff").read_bytes()[:1000])
-    with pytest.raises(SlideError, match="slide b"):
+    with pytest.raises(SlideError, match="slide 'b'"):
         call("tiles", *called, "--tiles", "tiles", "--seed", 3, "--output", "fewer.npz")
     call("tiles", *called, "--tiles", "tiles", "--seed", 3, "--on-error", "skip", "--output", "fewer.npz")
     fewer = read_probe_set(tmp_path / "fewer.npz")
