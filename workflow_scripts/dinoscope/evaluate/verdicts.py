@@ -100,7 +100,7 @@ def summary_rows(tasks: Sequence[TaskComparison], judgements: Sequence[Judgement
             if row.seen == "yes" or row.score != SCORES[task.kind][0]:
                 judged = []
             rows += [number | _told(one) for one in judged] or [number]
-        kind = "robustness" if task.rows else "descriptive"
+        kind = "robustness" if task.rows and task.kind != "masks" else "descriptive"
         for model, numbers in task.numbers.items():
             rows += [
                 {"task": task.task, "measure": kind, "score": name, "model": model, "value": value}
