@@ -13,6 +13,7 @@ from dinoscope.plan import make_plan
 from dinoscope.plan_segmentation import SegmentJobs
 from dinoscope.segment.arguments import data_options, settings_of
 from dinoscope.segment.settings import nearest_multiples, rounded_img_dim, seal_segmenter
+from segmentation_samples import write_discs
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = "student: {arch: vit_nano}\ncrops: {global_crops_size: 96, local_crops_size: 48}\n"
@@ -35,7 +36,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "root.yaml").write_text(RECIPE)
     (tmp_path / "slides.tsv").write_text("slide_id\tpath\nS1\ta.svs\n")
-    (tmp_path / "discs").mkdir()
+    write_discs(tmp_path / "discs")
     return tmp_path
 
 
@@ -122,6 +123,14 @@ def test_mistakes_are_told_while_planning(folder, change, sentence):
 def test_options_are_checked_before_a_job_starts(folder, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
         jobs(cells={"dataset": "folder", "root": "discs"} | change).check_options()
+
+
+def test_a_split_without_images_is_refused_before_a_training(folder):
+    write_discs(folder / "few", splits=("train", "train", "val", "val"))
+    task = {"dataset": "folder", "root": "few", "data": {"instance": "disc"}}
+    with pytest.raises(ConfigError, match=r"tasks.cells: few: no image is in split test \(train 2, val 2, test 0\)"):
+        jobs(cells=task).check_options()
+    jobs(cells=task | {"split": "val"}).check_options()
 
 
 def test_no_tasks_need_no_torch(folder):

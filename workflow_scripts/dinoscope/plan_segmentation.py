@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoscope.errors import ConfigError
+from dinoscope.errors import ConfigError, MasksError
 from dinoscope.names import nearest
 from dinoscope.plan import Plan
 from dinoscope.plan_features import FeatureJobs
@@ -51,13 +51,15 @@ class SegmentJobs:
     def check_options(self) -> None:
         """Refuses what only data sets, views and corruptions know; this imports torch, and only where there are tasks.
 
+        A split without images is refused here too: it would be noticed after the trainings.
+
         Raises:
-            ConfigError: An unknown option, with the nearest known one, or a data set that is not there.
+            ConfigError: An unknown option, with the nearest known one, or a data set or split that is not there.
         """
         if not self.tasks:
             return
-        from dinoscope.segment.arguments import data_root
-        from dinoscope.segment.datasets import dataset_settings
+        from dinoscope.segment.arguments import data_root, test_split
+        from dinoscope.segment.datasets import dataset_settings, open_dataset
         from dinoscope.segment.engine import view_settings
         from dinoscope.segment.robustness import kinds_of
 
@@ -71,7 +73,10 @@ class SegmentJobs:
                     raise ConfigError(f"root {root} does not exist; give the folder of the data set")
                 if of["slides"] and of["mpp"] is None:
                     raise ConfigError("slides are to be segmented, but mpp is not said; give the images' mpp")
-            except ConfigError as error:
+                if not self.data_files(task):
+                    for split in ("train", "val", test_split(of["dataset"], of["split"])):
+                        open_dataset(of["dataset"], root, split, **of["data"])
+            except (ConfigError, MasksError) as error:
                 raise ConfigError(f"config: segmentation.tasks.{task}: {error}") from None
 
     def models(self, task: str) -> list[str]:
