@@ -137,7 +137,8 @@ def compare_models(
                 rows += _rows(units, of, measure, model, transductive, draws, seed, seeds, seen="yes")
         if "~" in measure:  # of changed copies: beside the clean figure, without a verdict
             continue
-        differences |= _differences(measure, statistics, references, trained, repeated, draws, seed)
+        of_measure = _differences(measure, statistics, references, trained, repeated, draws, seed)
+        differences |= _possible(of_measure, SCORES[units.kind][0])
     return TaskComparison(
         units.task,
         units.kind,
@@ -320,4 +321,14 @@ def _differences(
         )
         is_run = pairs[0][0] in trained
         found[measure, model, reference] = one if is_run else replace(one, by_seed=())
+    return found
+
+
+def _possible(differences: Mapping[tuple[str, str, str], Comparison], score: str) -> dict[Any, Comparison]:
+    """Differences with intervals that end where the score's range does: few seeds allow for more than there can be."""
+    most = 1.0 - _LEAST.get(score, 0.0)
+    found = dict(differences)
+    for key, one in differences.items():
+        if len(one.by_seed) > 1:
+            found[key] = replace(one, resampled=one.resampled.clip(-most, most))
     return found
