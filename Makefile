@@ -1,4 +1,4 @@
-# make demo    sets up and runs the whole workflow on small synthetic slides
+# make demo    sets up and runs the whole workflow on small synthetic slides (make demo-pilot, whether to adapt at all)
 # make test    sets up and runs all checks and tests but the long ones (make long-test)
 # make help    the rest
 #
@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: setup demo test long-test kill-test cluster-test unlock clean help
+.PHONY: setup demo demo-pilot test long-test kill-test cluster-test unlock clean help
 
 PYTHON ?= python3
 WHEELHOUSE ?=
@@ -44,6 +44,13 @@ demo: setup  ## run the whole workflow on small synthetic slides
 	snakemake --cores all
 	@echo
 	@echo "Done. Open results/report.html in a browser: slides, training curves, and PCA maps before and after training."
+
+demo-pilot: setup  ## is adaptation worth it? tried on small drawn biopsies, from the demo's own model
+	snakemake --cores all results/models/pretrain/teacher.pth
+	snakemake --cores all --configfile config/demo_pilot/config.yaml --replace-workflow-config pilot
+	@echo
+	@cat results/demo_pilot/pilot/advice.txt
+	@echo "Curves and scores: results/demo_pilot/pilot/figure.png, summary.tsv."
 
 test: $(VENV)/.test-tools-done  ## all checks and tests but the long ones
 	ruff check .

@@ -14,8 +14,8 @@ rule random_weights:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
         settings=PLAN.base_digest,
@@ -35,8 +35,8 @@ rule evaluation_units:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
         slides=Path(PLAN.config["slides"]["source"]),
@@ -60,8 +60,8 @@ rule embed_images:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=growing(16000),
+        runtime=growing(120),
     params:
         script=SCRIPTS / "evaluate.py",
         encoder=encoder_arguments,
@@ -71,6 +71,51 @@ rule embed_images:
     shell:
         "python {params.script:q} embed {params.encoder:q} --model-name {wildcards.model:q} --pooling {params.pooling}"
         " {params.images:q} {params.shifts:q} --output {output.features:q} > {log:q} 2>&1"
+
+
+# What changed copies of slides are made of, where robustness is asked: some tiles of each test slide.
+rule sample_tiles:
+    input:
+        slide=slide_path,
+        members=slide_members,
+        tiles="<results>/tiles/{set}/{slide}.parquet",
+    output:
+        sample="<results>/evaluation/sampled/{set}/{slide}.npz",
+    log:
+        "<logs>/sample_tiles/{set}/{slide}.log",
+    group:
+        "samples"
+    conda:
+        "../envs/pictures.yaml"
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(5, per_gb=1),
+    params:
+        script=SCRIPTS / "evaluate.py",
+        slide=slide_argument,
+        reader=own_reader,
+        on_error=not_a_trigger(PLAN.config["slides"]["on_error"]),
+        sampled=EVALUATION.sample_arguments(),
+    shell:
+        "python {params.script:q} sample --slide {params.slide:q} --slide-id {wildcards.slide:q} {params.reader:q}"
+        " --on-error {params.on_error:q} --tiles {input.tiles:q} {params.sampled:q}"
+        " --output {output.sample:q} > {log:q} 2>&1"
+
+
+use rule embed_images as embed_samples with:
+    input:
+        samples=model_samples,
+        encoder=encoder_files,
+    output:
+        features="<results>/evaluation/sampled/{model}.npz",
+    log:
+        "<logs>/embed_samples/{model}.log",
+    params:
+        script=SCRIPTS / "evaluate.py",
+        encoder=encoder_arguments,
+        pooling=evaluated_pooling,
+        images=input_samples,
+        shifts=["--shifts", *SHIFTS],
 
 
 rule probe_set:
@@ -84,8 +129,8 @@ rule probe_set:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=growing(4000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
         reading=not_a_trigger(SLIDES.reading_options()),
@@ -94,10 +139,58 @@ rule probe_set:
         "python {params.script:q} probe {params.asked:q} {params.reading:q} --output {output.probe:q} > {log:q} 2>&1"
 
 
+# Tiles on which the similarities of patches are compared (Gram distance), the same for all models.
+rule described_tiles:
+    input:
+        tiles=lambda wildcards: EVALUATION.sampled_manifests(),
+        slides=sampled_slides,
+    output:
+        sampled="<results>/evaluation/descriptive/tiles.npz",
+    log:
+        "<logs>/described_tiles.log",
+    conda:
+        "../envs/pictures.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "evaluate.py",
+        reading=not_a_trigger(SLIDES.reading_options()),
+        asked=lambda wildcards: EVALUATION.sample_arguments_described(),
+    shell:
+        "python {params.script:q} tiles {params.asked:q} {params.reading:q} --output {output.sampled:q}"
+        " > {log:q} 2>&1"
+
+
+rule described_patches:
+    input:
+        sampled=rules.described_tiles.output.sampled,
+        encoder=encoder_files,
+    output:
+        patches="<results>/evaluation/descriptive/patches/{model}.npz",
+    log:
+        "<logs>/described_patches/{model}.log",
+    conda:
+        "../envs/pictures.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=8000,
+        runtime=30,
+    params:
+        script=SCRIPTS / "evaluate.py",
+        encoder=encoder_arguments,
+    shell:
+        "python {params.script:q} patches {params.encoder:q} --model-name {wildcards.model:q} --sampled {input.sampled:q}"
+        " --output {output.patches:q} > {log:q} 2>&1"
+
+
 rule measure_model:
     input:
         units=rules.evaluation_units.output.units,
+        patches=task_patches,
         features=task_features,
+        sampled=task_sampled,
     output:
         answers="<results>/evaluation/{task}/answers/{model}.npz",
     log:
@@ -108,18 +201,19 @@ rule measure_model:
         "../envs/pictures.yaml"
     threads: 4
     resources:
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=growing(16000),
+        runtime=growing(240),
     params:
         script=SCRIPTS / "evaluate.py",
         features=input_files("features"),
+        sampled=sampled_argument,
         slides=Path(PLAN.config["slides"]["source"]),
         history=model_history,
         images=task_images,
-        how=EVALUATION.measure_arguments(),
+        how=measure_arguments,
     shell:
         "python {params.script:q} measure --units {input.units:q} --features {params.features:q}"
-        " --model-name {wildcards.model:q} --slides {params.slides:q} {params.history:q} {params.images:q}"
+        " {params.sampled:q} --model-name {wildcards.model:q} --slides {params.slides:q} {params.history:q} {params.images:q}"
         " {params.how:q} --output {output.answers:q} > {log:q} 2>&1"
 
 
@@ -140,8 +234,8 @@ rule compare_models:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=growing(8000),
+        runtime=growing(60),
     params:
         script=SCRIPTS / "evaluate.py",
         models=task_models,

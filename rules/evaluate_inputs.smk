@@ -28,6 +28,48 @@ def task_features(wildcards):
     return evaluation_of(wildcards.model).features(wildcards.task, wildcards.model)
 
 
+def model_samples(wildcards):
+    """Samples of tiles that changed copies are made of, for a model."""
+    return evaluation_of(wildcards.model).samples(wildcards.model)
+
+
+def input_samples(wildcards, input, resources):
+    """Arguments that name them; no trigger, since the files are one."""
+    return ["--sampled", *input_files("samples")(wildcards, input, resources)]
+
+
+def task_sampled(wildcards):
+    """What the model gives of them and of their changed copies, where the task asks."""
+    return evaluation_of(wildcards.model).sampled_features(
+        wildcards.task, wildcards.model
+    )
+
+
+def sampled_argument(wildcards, input):
+    """The same for the command line."""
+    return ["--sampled", *input.sampled] if input.sampled else []
+
+
+def sampled_slides(wildcards):
+    """Slides that patches are compared on."""
+    return [
+        path for slide in EVALUATION.sampled_slides for path in SLIDES.input_of(slide)
+    ]
+
+
+def task_patches(wildcards):
+    """Patches of the model and of those that it is compared with, where the task keeps any."""
+    files = evaluation_of(wildcards.model).patch_files(wildcards.task, wildcards.model)
+    return list(files.values())
+
+
+def measure_arguments(wildcards):
+    """Arguments that say how the model is measured."""
+    evaluation = evaluation_of(wildcards.model)
+    patches = evaluation.patch_arguments(wildcards.task, wildcards.model)
+    return EVALUATION.measure_arguments() + patches
+
+
 def task_models(wildcards):
     """Models that answer the task."""
     return EVALUATION.models(wildcards.task)
@@ -132,6 +174,18 @@ def pilot_answers(wildcards):
 def pilot_references(wildcards):
     """Arguments that say whom each of them is held against."""
     return PILOT.references(wildcards.task)
+
+
+@one_sentence
+def pilot_of_report(wildcards):
+    """What the pilot found, where it was asked for in this call or before.
+
+    Of a pilot before, the document that no rule declares: the report is made anew with it, and nothing of the pilot is.
+    """
+    if "pilot" in workflow.dag_settings.targets:
+        return ["<results>/pilot/advice.txt"]
+    document = PLAN.results / "pilot" / "advice.json"
+    return [str(document)] if document.is_file() else []
 
 
 def pilot_comparisons(wildcards):

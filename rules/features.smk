@@ -23,7 +23,7 @@ rule extract_features:
     resources:
         gpu=1,
         mem_mb=growing(16000),
-        runtime=growing(15, per_gb=15, of=["slide", "members"]),
+        runtime=growing(5, per_gb=5, of=["slide", "members"]),
     params:
         script=SCRIPTS / "extract_features.py",
         slide=slide_argument,

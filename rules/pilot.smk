@@ -35,6 +35,7 @@ rule pilot_summary:
     input:
         comparisons=pilot_comparisons,
         finals=pilot_finals,
+        base="<results>/models/base/teacher.pth",
     output:
         table="<results>/pilot/summary.tsv",
         curves="<results>/pilot/curves.tsv",
@@ -54,6 +55,7 @@ rule pilot_summary:
         runs=str(PLAN.results / "runs"),
         told=pilot_arguments,
     shell:
-        "python {params.script:q} summary --comparisons {input.comparisons:q} --runs {params.runs:q} {params.told:q}"
+        "python {params.script:q} summary --comparisons {input.comparisons:q} --runs {params.runs:q} --base {input.base:q}"
+        " {params.told:q}"
         " --table {output.table:q} --curves {output.curves:q} --advice {output.advice:q} --figure {output.figure:q}"
         " > {log:q} 2>&1"

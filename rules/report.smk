@@ -38,6 +38,7 @@ rule report:
         viewer=viewer_page,
         segmentations=segmentations,
         evaluation=evaluation,
+        pilot=pilot_of_report,
     output:
         page="<results>/report.html",
     log:

@@ -1,7 +1,8 @@
 """From encoders and masks to segmenters, their measures, and class maps of slides."""
 
 
-# As in rules/train.smk: only final.json is declared, and a finished training keeps the encoder that it began with.
+# As in rules/train.smk: only final.json is declared, and a finished training keeps the encoder that it began with. Its
+# time does not grow with the attempt either, since the next one goes on.
 rule segment_train:
     input:
         encoder=segment_encoder,
@@ -16,13 +17,13 @@ rule segment_train:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=32000,
+        mem_mb=growing(32000),
         runtime=1440,
     params:
         launcher=SCRIPTS / "launch.py",
         script=SCRIPTS / "segment_train.py",
         arguments=segment_arguments,
-        launch=segment_launch,
+        launch=launch_options,
         folder=subpath(output.final, ancestor=2),
         workers=segment_workers,
     shell:
@@ -53,8 +54,8 @@ rule segment_evaluate:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=growing(16000),
+        runtime=growing(120),
     params:
         script=SCRIPTS / "segment_evaluate.py",
         folder=subpath(input.final, parent=True),
@@ -80,8 +81,8 @@ rule segment_corruptions:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=1440,
+        mem_mb=growing(16000),
+        runtime=growing(480),
     params:
         script=SCRIPTS / "segment_corruptions.py",
         folder=subpath(input.final, parent=True),
@@ -136,13 +137,15 @@ rule segment_predict_slide:
         ),
     log:
         "<logs>/segment_predict_slide/{task}/{model}/{variant}/{slide}.log",
+    group:
+        "class_maps_{task}_{model}_{variant}"
     conda:
         "../envs/segment.yaml"
-    threads: 4
+    threads: 8
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=growing(16000),
+        runtime=growing(8, per_gb=8, of=["slide", "members"]),
     params:
         script=SCRIPTS / "segment_predict_slide.py",
         folder=subpath(input.final, parent=True),

@@ -19,13 +19,6 @@ def segment_arguments(wildcards):
     return SEGMENTS.train_arguments(wildcards.task, wildcards.model, wildcards.variant)
 
 
-def segment_launch(wildcards, output, resources):
-    """Arguments of the launcher; no trigger, like all that depends on resources."""
-    logs = Path(output.final).parent / "logs"
-    processes = str(PLAN.config["launch"]["processes"])
-    return ["--processes", processes, "--log-dir", str(logs)]
-
-
 def segment_workers(wildcards, resources):
     """Arguments that change nothing but speed; no trigger."""
     return ["--workers", str(SEGMENTS.tasks[wildcards.task]["workers"])]

@@ -18,6 +18,24 @@ if PLAN.demo_slides():
             "python {params.script:q} --output-dir {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
+if PLAN.demo_biopsies():
+
+    rule demo_biopsies:
+        output:
+            slides=PLAN.demo_biopsies(),
+        log:
+            "<logs>/demo_biopsies.log",
+        conda:
+            "../envs/slides.yaml"
+        threads: 16
+        params:
+            script=SCRIPTS / "make_demo_slides.py",
+            folder=PLAN.results / "demo",
+            seed=PLAN.config["demo"]["seed"],
+        shell:
+            "python {params.script:q} --output-dir {params.folder:q} --seed {params.seed} --biopsies {output.slides:q} > {log:q} 2>&1"
+
+
 # On a cluster group-components (profiles/slurm) puts the jobs of so many slides into one that is submitted.
 # A slide that cannot be read is written down, so that one pass finds the problems of all; tiling it fails.
 rule inspect_slide:

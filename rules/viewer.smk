@@ -91,7 +91,7 @@ rule viewer_tiles:
     threads: 2
     resources:
         mem_mb=growing(4000),
-        runtime=growing(10, per_gb=10),
+        runtime=growing(5, per_gb=10),
     params:
         script=SCRIPTS / "build_viewer.py",
         folder=subpath(input.basis, parent=True),

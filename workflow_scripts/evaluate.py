@@ -31,7 +31,10 @@ def main() -> None:
     steps = {
         add_random: ("random", "a random initialisation of a recipe's backbone"),
         add_units: ("units", "write down what a task asks about"),
-        add_embed: ("embed", "features of images from elsewhere"),
+        add_sample: ("sample", "a sample of the tiles of one slide, for changed copies"),
+        add_embed: ("embed", "features of images from elsewhere, or of sampled tiles"),
+        add_tiles: ("tiles", "the tiles that patches are compared on, for gram distances"),
+        add_patches: ("patches", "the patches of these tiles by one model"),
         add_measure: ("measure", "the answers of one model to one task"),
         add_compare: ("compare", "the answers of all models to one task side by side"),
         add_summary: ("summary", "verdicts over all tasks"),
@@ -63,24 +66,54 @@ def add_units(parser: argparse.ArgumentParser) -> None:
     add("--selection", nargs="*", default=[], help="the cases themselves, in place of a draw")
     add("--seed", type=int, default=0, help="of both draws")
     add("--output", type=Path, required=True, help="units.json to write")
-    add_images(parser, required=False)
+    add_images(parser)
     parser.set_defaults(run=run_step("make_units"))
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
     """Options of `embed`."""
+    add_encoder(parser)
     add = parser.add_argument
-    add("--weights", required=True, help="file, folder or function of the encoder")
-    add("--architecture", help="timm's name of the model, where the file does not tell it")
-    add("--encoder-files", nargs="*", type=Path, default=[], help="further files that it reads")
-    add("--encoder-version", default="", help="anything; part of its digest")
-    add("--model-name", required=True, help="as in tables")
     add("--pooling", default="cls", help="cls, mean, cls+mean or cls+storage")
     add("--shifts", nargs="*", default=[], help="changes of tiles too: stain, blur, jpeg, mpp, rotation, grey")
-    add("--device", default="auto", help="auto, cpu, or a GPU, e.g. cuda:0")
+    add("--sampled", type=Path, nargs="*", default=[], help="files of `sample`, in place of a folder")
     add("--output", type=Path, required=True, help="features (.npz) to write")
     add_images(parser)
     parser.set_defaults(run=run_step("embed"))
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    """Options of `sample`."""
+    add = parser.add_argument
+    add("--slide", type=Path, required=True, help="the slide: a file, or the folder of a DICOM series")
+    add("--slide-id", required=True, help="its name")
+    add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
+    add("--tiles", type=Path, required=True, help="manifest of the slide's tiles (tile_slide.py)")
+    add("--count", type=int, default=16, help="tiles at most")
+    add("--seed", type=int, default=0, help="which ones")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="skip: a slide that cannot be read gives no tile")
+    add("--output", type=Path, required=True, help="sample (.npz) to write")
+    parser.set_defaults(run=run_step("take_sample"))
+
+
+def add_tiles(parser: argparse.ArgumentParser) -> None:
+    """Options of `tiles`."""
+    add = parser.add_argument
+    add_reading(parser)
+    add("--described", nargs="*", default=[], help="slides that tiles are taken of, as equal as possible a slide")
+    add("--tiles", type=Path, required=True, help="folder with the tile manifest of each slide, SLIDE.parquet")
+    add("--seed", type=int, default=0, help="which tiles")
+    add("--output", type=Path, required=True, help="set of images (.npz) to write")
+    parser.set_defaults(run=run_step("sample_described"))
+
+
+def add_patches(parser: argparse.ArgumentParser) -> None:
+    """Options of `patches`."""
+    add_encoder(parser)
+    add = parser.add_argument
+    add("--sampled", type=Path, required=True, help="the file of `tiles`")
+    add("--output", type=Path, required=True, help="patches (.npz) to write")
+    parser.set_defaults(run=run_step("embed_sampled_patches"))
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +121,9 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--units", type=Path, required=True, help="units.json")
     add("--features", type=Path, nargs="+", required=True, help="files of the slides (.h5), or the one of `embed`")
+    add("--sampled", type=Path, help="the file of `embed` of sampled tiles and their changed copies; for slides")
+    add("--patches", type=Path, help="patches of the model's sampled tiles; of images with masks --features has them")
+    add("--patches-from", nargs="*", default=[], metavar="NAME=FILE", help="those of models to give the distance from")
     add("--model-name", required=True, help="as in tables")
     add("--slides", help="slide table, for the cases of slides that the model was trained on")
     add("--seal", type=Path, action="append", default=[], help="run_config.json of a run that the model comes from")
@@ -100,7 +136,7 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     add("--max-tiles", type=int, default=200_000, help="tiles at most, as equal as possible a slide")
     add("--seed", type=int, default=0, help="of folds, draws and samples")
     add("--output", type=Path, required=True, help="answers (.npz) to write")
-    add_images(parser, required=False)
+    add_images(parser)
     parser.set_defaults(run=run_step("measure"))
 
 
@@ -136,9 +172,7 @@ def add_summary(parser: argparse.ArgumentParser) -> None:
 def add_probe(parser: argparse.ArgumentParser) -> None:
     """Options of `probe`."""
     add = parser.add_argument
-    add("--slides", help="slide table; not for images")
-    add("--slide-mpp", type=float, help="micrometres a pixel of slides that the table gives none for")
-    add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
+    add_reading(parser)
     add("--probed", nargs="*", default=[], help="slides of the selection cases")
     add("--tiles", type=Path, help="folder with the tile manifest of each slide, SLIDE.parquet")
     add("--labels", type=Path, help="table of labels; the first label of classes is asked about")
@@ -146,15 +180,34 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=256, help="images at most")
     add("--seed", type=int, default=0, help="which ones")
     add("--output", type=Path, required=True, help="set of images (.npz) to write")
-    add_images(parser, required=False)
+    add_images(parser)
     parser.set_defaults(run=run_step("make_probe"))
 
 
-def add_images(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_encoder(parser: argparse.ArgumentParser) -> None:
+    """Options that name a model."""
+    add = parser.add_argument
+    add("--weights", required=True, help="file, folder or function of the encoder")
+    add("--architecture", help="timm's name of the model, where the file does not tell it")
+    add("--encoder-files", nargs="*", type=Path, default=[], help="further files that it reads")
+    add("--encoder-version", default="", help="anything; part of its digest")
+    add("--model-name", required=True, help="as in tables")
+    add("--device", default="auto", help="auto, cpu, or a GPU, e.g. cuda:0")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Options that say how slides are read."""
+    add = parser.add_argument
+    add("--slides", help="slide table; not for images")
+    add("--slide-mpp", type=float, help="micrometres a pixel of slides that the table gives none for")
+    add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
     """Options that say which images a task has."""
     add = parser.add_argument
-    add("--set-name", required=required, help="name of the set of images")
-    add("--folder", type=Path, required=required, help="folder of images; of tiles, with one folder a class")
+    add("--set-name", help="name of the set of images")
+    add("--folder", type=Path, help="folder of images; of tiles, with one folder a class")
     add("--masks", type=Path, help="folder of masks of the same names; without, the images are labelled tiles")
     add("--groups", help="table (.csv, .tsv) with file and group, or a pattern that finds the group in a name")
     add("--tile-px", type=int, default=224, help="side that tiles are brought to, px")

@@ -64,14 +64,14 @@ def _launch(arguments: argparse.Namespace) -> int:
     processes = num_processes(arguments.processes, step)
     threads = arguments.threads or os.cpu_count() or 1
     os.environ.update(dict.fromkeys(_THREADS, str(max(1, threads // processes))))
+    command = [arguments.script, *arguments.arguments]
     if arguments.nodes == 1:
         meeting = Meeting()
     elif arguments.rendezvous is None:
         meeting = Meeting.of_step(step, arguments.join_minutes)
     else:
-        by_hand = {"address": arguments.address, "minutes": arguments.join_minutes}
-        meeting = Meeting(arguments.nodes, arguments.rendezvous, "by-hand", **by_hand)
-    command = [arguments.script, *arguments.arguments]
+        where = (arguments.rendezvous, arguments.address, arguments.join_minutes)
+        meeting = Meeting.by_hand(arguments.nodes, command, *where)
     return run_torchrun(command, processes, arguments.log_dir, ERROR_FILE_VARIABLE, meeting)
 
 

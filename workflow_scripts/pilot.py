@@ -29,6 +29,12 @@ def add_summary(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--comparisons", type=Path, nargs="+", required=True, help="files of evaluate.py compare, one a task")
     add("--runs", type=Path, required=True, help="folder of the runs")
+    add(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="the starting weights, which arms must have begun from",
+    )
     add("--arms", nargs="+", required=True, metavar="RUN=TRAINED=FLOPS", help="arms, with operations of a step")
     add("--encoders", nargs="*", default=[], help="which of the models are of other origin")
     add("--baselines", nargs="*", default=[], help="which of them are no candidates")
@@ -47,11 +53,14 @@ def summarise(arguments: argparse.Namespace) -> None:
     from dinoscope.evaluate.comparing import read_comparison
     from dinoscope.evaluate.pilot import Arm, advise, costs_of, read_curves, with_site, write_pilot
     from dinoscope.evaluate.pilot_figure import draw_pilot
+    from dinoscope.evaluate.pilot_starts import check_starts
     from dinoscope.evaluate.verdicts import primary_of
 
     tasks = [read_comparison(path) for path in arguments.comparisons]
     primary = primary_of(tasks, arguments.primary)
     arms = [Arm.parse(text) for text in arguments.arms]
+    if arguments.base is not None:
+        check_starts(arguments.runs, arms, arguments.base)
     curves = read_curves(arguments.runs, arms)
     advice = advise(
         tasks,

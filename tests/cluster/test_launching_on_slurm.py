@@ -64,9 +64,12 @@ def test_what_would_train_twice_or_with_less_is_refused(folder, slurm, launcher,
     assert "rank" not in said
 
 
-def test_a_job_of_two_nodes_is_one_world(folder):
+# The second as many sites have it, whose salloc opens its shell on a node (LaunchParameters=use_interactive_step).
+@pytest.mark.parametrize("shell_of_salloc", ["", "srun --interactive --overlap --nodes=1 --ntasks=1 "])
+def test_a_job_of_two_nodes_is_one_world(folder, shell_of_salloc):
     """As from a batch script: the launcher starts itself by srun on each node."""
-    status, said = shell(folder, f"salloc --mem=1000 --nodes=2 {LAUNCH} --nodes 2 --processes 1 -- script.py")
+    launch = f"{shell_of_salloc}{LAUNCH} --nodes 2 --processes 1 -- script.py"
+    status, said = shell(folder, f"salloc --mem=1000 --nodes=2 {launch}")
     assert status == 0, said
     assert sorted(re.findall(r"rank (\d) of (\d), sum (\d)", said)) == [("0", "2", "1"), ("1", "2", "1")]
     assert set(re.findall(r", (n\d), ends", said)) == {"n1", "n2"}

@@ -16,7 +16,7 @@ from dinoscope.train.distributed import joined_world
 def main():
     with joined_world() as world:
         total = world.reduce(torch.tensor(float(world.rank)), torch.distributed.ReduceOp.SUM)
-        print(f"rank {world.rank} of {world.size}, {world.local_size} here, sum {total:g}", flush=True)
+        print(f"rank {world.rank} of {world.size}, {world.local_size} here, sum {total:g}\\n", end="", flush=True)
 
 run_script(main)
 """
@@ -29,10 +29,11 @@ def endpoint():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start(folder, endpoint, processes, *options):
+def start(folder, endpoint, processes, *options, arguments=()):
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(SCRIPTS / "launch.py"), "--nodes", "2", "--rendezvous", endpoint]
     command += ["--address", "127.0.0.1", "--processes", str(processes), "--threads", "1", *options, "--", "script.py"]
+    command += arguments
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SCRIPTS), "HOME": str(folder)}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -66,3 +67,14 @@ def test_a_machine_that_nobody_joins_says_so(tmp_path, endpoint):
     assert alone.returncode == 1
     assert f"error: not all 2 nodes met at {endpoint} within 0.1 minutes" in said.splitlines()[-1]
     assert "rank 0" not in said
+
+
+@pytest.mark.slow
+def test_two_runs_that_were_given_the_same_place_are_not_one_world(tmp_path, endpoint):
+    """Each would else train with the other's machine."""
+    both = [start(tmp_path, endpoint, 1, "--join-minutes", "0.4", arguments=["--run-dir", run]) for run in ("a", "b")]
+    said = [each.communicate(timeout=240)[0] for each in both]
+    assert [each.returncode for each in both] == [1, 1], said
+    for text in said:
+        assert f"error: not all 2 nodes met at {endpoint} within 0.4 minutes" in text
+        assert "of 2" not in text

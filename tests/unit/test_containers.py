@@ -63,6 +63,8 @@ def test_both_are_of_the_same_base_and_run_the_same():
     assert instructions["COPY"] == sections["files"][0] == ". /opt/dinoscope"
     assert "HF_HUB_OFFLINE=1" in instructions["ENV"]
     assert "export HF_HUB_OFFLINE=1" in sections["environment"]
+    assert "DINOSCOPE_COMMIT=${COMMIT}" in instructions["ENV"]  # what provenance.json names
+    assert "export DINOSCOPE_COMMIT={{ COMMIT }}" in sections["environment"]
     assert '"snakemake", "--snakefile", "/opt/dinoscope/Snakefile"' in instructions["ENTRYPOINT"]
     assert sections["runscript"] == ['exec snakemake --snakefile /opt/dinoscope/Snakefile "$@"']
 

@@ -93,14 +93,19 @@ def test_verdicts_of_known_models(answered, script, monkeypatch):
     told = {(row["measure"], row["model"]): row for row in rows if row["verdict"]}
     assert told["linear", "good"]["verdict"] == "better" and told["linear", "good"]["primary"] == "yes"
     # identical models differ by nothing, whatever the measure
-    same = [row for (_, model), row in told.items() if model == "copy"]
-    assert {row["verdict"] for row in same} == {"no clear difference"} and len(same) == 7
-    assert {float(row["difference"]) for row in same} == {0.0}
+    same = {measure: row for (measure, model), row in told.items() if model == "copy"}
+    without = {"site_readout", "robustness_index"}
+    assert {name for name, row in same.items() if row["verdict"] == "not judged"} == without
+    assert {row["verdict"] for row in same.values()} == {"no clear difference", "not judged"} and len(same) == 9
+    assert {float(row["difference"]) for row in same.values()} == {0.0}
     scored = [row for row in rows if row["measure"] != "robustness"]
     assert {row["cases"] for row in scored} == {str(CASES - 7)}  # a tenth of the cases is for selection
     assert {row["seen"] for row in scored} == {"no"}
-    site = {(row["score"], row["model"]): float(row["value"]) for row in rows if row["measure"] == "robustness"}
-    assert site["site_chance", "good"] == 0.5 and site["robustness_index", "good"] > 0.9
+    index, site = told["robustness_index", "good"], told["site_readout", "good"]
+    assert float(index["value"]) > 0.9 and float(index["difference_low"]) > 0
+    # beside chance; there is no colour baseline among these models
+    assert (site["chance"], site["color_histogram"], site["primary"]) == ("0.5", "", "no")
+    assert float(site["low"]) <= float(site["value"]) <= float(site["high"])
     one = json.loads(Path("measures/label-grade.linear.json").read_text())
     assert {row["score"] for row in one["scores"]} == {"balanced_accuracy", "macro_f1", "auroc"}
     assert [verdict["decision"] for verdict in one["verdicts"]] == ["no clear difference", "better"]

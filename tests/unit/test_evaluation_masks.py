@@ -3,12 +3,15 @@
 import cv2
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from dinoscope.errors import FeaturesError
 from dinoscope.evaluate.embedding import ImageFeatures
+from dinoscope.evaluate.folds import Fold, grouped_folds
 from dinoscope.evaluate.masked import answer_masks, patch_edges, patch_labels
 from dinoscope.evaluate.measuring import Settings
-from dinoscope.evaluate.scores import mean_iou
+from dinoscope.evaluate.probe import linear_probe
+from dinoscope.evaluate.scores import mean_iou, statistic_of_repeats
 from dinoscope.evaluate.tile_sets import list_masks
 from dinoscope.evaluate.units import units_of_images
 
@@ -44,8 +47,9 @@ def features_of(images, patch_px):
 @pytest.mark.parametrize(("patch_px", "least"), [(8, 1.0), (12, 0.7)])
 def test_every_pixel_takes_the_answer_of_its_patch(images, patch_px, least):
     units = units_of_images("masks-nuclei", images, 0, 0)
-    answers = answer_masks(units, images, features_of(images, patch_px), True, Settings(folds=2, repeats=1))
-    confusions = answers.confusions["dense"]
+    answers = answer_masks(units, images, features_of(images, patch_px), True, Settings(folds=2, repeats=3))
+    assert answers.confusions["dense"].shape[0] == 3  # of different folds, but the same pixels
+    confusions = answers.confusions["dense"][1]
     assert confusions.shape == (IMAGES, 2, 2)
     assert (confusions.sum(axis=(1, 2)) == HEIGHT * WIDTH).all()
     truth = [int((cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0).sum()) for path in images.masks]
@@ -87,7 +91,7 @@ def test_ignored_pixels_are_neither_learned_from_nor_counted(images):
         labels = patch_labels(np.where(mask == 255, -1, mask.astype(int)), (5, 7), 2, 8).reshape(5, 7)
         assert (labels[:, 5:] == -1).all() and (labels[:, :5] == (mask[1::8, 0:40:8] == 1)).all(), index
     units = units_of_images("masks-nuclei", images, 0, 0)
-    confusions = answer_masks(units, images, features, False, Settings(folds=2, repeats=1)).confusions["dense"]
+    confusions = answer_masks(units, images, features, False, Settings(folds=2, repeats=1)).confusions["dense"][0]
     assert confusions.sum() == IMAGES * HEIGHT * WIDTH - hidden
     assert float(mean_iou(confusions.sum(axis=0))) == 1
 
@@ -98,3 +102,36 @@ def test_masks_that_say_nothing_are_refused(images):
     units = units_of_images("masks-nuclei", images, 0, 0)
     with pytest.raises(FeaturesError, match="its masks have no class"):
         answer_masks(units, images, features_of(images, 8), False, Settings(folds=2, repeats=1))
+
+
+def test_repeats_are_those_of_scikit_learn_patch_by_patch(images):
+    """Every fold of every repeat by hand: the scaling and penalty that were chosen, scikit-learn, pixel by pixel."""
+    features, settings = features_of(images, 12), Settings(folds=4, repeats=2)
+    noise = np.random.default_rng(3).normal(size=features.features.shape) * [0.35, 1]
+    features = ImageFeatures(features.about, (features.features + noise).astype(np.float16), features.grids)
+    units = units_of_images("masks-nuclei", images, 0, 0)
+    found = answer_masks(units, images, features, True, settings).confusions["dense"]
+    masks = [(cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0).astype(int) for path in images.masks]
+    labels = np.stack([patch_labels(mask, (4, 5), 2, 12) for mask in masks])
+    rows = features.features.astype(np.float64).reshape(IMAGES, 20, 2)
+    folds = grouped_folds(np.arange(IMAGES) % 2, units.groups, folds=4, repeats=2, seed=settings.seed)
+    patch_folds = [
+        Fold(f.repeat, f.name, *((20 * side[:, None] + np.arange(20)).ravel() for side in (f.train, f.test)))
+        for f in folds
+    ]
+    flat = rows.reshape(-1, 2).astype(np.float32)
+    choices = linear_probe(flat, labels.ravel(), np.repeat(units.groups, 20), patch_folds, seed=settings.seed).choices
+    expected = np.zeros_like(found)
+    for fold, choice in zip(folds, choices, strict=True):
+        train = rows[fold.train].reshape(-1, 2)
+        deviation = train.std(0) if choice.scaling == "each" else np.sqrt(train.var(0).mean())
+        model = LogisticRegression(C=2 / (choice.penalty * 2), class_weight="balanced", tol=1e-8)
+        model.fit((train - train.mean(0)) / deviation, labels[fold.train].ravel())
+        for image in fold.test:
+            said = model.predict((rows[image] - train.mean(0)) / deviation).reshape(4, 5)
+            pixels = said.repeat(12, axis=0)[:HEIGHT].repeat(12, axis=1)[:, :WIDTH]
+            np.add.at(expected[fold.repeat, image], (masks[image], pixels), 1)
+    assert 0.5 < float(mean_iou(expected.sum(axis=(0, 1)))) < 0.95  # neither nothing nor all is told
+    assert np.abs(found - expected).sum() / 2 <= 144  # of 35,840 pixels a patch may lie on the border
+    both = [mean_iou(of_repeat.sum(axis=0)) for of_repeat in found]
+    assert statistic_of_repeats(found, units.groups)(np.ones((1, IMAGES)))[0] == pytest.approx(np.mean(both))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from dinoscope.evaluate import knn
@@ -73,6 +74,48 @@ def test_of_equal_ones_the_lower_row_comes_first(monkeypatch: pytest.MonkeyPatch
     bank = np.eye(4, dtype=np.float32)[np.arange(64) % 4]
     rows, _ = neighbours(np.eye(4, dtype=np.float32), bank, 6)
     np.testing.assert_array_equal(rows, np.arange(4)[:, None] + 4 * np.arange(6))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_copies_are_in_order_whatever_rounding_says(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of matrices give rows that are the same other last digits, by where they lie."""
+    monkeypatch.setattr(knn, "_CHUNK_ROWS", 192)
+    rng, before = np.random.default_rng(5), torch.get_num_threads()
+    bank = rng.normal(size=(1_001, 129)).astype(np.float32)
+    copies = np.sort(rng.choice(1_001, 25, replace=False))
+    bank[copies] = bank[copies[0]]
+    torch.set_num_threads(threads)
+    try:
+        rows, _ = neighbours(bank[copies[:3]], bank, 12)
+        one, _ = neighbours(bank[copies[:1]], bank, 12)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(rows, np.tile(copies[:12], (3, 1)))
+    np.testing.assert_array_equal(one, rows[:1])
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_later_chunks_are_searched_where_they_have_nearer_ones(
+    in_order: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that come nearer and nearer are found in every chunk, and rows in no order in few blocks."""
+    monkeypatch.setattr(knn, "_CHUNK_ROWS", 256)
+    searches, hits = [], knn._hits
+    monkeypatch.setattr(knn, "_hits", lambda *given: searches.append(hits(*given)) or searches[-1])
+    rng = np.random.default_rng(6)
+    bank, queries = rng.normal(size=(5_003, 16)).astype(np.float32), rng.normal(size=(9, 16)).astype(np.float32)
+    if in_order:
+        queries = queries[:1] + 0.01 * queries
+        bank = bank[np.argsort(sorted_cosines(queries[:1], bank)[0])]
+    groups = (np.arange(9) % 4, rng.integers(0, 4, 5_003)) if grouped else None
+    rows, cosines = neighbours(queries, bank, 10, exclude_groups=groups)
+    expected = sorted_cosines(queries, bank)
+    if grouped:
+        expected[groups[0][:, None] == groups[1]] = -np.inf
+    np.testing.assert_array_equal(rows, np.argsort(-expected, axis=1)[:, :10])
+    np.testing.assert_allclose(cosines, np.take_along_axis(expected, rows, 1), atol=1e-6)
+    assert all(found is None for found in searches) == in_order  # in full, and by blocks
 
 
 def test_half_precision_from_a_file_is_as_from_memory(queries: np.ndarray, bank: np.ndarray, tmp_path: Path) -> None:

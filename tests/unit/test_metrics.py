@@ -23,6 +23,12 @@ def test_the_later_line_of_an_iteration_counts_and_cut_lines_spoil_nothing(tmp_p
     assert read_events(tmp_path) == frame.attrs["events"]
 
 
+def test_a_full_disk_costs_a_line_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "training_metrics.json").symlink_to("/dev/full")
+    append_metrics(tmp_path, {"iteration": 4})
+    assert f"run {tmp_path.name}: a line of metrics cannot be written" in caplog.text
+
+
 def test_what_a_restart_undid_is_left_out_until_it_is_done_again(tmp_path: Path) -> None:
     for iteration in (9, 19, 29, 39):
         append_metrics(tmp_path, {"iteration": iteration, "total_loss": 1.0})

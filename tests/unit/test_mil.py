@@ -97,6 +97,7 @@ def test_nothing_of_the_asked_bags_reaches_the_answers_and_runs_repeat(monkeypat
     assert not np.array_equal(first[test], other[test])
     # parts of a batch are the batch
     monkeypatch.setattr(mil, "_TILES_AT_ONCE", 25)
+    monkeypatch.setattr(mil, "_TILES_ASKED_AT_ONCE", 25)
     parts = attention_probe(bags, labels, cases, folds, settings=settings).predictions.said[0]
     np.testing.assert_allclose(parts[test], first[test], atol=0.02)
 
@@ -107,5 +108,5 @@ def test_mean_of_bags() -> None:
 
 
 def test_parts_hold_each_bag_once() -> None:
-    assert list(mil._parts([20_000, 20_000, 5, 40_000, 1])) == [(0, 1), (1, 3), (3, 4), (4, 5)]
-    assert list(mil._parts([5])) == [(0, 1)]
+    assert list(mil._parts([20_000, 20_000, 5, 40_000, 1], 32_768)) == [(0, 1), (1, 3), (3, 4), (4, 5)]
+    assert list(mil._parts([5], 32_768)) == [(0, 1)]

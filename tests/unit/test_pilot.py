@@ -64,7 +64,12 @@ def test_worse_and_unclear_arms_keep_the_weights():
     worse = advice({arm.run: difference(-0.1) for arm in ARMS})
     assert worse.decision == "keep" and "nothing that was tried is better" in worse.sentence
     unclear = advice({"pilot-lora": difference(0.03, 0.05), "pilot-full": difference(-0.1)})
-    assert unclear.decision == "keep" and "but pilot-lora might be and more cases would tell" in unclear.sentence
+    assert (
+        unclear.decision == "keep" and "clearly better on label-grade/linear, but pilot-lora may be" in unclear.sentence
+    )
+    assert ", by 0.030 [-0." in unclear.sentence and unclear.sentence.endswith("], which more cases would tell.")
+    hopeless = advice({"pilot-lora": difference(-0.03, 0.05), "pilot-full": difference(-0.1)})
+    assert hopeless.decision == "keep" and "more cases would be needed to say so of all" in hopeless.sentence
 
 
 def test_arms_are_corrected_as_one_family():
@@ -190,7 +195,7 @@ def test_random_weights_leave_full_adaptation_alone(planned):
     write_text(Path("root.yaml"), Path("root.yaml").read_text().replace("w.pth", "''"))
     jobs = planned()
     assert list(jobs.arms) == ["pilot-full"]
-    assert jobs.notes() == ["the pilot leaves out lora and last_n: root.yaml names no MODEL.WEIGHTS"]
+    assert jobs.notes()[0] == "the pilot leaves out lora and last_n: root.yaml names no MODEL.WEIGHTS"
     with pytest.raises(ConfigError, match="of random weights all must be trained"):
         planned(pilot={"arms": ["lora"]}).check()
 

@@ -147,6 +147,10 @@ BAD_CONFIGS = [
     ({"recipe": "x"}, "unknown key recipe; did you mean runs.NAME.recipe?"),
     ({"zzz": 1}, "unknown key zzz; known here: results, slides"),
     ({"tiling.sets.train.tile_px": "abc"}, "tiling.sets.train.tile_px is 'abc', but must be a whole number (Side of"),
+    (
+        {"tiling.sets.train.tile_px": "256"},
+        "is '256', but must be a whole number; within braces --config makes texts of",
+    ),
     ({"tiling.sets.train.mpp": 0}, "tiling.sets.train.mpp is 0, but must be more than 0"),
     ({"tiling.sets.train.tile_px": 8}, "tiling.sets.train.tile_px is 8, but must be at least 16"),
     ({"tiling.sets.train.min_tissue": 50}, "tiling.sets.train.min_tissue is 50, but must be at most 1"),

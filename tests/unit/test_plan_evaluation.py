@@ -115,6 +115,52 @@ def test_changed_copies_are_made_where_robustness_is_asked(folder):
     assert jobs_of({"tile_sets": {"cells": {"folder": "cells"}}}).shift_arguments("tiles-cells") == []
 
 
+def test_tiles_of_test_slides_are_sampled_where_robustness_is_asked(folder):
+    Path("encoder").mkdir()
+    encoders = {"other": {"source": "encoder", "set": "train"}}
+    jobs = jobs_of({"robustness": True, "robustness_tiles": 7, "seed": 3}, features={"encoders": encoders})
+    test = jobs.cohort.slides_of("test")
+    # where each model's own tiles are; baselines see those of ours
+    for model, tile_set in (("base", "features"), ("thumbnail", "features"), ("other", "train")):
+        assert jobs.samples(model) == [f"<results>/evaluation/sampled/{tile_set}/{slide}.npz" for slide in test]
+    assert jobs.sampled_features("label-os", "gram") == ["<results>/evaluation/sampled/gram.npz"]
+    assert jobs.sampled_features("descriptive", "gram") == jobs_of().sampled_features("label-os", "gram") == []
+    assert jobs.sample_arguments() == ["--count", "7", "--seed", "3"]
+
+
+def test_patches_are_compared_with_the_start_and_with_the_run_that_is_continued(folder):
+    jobs = jobs_of({"masks": {"nuclei": {"images": ".", "masks": "."}}})
+    of_tiles = "<results>/evaluation/descriptive/patches/{}.npz"
+    assert jobs.patch_files("descriptive", "base") == {}
+    assert jobs.patch_files("descriptive", "pretrain") == {
+        "own": of_tiles.format("pretrain"),
+        "base": of_tiles.format("base"),
+    }
+    assert list(jobs.patch_files("descriptive", "gram")) == ["own", "base", "continued_run"]
+    assert jobs.patch_files("descriptive", "gram")["continued_run"] == of_tiles.format("pretrain")
+    assert jobs.patch_arguments("masks-nuclei", "gram") == [
+        "--patches-from",
+        "base=results/evaluation/masks-nuclei/features/base.npz",
+        "continued_run=results/evaluation/masks-nuclei/features/pretrain.npz",
+    ]
+    assert jobs.patch_files("label-grade", "gram") == {} and jobs.patch_arguments("label-grade", "gram") == []
+    arguments = jobs.patch_arguments("descriptive", "gram")
+    assert arguments[:2] == ["--patches", "results/evaluation/descriptive/patches/gram.npz"]
+    # without the starting weights there is nothing to be compared with
+    only = jobs_of(None, features={"models": ["pretrain"]})
+    assert only.patch_files("descriptive", "pretrain") == {}
+
+
+def test_tiles_to_compare_patches_on_are_of_a_few_slides(folder, monkeypatch):
+    jobs = jobs_of()
+    assert jobs.sampled_slides == jobs.slides("descriptive")
+    monkeypatch.setattr("dinoscope.plan_evaluation._MOST_SLIDES", 3)
+    few = jobs_of().sampled_slides
+    assert len(few) == 3 and set(few) < set(jobs.sampled_slides)
+    assert jobs_of({"seed": 1}).sampled_slides != few
+    assert jobs_of().sampled_manifests() == [f"<results>/tiles/features/{slide}.parquet" for slide in few]
+
+
 def test_shifts_are_those_there_are():
     from dinoscope.evaluate import shifts
 

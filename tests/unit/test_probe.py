@@ -10,10 +10,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dinoscope.evaluate.folds import Fold, grouped_folds, strata_of_values
 from dinoscope.evaluate.logistic import fit_logistic, log_probabilities
+from dinoscope.evaluate.nearest import _drawn
 from dinoscope.evaluate.probe import (
     CLEAN,
     PENALTIES,
-    _drawn,
     few_shot,
     inner_folds,
     knn_probe,

@@ -37,9 +37,12 @@ def git(folder, *arguments):
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_commit_and_whether_files_were_changed_since(tmp_path):
+def test_the_commit_and_whether_files_were_changed_since(tmp_path, monkeypatch):
+    monkeypatch.delenv("DINOSCOPE_COMMIT", raising=False)
     assert code_version(tmp_path)["git_commit"] is None
     assert code_version(tmp_path)["git_dirty"] is None
+    monkeypatch.setenv("DINOSCOPE_COMMIT", "0123abc")  # in a container, which was built of it
+    assert code_version(tmp_path)["git_commit"] == "0123abc"
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "add", "code.py")
@@ -51,6 +54,19 @@ def test_the_commit_and_whether_files_were_changed_since(tmp_path):
     assert code_version(tmp_path)["git_dirty"] is True
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone may give files away")
+def test_the_commit_of_a_copy_that_belongs_to_somebody_else(tmp_path):
+    """A lab shares one, of which git says nothing by itself."""
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "first", "--allow-empty")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    for path in (tmp_path, tmp_path / ".git"):
+        os.chown(path, 12345, 12345)
+    refused = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    assert code_version(tmp_path)["git_commit"] == commit
+
+
 @pytest.mark.parametrize(
     ("argument", "shown"),
     [
@@ -59,6 +75,8 @@ def test_the_commit_and_whether_files_were_changed_since(tmp_path):
         ("/home/somebody/weights/file.pth", "file.pth"),
         ("MODEL.WEIGHTS=/home/somebody/file.pth", "MODEL.WEIGHTS=file.pth"),
         ("optim.lr=0.1", "optim.lr=0.1"),
+        ('slides="/home/somebody/slides.tsv"', 'slides="slides.tsv"'),
+        ('class_map={"a": "b/c"}', 'class_map={"a": "b/c"}'),
         ("/file.pth", "file.pth"),
         ("C:\\Users\\somebody\\file.pth", "file.pth"),
     ],

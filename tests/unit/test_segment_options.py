@@ -56,6 +56,8 @@ def test_views_that_cannot_be_meant_are_refused(augmentation, sentence):
     [
         {"weight_decay": -1.0},
         {"warmup_epochs": -1.0},
+        {"min_lr": 1.5},
+        {"last_n": 0},
         {"dice_weight": float("nan")},
         {"class_weights": (1.0, -1.0)},
         {"class_weights": (0.0, 0.0)},

@@ -19,6 +19,7 @@ from dinoscope.errors import ConfigError, DinoscopeError, MasksError, SealError,
 from dinoscope.files import read_json, write_json
 from dinoscope.segment.arguments import hyphenated
 from dinoscope.segment.public_fpn import PublicFPNDecoder
+from dinoscope.segment.questions import Asked
 from dinoscope.segment.settings import TrainSettings
 from dinoscope.segment.tables import components
 from dinoscope.segment.voc import VOC_CLASSES
@@ -308,3 +309,42 @@ def test_corruptions_lower_what_is_measured(folder, trained, monkeypatch):
     assert told["relative_drop"] == pytest.approx(1 - sum(hardest) / 2 / told["miou_clean"])
     with pytest.raises(ConfigError, match=r"corruption 'gausian_noise' is unknown.*gaussian_noise"):
         call(monkeypatch, segment_corruptions, *words, "--kinds", "gausian_noise")
+
+
+def test_corruptions_go_on_where_a_run_was_ended(folder, trained, monkeypatch, tmp_path):
+    output, measured, ended_at = tmp_path / "corruptions.json", [], 2
+    words = ["--segmenter", trained / "lora", *data_of(folder), "--output", output, "--kinds", "contrast", "pixelate"]
+    words += ["--severities", "1", "5"]
+    measure = Asked.measure
+
+    def counted(asked, description, change=None):
+        if len(measured) == ended_at:
+            raise KeyboardInterrupt
+        measured.append(description)
+        return measure(asked, description, change)
+
+    monkeypatch.setattr(Asked, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, segment_corruptions, *words)
+    assert measured == ["measuring images as they are", "contrast, severity 1"] and not output.exists()
+    ended_at = None
+    call(monkeypatch, segment_corruptions, *words)
+    assert measured[2:] == ["contrast, severity 5", "pixelate, severity 1", "pixelate, severity 5"]
+    pieced = output.read_bytes()
+    assert list(tmp_path.iterdir()) == [output]
+
+    monkeypatch.setattr(Asked, "measure", measure)
+    call(monkeypatch, segment_corruptions, *words)
+    assert output.read_bytes() == pieced
+
+
+@pytest.mark.parametrize(
+    "left", [b"{", b'{"identity": 1}', b'{"identity": ["another"], "mious": {"contrast, severity 1": 1.0}}']
+)
+def test_what_another_question_left_is_not_taken(folder, trained, monkeypatch, tmp_path, left):
+    output = tmp_path / "corruptions.json"
+    (tmp_path / ".corruptions.json.begun").write_bytes(left)
+    words = ["--segmenter", trained / "lora", *data_of(folder), "--output", output]
+    call(monkeypatch, segment_corruptions, *words, "--kinds", "contrast", "--severities", "1")
+    assert read_json(output)["rows"][0]["miou"] < 1.0
+    assert list(tmp_path.iterdir()) == [output]

@@ -98,6 +98,9 @@ def test_an_interrupted_training_goes_on_bit_for_bit(discs, weights, tmp_path, m
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))
     for key in ("validation", "best_epoch", "steps"):
         assert whole[key] == cut[key]
+    starts = read_json(tmp_path / "cut" / "provenance.json")["starts"]
+    assert [start["first_iteration"] for start in starts] == [0, step]
+    assert starts[0]["code"]["dinoscope"] and len(starts[0]["machines"]) == 1
 
 
 def test_a_save_that_is_older_is_enough(discs, weights, tmp_path, monkeypatch):

@@ -39,6 +39,12 @@ def test_a_step_is_what_its_variables_say():
     assert Step.of(IN_SNAKEMAKE) == Step("77")
     assert Step.of(TASK | {"SLURM_GPUS_ON_NODE": "4"}).gpus == 4
     assert Step.of({"SLURM_STEP_NUM_TASKS": "2"}) == Step()
+    # the shell that salloc opens on a node is a step of one task, which is no reason to refuse two nodes
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    assert Step.of(TASK | shell) == Step("77", 2)
+    Step.of(TASK | shell | {"SLURM_JOB_NUM_NODES": "1"}).require_one_node()
+    with pytest.raises(ConfigError, match="job 77 has 2 nodes, but training was asked to run on one"):
+        Step.of(TASK | shell).require_one_node()
 
 
 @pytest.mark.parametrize(
@@ -104,10 +110,14 @@ def test_one_task_is_left_alone(environment, tmp_path):
 
 def test_threads_are_shared_by_the_processes(tmp_path):
     """Snakemake sets the variables of several libraries to all threads of the job; each process must get its share."""
-    said = "import os; print(*(os.environ[name + '_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')))"
+    # One write a process: the parts of a print of two processes may mix in one pipe.
+    said = (
+        "import os; shares = [os.environ[name + '_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')]\n"
+        "os.write(1, (' '.join(shares) + '\\n').encode())"
+    )
     given = {"MKL_NUM_THREADS": "6", "OPENBLAS_NUM_THREADS": "6", "OMP_NUM_THREADS": "6"}
     done = launch(given, "--processes", "2", "--threads", "6", script=said, folder=tmp_path)
-    assert [line.strip() for line in done.stdout.splitlines() if line.strip()] == ["3 3 3", "3 3 3"], done.stderr
+    assert done.stdout.splitlines() == ["3 3 3", "3 3 3"], done.stderr
 
 
 def test_several_nodes_are_started_by_srun(tmp_path):
@@ -176,3 +186,15 @@ def test_demands_grow_with_files_and_attempts(tmp_path):
     assert grown(10, 20, [str(file)], 1) == 40
     assert grown(10, 20, [[str(file), str(file)], str(tmp_path / "yet to be made")], 2) == 140
     assert grown(10, 0, [str(file)], 3) == 30
+
+
+def test_what_is_yet_to_be_brought_counts_as_a_usual_slide(tmp_path):
+    """Of Snakemake's own names of files on object storage the test of storage has one."""
+
+    class Remote(str):
+        is_storage = True
+
+    remote = Remote(tmp_path / "slide.svs")
+    assert grown(10, 20, [remote], 2) == 60
+    (tmp_path / "slide.svs").write_bytes(bytes(1000))
+    assert grown(10, 20, [remote], 2) == 20

@@ -33,6 +33,11 @@ CONFIGS = {
         "labels": "labels.tsv",
         "evaluation": {"tile_sets": {"cells": {"folder": "cells"}}, "splits": ["grouped"]},
     },
+    "robustness": {
+        "labels": "labels.tsv",
+        "evaluation": {"robustness": True},
+        "features": {"encoders": {"other": {"source": "encoder", "set": "train"}}},
+    },
     "nothing is measured": {"evaluation": {"enabled": False}},
     "segmentation": {
         "segmentation": {"tasks": {"nuclei": {"dataset": "folder", "root": "masks", "seeds": [0, 1]}}},

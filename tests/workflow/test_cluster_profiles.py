@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from snakemake_runs import COMMAND, REPOSITORY
 
@@ -52,6 +53,52 @@ def group_labels():
             if label:
                 found[block.partition(":")[0]] = label.group(1)
     return found
+
+
+def rules_as_written():
+    """Rule -> its text; rules of exports are made in a loop, and have no name of their own."""
+    found = {}
+    for path in (REPOSITORY / "rules").glob("*.smk"):
+        for block in re.split(r"^ *rule(?= \w+:|:)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            found[block.partition(":")[0].strip() or path.stem] = block
+    return found
+
+
+def demand(block, name):
+    """Of a rule: (what the smallest job needs, what a gigabyte adds); None where it does not grow with attempts."""
+    told = re.search(rf"^ +{name}=growing\((\d+)(?:, per_gb=(\d+))?(?:, of=.*)?\),$", block, re.MULTILINE)
+    return told and (int(told.group(1)), int(told.group(2) or 0))
+
+
+def test_jobs_get_more_with_each_attempt():
+    """All that are submitted, but for the time of trainings: these go on where they were."""
+    fixed = {"train": {"runtime"}, "segment_train": {"runtime"}}
+    seen = 0
+    for rule, block in rules_as_written().items():
+        for name in ("mem_mb", "runtime"):
+            if re.search(rf"^ +{name}=", block, re.MULTILINE) and name not in fixed.get(rule, ()):
+                assert demand(block, name), f"{rule}: {name}"
+                seen += 1
+    assert seen > 40
+
+
+@pytest.mark.parametrize(("slide_gb", "attempts"), [(1, 3), (2, 2)])
+def test_slides_that_share_a_job_fit_into_a_day(slide_gb, attempts):
+    """Snakemake adds up the time of what runs in turns; a job that fits into no partition goes to the default one."""
+    told = profile("slurm")
+    cores, sizes = int(told["cores"]), pairs(told["group-components"])
+    site = yaml.safe_load((PROFILES / "slurm" / "site.yaml").read_text(encoding="utf-8"))["partitions"]
+    limit = min(partition["max_runtime"] for partition in site.values())
+    grouped = {}
+    for rule, block in rules_as_written().items():
+        if label := re.search(r"^ +group:\n +\"(.+)\"$", block, re.MULTILINE):
+            threads = re.search(r"^ +threads: (\d+)$", block, re.MULTILINE)
+            base, per_gb = demand(block, "runtime")
+            turns = math.ceil(int(sizes[label.group(1)]) / (cores // int(threads.group(1) if threads else 1)))
+            size = slide_gb if "slide=slide_path" in block else 0.05
+            grouped[rule] = attempts * turns * (base + per_gb * size)
+    assert grouped.keys() > {"extract_features", "tile_slide", "segment_predict_slide"}
+    assert not {rule: minutes for rule, minutes in grouped.items() if minutes > limit}
 
 
 @pytest.mark.slow

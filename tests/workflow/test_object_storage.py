@@ -105,6 +105,9 @@ def test_each_slide_is_fetched_once_for_all_its_jobs_and_released(uploaded):
         "tile_slide": 2,
         "viewer_pyramid": 2,
     }
+    # asked for before the slide is here, as of one of a gigabyte
+    first = re.search(r"rule inspect_slide:.*? runtime=(\d+)", said, re.DOTALL)
+    assert first and first.group(1) == "6"
     fetched = {path: count for path, count in requests.items() if path.startswith("GET /slides/")}
     assert sorted(fetched.values()) == [1, 1]
     assert not [path for path in (folder / ".snakemake" / "storage").rglob("*") if path.is_file()]

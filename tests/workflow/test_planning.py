@@ -23,6 +23,7 @@ WHOLE_DEMO = {
     "cluster_map": 5, "cluster_examples": 3, "plot_metrics": 2, "report": 1, "all": 1,
     "viewer_pyramid": 5, "list_sampled": 3, "viewer_sample": 3, "viewer_tiles": 15, "viewer": 1,
     "evaluation_units": 1, "measure_model": 3, "compare_models": 1, "evaluation_summary": 1,
+    "described_tiles": 1, "described_patches": 3,
 }  # fmt: skip
 VIEWER = ("viewer_pyramid", "list_sampled", "viewer_sample", "viewer_tiles", "viewer")
 # of a slide that comes to a finished demo
@@ -178,6 +179,7 @@ def test_a_training_slide_leaves_finished_runs_and_colours_alone(finished):
     joins = {"split_slides": 1, "merge_manifest": 1, "slides_report": 1, "slide_table": 1, "viewer": 1, "report": 1}
     # with so few test cases the slides of training are described as well
     described = {"evaluation_units": 1, "measure_model": 3, "compare_models": 1, "evaluation_summary": 1}
+    described |= {"described_tiles": 1, "described_patches": 3}
     assert jobs == OWN_JOBS | joins | described | {"all": 1}
 
 
@@ -303,7 +305,7 @@ def test_a_longer_run_goes_on_and_the_start_stays(finished):
         "train": 1, "convert": 1, "extract_features": 5, "list_features": 1, "pca_fit": 1, "pca_map": 5,
         "pca_compare": 5, "pca_region": 2, "cluster_fit": 1, "cluster_map": 5, "cluster_examples": 1, "plot_metrics": 1,
         "list_sampled": 1, "viewer_sample": 1, "viewer_tiles": 15, "viewer": 1, "report": 1, "all": 1,
-        "measure_model": 1, "compare_models": 1, "evaluation_summary": 1,
+        "described_patches": 1, "measure_model": 1, "compare_models": 1, "evaluation_summary": 1,
     }  # fmt: skip
 
 

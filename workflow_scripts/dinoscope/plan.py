@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ _TRAINING_ONLY = (
 )
 # The names of dinoscope.slides.demo, without its imports.
 DEMO_SLIDES = ("demo_he_1", "demo_he_2", "demo_he_3", "demo_ihc_1", "demo_cyto_1")
+# Of dinoscope.slides.demo_biopsies, likewise.
+_BIOPSY = re.compile(r"demo_biopsy_\d{3}\.tiff")
 # What `stain` says about a slide's looks, where the tissue method is auto.
 _METHOD_OF_STAIN = {"HE": "otsu", "IHC": "otsu", "Pap": "cytology", "MGG": "cytology", "IF": "fluorescence"}
 # Option of tile_slide.py, key of a tile set, and its default, which needs no option.
@@ -317,6 +320,13 @@ class Plan:
             return []
         demo = {self.results / "demo" / f"{name}.tiff" for name in DEMO_SLIDES}
         return [str(record.path) for record in self.slides.values() if record.path in demo]
+
+    def demo_biopsies(self) -> list[str]:
+        """Paths of the biopsies that the pilot's demo makes, if it is enabled."""
+        if not self.config["demo"]["enabled"]:
+            return []
+        paths = (record.path for record in self.slides.values())
+        return [str(path) for path in paths if path.parent == self.results / "demo" and _BIOPSY.fullmatch(path.name)]
 
     def visible_gpus(self, environment: Mapping[str, str]) -> dict[str, str]:
         """What the environment of all jobs must say besides, where launch.gpus names GPUs.

@@ -34,16 +34,16 @@ BASE = "base"
 # Rules of the workflow; a run's name is a target too and must differ from them.
 TARGETS = (
     "all", "budget", "cluster_examples", "cluster_fit", "cluster_map", "clusters", "compare_models", "convert",
-    "demo_slides", "embed_images", "evaluate", "evaluation_summary", "evaluation_units", "export",
-    "export_features", "export_features_anndata", "export_features_clam", "export_features_parquet",
-    "export_features_stamp", "export_features_wsidata", "export_hf", "export_onnx", "export_timm",
-    "extract_features", "features", "initial_weights", "inspect", "inspect_slide", "list_features", "list_sampled",
-    "manifest", "measure_model", "merge_manifest", "pack_index", "pack_slide", "pca", "pca_compare", "pca_fit",
-    "pca_map", "pca_region", "pilot", "pilot_compare", "pilot_summary", "plot_metrics", "probe_set",
-    "random_weights", "report", "segment_compare", "segment_corruptions", "segment_evaluate",
-    "segment_predict_slide", "segment_train", "segmentation", "slide_table", "slides_report", "split_slides",
-    "tile_slide", "tiles", "train", "upload", "upload_file", "viewer", "viewer_pyramid", "viewer_sample",
-    "viewer_tiles",
+    "demo_biopsies", "demo_slides", "described_patches", "described_tiles", "embed_images", "embed_samples",
+    "evaluate", "evaluation_summary", "evaluation_units", "export", "export_features", "export_features_anndata",
+    "export_features_clam", "export_features_parquet", "export_features_stamp", "export_features_wsidata",
+    "export_hf", "export_onnx", "export_timm", "extract_features", "features", "initial_weights", "inspect",
+    "inspect_slide", "list_features", "list_sampled", "manifest", "measure_model", "merge_manifest", "pack_index",
+    "pack_slide", "pca", "pca_compare", "pca_fit", "pca_map", "pca_region", "pilot", "pilot_compare", "pilot_summary",
+    "plot_metrics", "probe_set", "random_weights", "report", "sample_tiles", "segment_compare", "segment_corruptions",
+    "segment_evaluate", "segment_predict_slide", "segment_train", "segmentation", "slide_table", "slides_report",
+    "split_slides", "tile_slide", "tiles", "train", "upload", "upload_file", "viewer", "viewer_pyramid",
+    "viewer_sample", "viewer_tiles",
 )  # fmt: skip
 _FOLDERS = ("compare", "maps", "regions")  # lie beside those of the models
 

@@ -6,6 +6,7 @@ another job compares the answers of all.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = ["DESCRIPTIVE", "LABEL", "MASKS", "TILES", "EvaluationJobs"]
 
 SHIFTS = ("stain", "blur", "jpeg", "mpp", "rotation", "grey")  # of evaluate/shifts.py, without its imports
 DESCRIPTIVE, LABEL, TILES, MASKS = "descriptive", "label-", "tiles-", "masks-"
+_MOST_SLIDES = 16  # that tiles to compare patches on are taken of
 _FEW_CASES = 3  # of the test set, below which training slides are described as well
 
 
@@ -154,6 +156,52 @@ class EvaluationJobs:
                 repeated.setdefault(run.repeats or model, []).append(model)
         return [part for names in repeated.values() for part in ("--seeds-of", *names)]
 
+    def patch_files(self, task: str, model: str) -> dict[str, str]:
+        """Files with patches of the task's images: "own" of the model, and by name those that it is compared with.
+
+        These are the starting weights and the run that it continues. Nothing where a task keeps no patches.
+        """
+        if task == DESCRIPTIVE:
+            pattern = f"<results>/evaluation/{DESCRIPTIVE}/patches/{{}}.npz"
+        elif task.startswith(MASKS):
+            pattern = f"<results>/evaluation/{task}/features/{{}}.npz"
+        else:
+            return {}
+        chain = self._chain(model)
+        others = {"base": BASE, "continued_run": chain[1] if len(chain) > 1 else None}
+        others = {name: other for name, other in others.items() if other in self.models(task) and other != model}
+        own = {"own": pattern.format(model)} if others else {}
+        return own | {name: pattern.format(other) for name, other in others.items()}
+
+    def patch_arguments(self, task: str, model: str) -> list[str]:
+        """Arguments of evaluate.py measure that name these files."""
+        files = self.patch_files(task, model)
+        if not files:
+            return []
+        paths = {name: path.replace("<results>", str(self._plan.results), 1) for name, path in files.items()}
+        own = paths.pop("own")
+        arguments = ["--patches", own] if task == DESCRIPTIVE else []
+        return [*arguments, "--patches-from", *(f"{name}={path}" for name, path in paths.items())]
+
+    @functools.cached_property
+    def sampled_slides(self) -> list[str]:
+        """Slides that tiles are taken of to compare patches on: those that are described, a draw of many."""
+        slides = self._described()
+        seed = self._settings["seed"]
+        drawn = sorted(slides, key=lambda slide: hashlib.sha256(f"{seed}\n{slide}".encode()).digest())
+        return sorted(drawn[:_MOST_SLIDES])
+
+    def sampled_manifests(self) -> list[str]:
+        """Manifests of their tiles."""
+        tile_set = self._plan.config["features"]["set"]
+        return [f"<results>/tiles/{tile_set}/{slide}.parquet" for slide in self.sampled_slides]
+
+    def sample_arguments_described(self) -> list[str]:
+        """Arguments of evaluate.py that say which tiles these are."""
+        tiles = self._plan.results / "tiles" / self._plan.config["features"]["set"]
+        arguments = ["--slides", self._plan.config["slides"]["source"], "--described", *self.sampled_slides]
+        return [*arguments, "--tiles", str(tiles), "--seed", str(self._settings["seed"])]
+
     @functools.cached_property
     def controls(self) -> dict[str, str]:
         """Run with gram loss -> the run that does the very same iterations without it, if there is one.
@@ -171,6 +219,20 @@ class EvaluationJobs:
     def shift_arguments(self, task: str) -> list[str]:
         """Arguments of evaluate.py embed for changed copies of tiles, where robustness is asked."""
         return ["--shifts", *SHIFTS] if self._settings["robustness"] and task.startswith(TILES) else []
+
+    def samples(self, model: str) -> list[str]:
+        """Samples of the test slides' tiles, of the model's tile set, that changed copies are made of."""
+        tile_set = self._features.tile_set(model)
+        return [f"<results>/evaluation/sampled/{tile_set}/{slide}.npz" for slide in self.slides(LABEL)]
+
+    def sampled_features(self, task: str, model: str) -> list[str]:
+        """The file with a model's features of them and of their changed copies, where robustness is asked of slides."""
+        is_asked = self._settings["robustness"] and task.startswith(LABEL)
+        return [f"<results>/evaluation/sampled/{model}.npz"] if is_asked else []
+
+    def sample_arguments(self) -> list[str]:
+        """Arguments of evaluate.py that say which tiles of a slide are sampled."""
+        return ["--count", str(self._settings["robustness_tiles"]), "--seed", str(self._settings["seed"])]
 
     def pooling(self, model: str) -> str:
         """What is taken of an image with a model."""

@@ -7,24 +7,30 @@ is planned unless it is asked for: snakemake pilot.
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from dinoscope.config import RunConfig
-from dinoscope.errors import ConfigError
+from dinoscope.errors import ConfigError, SealError
 from dinoscope.evaluate.baseline_names import BASELINES
+from dinoscope.evaluate.cohort import Cohort
+from dinoscope.evaluate.labels import labels_of_units, read_labels
 from dinoscope.models.registry import settings_from_config
 from dinoscope.plan import Plan, Run
 from dinoscope.plan_checks import BASE
-from dinoscope.plan_evaluation import DESCRIPTIVE, EvaluationJobs
+from dinoscope.plan_evaluation import DESCRIPTIVE, LABEL, EvaluationJobs
 from dinoscope.plan_features import FeatureJobs
 from dinoscope.recipe import flatten, load_recipe
 from dinoscope.recipe_keys import REPLACED_BY_SCHEDULES
 from dinoscope.resolutions import resolutions
 from dinoscope.train.flops import adapted_step_flops, num_masked_patches
+from dinoscope.train.run_folder import complete_checkpoints
+from dinoscope.train.seal import check_seal
 
 __all__ = ["PilotJobs", "equal_iterations"]
 
+_FEWEST_CASES = 30  # MIN_CASES of evaluate/intervals.py, without its imports
 _FEWEST_ITERATIONS = 10  # an arm of fewer says nothing of what it would come to
 
 
@@ -79,18 +85,80 @@ class PilotJobs:
                 "empty, and of random weights all must be trained: name published weights, or add full to pilot.arms"
             )
         if not self.tasks:
+            raise ConfigError(f"the pilot has nothing to judge by: {self._why_nothing()}")
+        if self._base.config["evaluation"]["probe"]["source"] is None and not self._cohort.cases("selection"):
             raise ConfigError(
-                "the pilot has nothing to judge by: name a table in `labels` and hold cases out (use=eval), or give "
-                "evaluation.tile_sets or evaluation.masks"
+                f"the pilot has no case to follow its runs on while they train: {len(self._cohort.cases('test'))} are "
+                "held out, all for the verdict; hold out three or more (use=eval), name some in "
+                "evaluation.selection.cases, or set evaluation.probe.source"
             )
         self.evaluation.check()
+        for name in self.arms:
+            self._check_begun(name)
+
+    def _why_nothing(self) -> str:
+        table = self._base.config["labels"]
+        if table is not None and not self._cohort.cases("test"):
+            return f"{table} has labels, but no case is held out to be asked about; give some cases use=eval,features"
+        return (
+            "name a table in `labels` and hold cases out (use=eval), or give evaluation.tile_sets or evaluation.masks"
+        )
+
+    def _check_begun(self, name: str) -> None:
+        """Refuses to go on with an arm under other settings than it was begun with; another length is one too."""
+        run_dir, overrides = self._base.results / "runs" / name, self.overrides(name)
+        if not complete_checkpoints(run_dir):
+            return
+        way_out = "put the config and the recipe back, or give the changed pilot a name of its own (pilot.name)"
+        try:
+            check_seal(run_dir, self._base.base_run.recipe, overrides)
+        except SealError as error:
+            told = str(error).partition(": ")[2].rpartition("; ")[0] or str(error)
+            raise ConfigError(f"{name} of the pilot was begun with other settings: {told}; {way_out}") from None
+        before, now = load_recipe(run_dir / "config.yaml"), self.plan.runs[name].settings
+        lengths = {
+            "iterations": (before.optim.epochs, now.optim.epochs),
+            "iterations between probes": (before.evaluation.probe_every, now.evaluation.probe_every),
+        }
+        for what, (was, wanted) in lengths.items():
+            if was != wanted:
+                raise ConfigError(
+                    f"{name} of the pilot was begun with {was} {what}, and the config now comes to {wanted}: {way_out}"
+                )
 
     def notes(self) -> list[str]:
-        """Arms that are left out, a sentence each."""
-        left_out = [arm for arm in self._settings["arms"] if arm not in self.arms.values()]
-        if not left_out:
-            return []
-        return [f"the pilot leaves out {' and '.join(left_out)}: {self._base.base_run.recipe} names no MODEL.WEIGHTS"]
+        """What the pilot will not tell, a sentence each, before anything is spent on it."""
+        notes = []
+        if left_out := [arm for arm in self._settings["arms"] if arm not in self.arms.values()]:
+            recipe = self._base.base_run.recipe
+            notes.append(f"the pilot leaves out {' and '.join(left_out)}: {recipe} names no MODEL.WEIGHTS")
+        of_slides = [task for task in self.tasks if task.startswith(LABEL)]
+        test = self._cohort.slides_of("test")
+        if of_slides and len({self._base.slides[slide].site for slide in test} - {None, ""}) < 2:
+            source = self._base.config["slides"]["source"]
+            notes.append(f"the pilot has no site read-out: the test cases are of one site (column site of {source})")
+        return [*notes, *self._few_cases()]
+
+    def _few_cases(self) -> Iterator[str]:
+        """Labels with fewer test cases in a class than a verdict takes."""
+        test, names = self._cohort.slides_of("test"), [task.removeprefix(LABEL) for task in self.tasks]
+        table = self._base.config["labels"]
+        for label in read_labels(table) if table is not None else []:
+            if label.kind != "classes" or label.name not in names:
+                continue
+            cases: dict[str, set[str]] = {}
+            for unit in labels_of_units(label, test, self._cohort.case_of):
+                cases.setdefault(str(unit.value), set()).add(unit.case)
+            fewest = min((len(of) for of in cases.values()), default=0)
+            if fewest < _FEWEST_CASES:
+                yield (
+                    f"the pilot will find too few cases to judge {label.name}: {fewest} test cases in the smallest "
+                    f"class, {_FEWEST_CASES} are needed"
+                )
+
+    @property
+    def _cohort(self) -> Cohort:
+        return self.evaluation.cohort
 
     def overrides(self, name: str) -> list[str]:
         """What an arm has in place of the first run's settings, key=value each.
@@ -100,6 +168,7 @@ class PilotJobs:
         """
         arm = self.arms[name]
         iterations = self.iterations[arm]
+        between = math.ceil(iterations / self._settings["probes"])
         base = self._base.base_run.settings
         epochs, by_schedules = base.optim.epochs, base.schedules is not None
         changes: dict[str, Any] = {
@@ -116,12 +185,12 @@ class PilotJobs:
         changes |= self._trained(arm) | {
             "MODEL.WEIGHTS": str(self._base.results / "models" / BASE / "teacher.pth"),
             "gram.use_loss": False,
-            "checkpointing.period": iterations,
+            "checkpointing.period": between,  # so that little is lost with a run that is killed
             "evaluation.eval_period_iterations": 0,
             "evaluation.best_by": "null",
             "evaluation.select": "last",
             "evaluation.stop_when_worse": False,
-            "evaluation.probe_every": math.ceil(iterations / self._settings["probes"]),
+            "evaluation.probe_every": between,
         }
         return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()]
 

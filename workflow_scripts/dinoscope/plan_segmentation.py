@@ -19,9 +19,9 @@ __all__ = ["SegmentJobs", "Variant"]
 
 # Of a task, what is a setting of its trainings under the same name.
 _SAME = (
-    *("rank", "alpha", "targets", "blocks", "img_dim", "epochs", "batch_size", "lr", "decoder_lr", "weight_decay"),
-    *("warmup_epochs", "dice_weight", "class_weights", "views", "augmentation", "inference", "overlap", "eval_epochs"),
-    *("precision",),
+    *("last_n", "rank", "alpha", "targets", "blocks", "img_dim", "epochs", "batch_size", "lr", "decoder_lr", "min_lr"),
+    *("weight_decay", "warmup_epochs", "clip_grad", "dice_weight", "class_weights", "views", "augmentation"),
+    *("inference", "overlap", "eval_epochs", "precision"),
 )
 
 

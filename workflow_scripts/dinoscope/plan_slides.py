@@ -131,7 +131,7 @@ class SlideJobs:
 
     @functools.cached_property
     def _missing(self) -> dict[str, SlideRecord]:
-        made = set(self._plan.demo_slides())
+        made = {*self._plan.demo_slides(), *self._plan.demo_biopsies()}
         return {
             str(record.path): record
             for record in self._plan.slides.values()

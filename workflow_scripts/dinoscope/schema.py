@@ -77,7 +77,19 @@ def _sentences(error: ValidationError, root: dict[str, Any]) -> Iterator[str]:
         yield f"{_join(key, missing)} is missing; give it: {about}"
     else:
         about = error.schema.get("description", "")
-        yield f"{key} is {_shown(error.instance)}, but must be {_wanted(error)}" + (f" ({about})" if about else "")
+        hint = _text_hint(error.instance)
+        yield f"{key} is {_shown(error.instance)}, but must be {_wanted(error)}{hint}" + (
+            f" ({about})" if about else ""
+        )
+
+
+def _text_hint(value: Any) -> str:
+    """A hint where a number or the like was given as text, as Snakemake passes on what stands in braces."""
+    try:
+        is_more = isinstance(value, str) and value and not isinstance(yaml.safe_load(value), str)
+    except yaml.YAMLError:
+        is_more = False
+    return "; within braces --config makes texts of all values, so write it into a --configfile" if is_more else ""
 
 
 def _unknown_keys(error: ValidationError, key: str, root: dict[str, Any]) -> Iterator[str]:

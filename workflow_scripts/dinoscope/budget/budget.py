@@ -5,13 +5,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dinoscope.budget.evaluation import evaluation_products, evaluation_work
 from dinoscope.budget.hours import device_ahead, hours, measure
 from dinoscope.budget.jobs import count_jobs, profile_groups, submitted
 from dinoscope.budget.models import ModelSizes
 from dinoscope.budget.products import VIEWER_FOLDER, Product, products
 from dinoscope.budget.report import Budget
+from dinoscope.budget.segmentation import segmentation_products, segmentation_work
 from dinoscope.budget.space import disk_use, free_space
 from dinoscope.budget.tiles import SlideSize, slide_sizes
+from dinoscope.budget.work import seconds_of
 from dinoscope.plan import Plan
 
 __all__ = ["make_budget"]
@@ -46,7 +49,10 @@ def make_budget(
     if measured:
         device = measure(plan, device)
     models = ModelSizes(plan, device, {run: _num_images(plan, run, slides) for run in plan.runs})
-    jobs, written = count_jobs(plan), products(plan, slides, models)
+    by_id, jobs = {slide.slide_id: slide for slide in slides}, count_jobs(plan)
+    parts = products(plan, slides, models), evaluation_products(plan, by_id, models)
+    written = [product for part in (*parts, segmentation_products(plan, by_id, models)) for product in part]
+    works = [*evaluation_work(plan, by_id, models), *segmentation_work(plan, by_id, models)]
     told = {profile.name: profile_groups(profile / _PROFILE) for profile in profiles}
     return Budget(
         slides=slides,
@@ -59,7 +65,7 @@ def make_budget(
             for name, of_profile in told.items()
             if of_profile is not None
         },
-        hours=hours(plan, slides, models, device, jobs),
+        hours=hours(plan, slides, models, device, jobs, seconds_of(works, device)),
         device=device,
         memory={run: models.forecast(run).memory.peak for run in plan.trained_runs},
     )

@@ -105,9 +105,23 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
 
 def hours(
-    plan: Plan, slides: Sequence[SlideSize], models: ModelSizes, device: Device, jobs: Mapping[str, int]
+    plan: Plan,
+    slides: Sequence[SlideSize],
+    models: ModelSizes,
+    device: Device,
+    jobs: Mapping[str, int],
+    others: Mapping[str, float],
 ) -> dict[str, float]:
-    """Rule -> hours of all its jobs, one after the other."""
+    """Rule -> hours of all its jobs, one after the other.
+
+    Args:
+        plan: The plan.
+        slides: Size and tiles of each.
+        models: Of the plan.
+        device: What models are computed on.
+        jobs: Rule -> jobs.
+        others: Rule -> seconds of work that is counted elsewhere (evaluation, segmentation).
+    """
     seconds = {rule: count * SECONDS_PER_JOB.get(rule, SECONDS_OF_OTHER_JOBS) for rule, count in jobs.items()}
     used = [slide for slide in slides if slide.slide_id in set(plan.feature_slides)]
     if "train" in seconds:
@@ -124,6 +138,8 @@ def hours(
         training = [slide for slide in slides if slide.slide_id in set(plan.train_slides)]
         tiles = sum(slide.num_tiles[name] for slide in training for name in plan.training_sets)
         seconds["pack_slide"] += PACKING_SECONDS_PER_TILE * tiles
+    for rule, more in others.items():
+        seconds[rule] = seconds.get(rule, 0.0) + more
     return {rule: value / 3600 for rule, value in seconds.items()}
 
 

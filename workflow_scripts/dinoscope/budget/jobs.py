@@ -29,6 +29,7 @@ def count_jobs(plan: Plan) -> Counter[str]:
     packed = dict.fromkeys(run.tile_set for run in map(plan.runs.get, runs) if run and plan.is_packed(run))
     jobs = Counter(
         demo_slides=int(bool(plan.demo_slides())),
+        demo_biopsies=int(bool(plan.demo_biopsies())),
         inspect_slide=slides,
         slides_report=1,
         tile_slide=slides,
@@ -71,9 +72,16 @@ def _evaluation_jobs(plan: Plan) -> Counter[str]:
     if not (plan.config["evaluation"]["enabled"] and evaluation.tasks):
         return probed
     asked = [(task, model) for task in evaluation.tasks for model in evaluation.models(task)]
+    sampled = {model for task, model in asked if evaluation.sampled_features(task, model)}
+    patched = {file for task, model in asked for file in evaluation.patch_files(task, model).values()}
+    patched = {file for file in patched if Path(file).parent.name == "patches"}
     return probed + Counter(
+        described_tiles=int(bool(patched)),
+        described_patches=len(patched),
         evaluation_units=len(evaluation.tasks),
         embed_images=sum(task in evaluation.image_tasks for task, _ in asked),
+        sample_tiles=len({file for model in sampled for file in evaluation.samples(model)}),
+        embed_samples=len(sampled),
         extract_features=len(
             {
                 file

@@ -23,12 +23,16 @@ _SOURCES = {
     "unknown": "guessed: not inspected, and not to be opened",
 }
 _STAGES = {
-    "slides": ("demo_slides", "inspect_slide", "slides_report", "tile_slide", "split_slides", "merge_manifest",
-               "slide_table", "pack_slide", "pack_index"),
+    "slides": ("demo_slides", "demo_biopsies", "inspect_slide", "slides_report", "tile_slide", "split_slides",
+               "merge_manifest", "slide_table", "pack_slide", "pack_index"),
     "training": ("initial_weights", "train", "convert", "plot_metrics", "export_hf", "export_timm", "export_onnx"),
     "features": ("extract_features",),
     "pictures": ("list_features", "pca_fit", "pca_map", "pca_compare", "pca_region", "cluster_fit", "cluster_map",
                  "cluster_examples"),
+    "evaluation": ("random_weights", "evaluation_units", "embed_images", "probe_set", "measure_model",
+                   "compare_models", "evaluation_summary"),
+    "segmentation": ("segment_train", "segment_evaluate", "segment_corruptions", "segment_compare",
+                     "segment_predict_slide"),
     "viewer": ("viewer_pyramid", "list_sampled", "viewer_sample", "viewer_tiles", "viewer"),
 }  # fmt: skip
 
@@ -158,8 +162,7 @@ def as_table(budget: Budget) -> str:
     rows += [("time", text) for text in _times(budget)]
     rows.append(("jobs", f"{sum(budget.jobs.values()):,} of Snakemake: {_largest_first(budget.jobs)}"))
     rows += [
-        ("", f"{count:,} at most submitted to the cluster by profile {name}")
-        for name, count in budget.submitted.items()
+        ("", f"about {count:,} submitted to the cluster by profile {name}") for name, count in budget.submitted.items()
     ]
     lines, before = [], None
     for label, text in rows:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dinoscope.arrays import damage_named, document_in, document_of, read_arrays, write_arrays
+from dinoscope.evaluate.robust_measures import change_measures
 
 __all__ = ["Answers", "read_answers", "write_answers"]
 
@@ -24,7 +25,8 @@ class Answers:
         seen: (N,) int8 an index of cohort.SEEN a unit: whether its training has seen the unit's group.
         said: Measure -> (R, N, C) float32 probabilities of classes or (R, N) values or risks, R repeats; NaN where a
             repeat asked nothing (`scores.Predictions`).
-        confusions: Measure -> (N, C, C) counts of an image's pixels, truth by rows.
+        confusions: Measure -> (R, N, C, C) counts of an image's pixels, truth by rows.
+        sums: Measure -> (N, …) what each unit adds to it (`robust_measures.statistic_of_sums`).
         numbers: Descriptive measures.
         notes: Sentences.
     """
@@ -33,16 +35,17 @@ class Answers:
     seen: np.ndarray
     said: Mapping[str, np.ndarray] = field(default_factory=dict)
     confusions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sums: Mapping[str, np.ndarray] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def measures(self) -> list[str]:
-        """Names of the measures with predictions."""
-        return [*self.said, *self.confusions]
+        """Names of all that can be compared, differences between two of them included."""
+        return [*self.said, *change_measures(self.said), *self.confusions, *self.sums]
 
 
-_PARTS = ("said", "confusions")
+_PARTS = ("said", "confusions", "sums")
 
 
 def write_answers(path: Path, answers: Answers) -> None:

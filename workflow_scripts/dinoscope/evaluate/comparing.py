@@ -16,11 +16,12 @@ from dinoscope.errors import FeaturesError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.cohort import SEEN
 from dinoscope.evaluate.intervals import DRAWS, Comparison
-from dinoscope.evaluate.scores import Predictions, Statistic, mean_iou, statistic_of, statistic_of_confusions
+from dinoscope.evaluate.robust_measures import change_sources, own_score, statistic_of_sums, sums_asked
+from dinoscope.evaluate.scores import Predictions, Statistic, statistic_of, statistic_of_repeats
 from dinoscope.evaluate.seeds import Family, compare_over_seeds, estimate_over_seeds, families, family_references
 from dinoscope.evaluate.units import Units
 
-__all__ = ["SCORES", "Row", "TaskComparison", "compare_models", "read_comparison", "write_comparison"]
+__all__ = ["SCORES", "Row", "TaskComparison", "compare_models", "read_comparison", "scores_of", "write_comparison"]
 
 # Kind of label -> scores, the one that is judged first.
 SCORES = {
@@ -30,7 +31,7 @@ SCORES = {
     "masks": ("mean_iou",),
 }
 # Least values of the scores that may be below 0; none is above 1.
-_LEAST = {"r2": -np.inf, "pearson": -1.0}
+_LEAST = {"r2": -np.inf, "pearson": -1.0, "change": -1.0}
 # A score as a function of cases' weights, number of cases and units, and cases of the smallest class.
 _Asked = tuple[Statistic, int, int, int]
 
@@ -71,7 +72,7 @@ class TaskComparison:
     """All of a task.
 
     Attributes:
-        differences: (measure, model, reference) -> the difference in the first score of the task's kind.
+        differences: (measure, model, reference) -> the difference in the first of the measure's scores.
         numbers: Model -> descriptive measures.
         about: Model -> what it is.
         families: Name of a run with several training seeds -> the models of these; it stands among the models too.
@@ -135,10 +136,8 @@ def compare_models(
             transductive = is_test & np.all([answer.seen == yes for answer in of], axis=0)
             if transductive.any():
                 rows += _rows(units, of, measure, model, transductive, draws, seed, seeds, seen="yes")
-        if "~" in measure:  # of changed copies: beside the clean figure, without a verdict
-            continue
         of_measure = _differences(measure, statistics, references, trained, repeated, draws, seed)
-        differences |= _possible(of_measure, SCORES[units.kind][0])
+        differences |= _possible(of_measure, scores_of(units.kind, measure)[0])
     return TaskComparison(
         units.task,
         units.kind,
@@ -200,6 +199,12 @@ def _seen_note(answers: Mapping[str, Answers], is_test: np.ndarray, clean: np.nd
     return [f"training of {', '.join(models)} saw {lost} of {int(is_test.sum())} test units (transductive): {rest}"]
 
 
+def scores_of(kind: str, measure: str) -> tuple[str, ...]:
+    """What a measure of a task of that kind is given in, first what differences are taken of."""
+    own = own_score(measure)
+    return SCORES[kind] if own is None else (own,)
+
+
 def _measures(answers: Mapping[str, Answers]) -> list[str]:
     return list(dict.fromkeys(measure for answer in answers.values() for measure in answer.measures))
 
@@ -230,7 +235,7 @@ def _rows(
     """A row a score, on the chosen units as far as the model (all of its seeds) was asked about them."""
     found = []
     asked = chosen & np.all([_asked(answer, measure) for answer in answers], axis=0)
-    for score in SCORES[units.kind]:
+    for score in scores_of(units.kind, measure):
         made = [_statistic(units, answer, measure, asked, score) for answer in answers]
         if made[0] is None:
             continue
@@ -264,6 +269,10 @@ def _asked(answer: Answers, measure: str) -> np.ndarray:
     """(N,) bool: units that the model answered about, in some repeat."""
     if measure in answer.confusions:
         return np.ones(len(answer.seen), dtype=bool)
+    if measure in answer.sums:
+        return sums_asked(answer.sums[measure])
+    if (sources := change_sources(measure, answer.said)) is not None:
+        return _asked(answer, sources[0]) & _asked(answer, sources[1])
     said = answer.said[measure]
     return np.isfinite(said.reshape(*said.shape[:2], -1)).all(axis=2).any(axis=0)
 
@@ -273,16 +282,23 @@ def _statistic(
 ) -> _Asked | None:
     """The score on the chosen units; None where none is left."""
     if measure in answer.confusions:
-        confusions, groups = answer.confusions[measure][chosen], units.groups[chosen]
+        confusions, groups = answer.confusions[measure][:, chosen], units.groups[chosen]
         names, numbers = np.unique(groups, return_inverse=True)
         if not len(names):
             return None
-        summed = np.zeros((len(names), *confusions.shape[1:]))
-        np.add.at(summed, numbers, confusions)
-        return statistic_of_confusions(summed, mean_iou), len(names), int(chosen.sum()), len(names)
+        return statistic_of_repeats(confusions, numbers), len(names), int(chosen.sum()), len(names)
+    if (sources := change_sources(measure, answer.said)) is not None:
+        both = chosen & _asked(answer, measure)
+        clean, changed = (_statistic(units, answer, source, both) for source in sources)
+        return changed and (lambda weights: changed[0](weights) - clean[0](weights), *changed[1:])
     asked = chosen & _asked(answer, measure)
     if not asked.any():
         return None
+    if measure in answer.sums:
+        names, numbers = np.unique(units.groups[asked], return_inverse=True)
+        added = np.zeros((len(names), *answer.sums[measure].shape[1:]))
+        np.add.at(added, numbers, answer.sums[measure][asked])
+        return statistic_of_sums(added), len(names), int(asked.sum()), len(names)
     predictions = Predictions(units.targets[asked], answer.said[measure][:, asked], units.groups[asked])
     statistic = statistic_of(predictions, score or SCORES[units.kind][0])
     return statistic, predictions.num_cases, int(asked.sum()), predictions.smallest_class()

@@ -18,6 +18,7 @@ from torch import Tensor
 from dinoscope.arrays import damage_named, document_in, document_of, read_arrays, write_arrays
 from dinoscope.data.images import read_image
 from dinoscope.errors import FeaturesError, WeightsError
+from dinoscope.evaluate.samples import SampledTiles
 from dinoscope.evaluate.shifts import shifted
 from dinoscope.evaluate.tile_sets import ImageSet
 from dinoscope.evaluate.units import digest_of
@@ -25,7 +26,16 @@ from dinoscope.features.embedding import Embedder
 from dinoscope.features.encoders import LoadedEncoder
 from dinoscope.progress import progress
 
-__all__ = ["ImageFeatures", "embed_masked", "embed_tiles", "read_image_features", "read_mask", "tile", "write_features"]
+__all__ = [
+    "ImageFeatures",
+    "embed_masked",
+    "embed_tiles",
+    "read_image_features",
+    "read_mask",
+    "read_sampled_features",
+    "tile",
+    "write_features",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +59,7 @@ class ImageFeatures:
 
 def embed_tiles(
     encoder: LoadedEncoder,
-    images: ImageSet,
+    images: ImageSet | SampledTiles,
     about: dict[str, Any],
     *,
     tile_px: int,
@@ -68,12 +78,12 @@ def embed_tiles(
     rows: dict[str, list[np.ndarray]] = {kind: [] for kind in ("", *shifts)}
     with progress(f"features of {images.name} by {about['model']}", len(images), unit="images") as shown:
         for first in range(0, len(images), 64):
-            files = images.files[first : first + 64]
-            batch = np.stack([tile(read_image(images.folder, file), tile_px, grey) for file in files])
+            places = range(first, min(first + 64, len(images)))
+            batch = np.stack([tile(images.pixels(place), tile_px, grey) for place in places])
             for kind, of_kind in rows.items():
                 changed = [shifted(one, kind, first + place) if kind else one for place, one in enumerate(batch)]
                 of_kind.append(embedder.embed(torch.from_numpy(np.stack(changed)))[0].cpu().numpy())
-            shown.advance(len(files))
+            shown.advance(len(places))
     found = {kind: np.concatenate(of_kind) for kind, of_kind in rows.items()}
     for features in found.values():
         _require_finite(features, images, about)
@@ -146,13 +156,22 @@ def read_image_features(path: Path, digest: str) -> ImageFeatures:
     Raises:
         FeaturesError: They are missing or damaged, or of other images than those that the task numbers.
     """
-    with damage_named(path, "features of images", "delete it and embed again"):
-        arrays = read_arrays(path)
-        shifts = {name.partition("/")[2]: rows for name, rows in arrays.items() if name.startswith("shifted/")}
-        found = ImageFeatures(document_of(arrays["about"]), arrays["features"], arrays["grids"], shifts)
+    found = read_sampled_features(path)
     if found.about["images"] != digest:
         raise FeaturesError(f"{path}: features of other images than those of the task now; delete it and embed again")
     return found
+
+
+def read_sampled_features(path: Path) -> ImageFeatures:
+    """Reads those of sampled tiles, whose slides stand in the file itself.
+
+    Raises:
+        FeaturesError: They are missing or damaged.
+    """
+    with damage_named(path, "features of images", "delete it and embed again"):
+        arrays = read_arrays(path)
+        shifts = {name.partition("/")[2]: rows for name, rows in arrays.items() if name.startswith("shifted/")}
+        return ImageFeatures(document_of(arrays["about"]), arrays["features"], arrays["grids"], shifts)
 
 
 def _enlarged(images: ImageSet, enlarge: float, grey: bool) -> Iterator[np.ndarray]:
@@ -177,13 +196,13 @@ def _fitted(batch: Tensor, encoder: LoadedEncoder) -> Tensor:
     return F.pad(batch, (0, right, 0, below), mode=mode)
 
 
-def _complete(about: dict[str, Any], encoder: LoadedEncoder, images: ImageSet) -> dict[str, Any]:
+def _complete(about: dict[str, Any], encoder: LoadedEncoder, images: ImageSet | SampledTiles) -> dict[str, Any]:
     own = {"sha256": encoder.sha256, "kind": encoder.kind, "width": int(encoder.model.embed_dim)}
     own |= {"mean": list(encoder.model.mean), "std": list(encoder.model.std), "image_px": encoder.image_px}
     return {**about, **own, "patch_size": encoder.model.patch_size, "images": digest_of(images)}
 
 
-def _require_finite(features: np.ndarray, images: ImageSet, about: dict[str, Any]) -> None:
+def _require_finite(features: np.ndarray, images: ImageSet | SampledTiles, about: dict[str, Any]) -> None:
     if not np.isfinite(features).all():
         raise FeaturesError(
             f"set {images.name}: features of model {about['model']!r} are not finite; check its weights"

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.evaluate.comparing import SCORES, Row, TaskComparison
+from dinoscope.evaluate.robust_measures import SITE, change_of, clean_measure, has_direction, is_robustness
 from dinoscope.evaluate.scores import MEASURES
 from dinoscope.files import atomic_path
 from dinoscope.visualize.curves import RUN_COLORS
@@ -23,6 +24,11 @@ _DPI = 150
 _NAMES = {
     "linear": "linear probe", "attention_mil": "attention MIL",
     "ridge": "ridge regression", "cox": "Cox regression", "dense": "dense linear probe",
+    SITE: "site within a class (dots: chance)",
+}  # fmt: skip
+_CHANGES = {
+    "": "", "unchanged": ", sampled tiles", "stain": ", other stain", "blur": ", blurred", "jpeg": ", JPEG",
+    "mpp": ", coarser mpp", "rotation": ", rotated", "grey": ", without colour",
 }  # fmt: skip
 _SEEDS_TOLD = "; where a run has several seeds (small circles), for another seed too"
 _SCORE_NAMES = {"mean_iou": "mean IoU", **{name: measure.name for name, measure in MEASURES.items()}}
@@ -52,17 +58,17 @@ def measure_name(measure: str) -> str:
         name = f"{name.removeprefix('knn_')}-NN"
     elif name.startswith("few_shot_"):
         name = f"{name.removeprefix('few_shot_')} a class"
-    return _NAMES.get(name, name) + (f", {split}" if split else "") + (f", under {change}" if change else "")
+    return _NAMES.get(name, name) + (f", {split}" if split else "") + _CHANGES.get(change, f", under {change}")
 
 
 def _drawn(found: TaskComparison, margin: float) -> Figure:
     score = SCORES[found.kind][0]
-    rows = [row for row in found.rows if row.score == score and row.seen != "yes"] or [
-        row for row in found.rows if row.score == score
-    ]
+    drawn = [row for row in found.rows if row.score == score or row.measure == SITE]
+    drawn = [row for row in drawn if change_of(row.measure) is None or has_direction(row.measure)]
+    rows = [row for row in drawn if row.seen != "yes"] or drawn
     # a seed of several is a mark on the line of its run
     rows = [row for row in rows if not any(row.model in members for members in found.families.values())]
-    measures = list(dict.fromkeys(row.measure for row in rows))
+    measures = sorted(dict.fromkeys(row.measure for row in rows), key=is_robustness)
     models = list(dict.fromkeys(row.model for row in rows))
     across = min(_COLUMNS, max(1, len(measures)))
     down = math.ceil(len(measures) / across)
@@ -79,11 +85,16 @@ def _drawn(found: TaskComparison, margin: float) -> Figure:
         place.tick_params(labelbottom=index + across >= len(measures))
         of_measure = {row.model: row for row in rows if row.measure == measures[index]}
         _panel(place, models, of_measure, margin, measure_name(measures[index]), names=index % across == 0)
+        _mark_clean(place, models, found.rows, measures[index], score)
+        chances = {numbers["site_chance"] for numbers in found.numbers.values() if "site_chance" in numbers}
+        if measures[index] == SITE and len(chances) == 1:
+            place.axvline(*chances, color=_GREY, linewidth=1, linestyle=":")
     first = rows[0]
     transductive = " (transductive: training saw these cases)" if first.seen == "yes" else ""
+    diamonds = "; diamonds: the same on unchanged tiles" if any(map(change_of, measures)) else ""
     figure.suptitle(
         f"{found.task}: {_SCORE_NAMES[score]} on {first.cases} test cases ({first.units} units){transductive}\n"
-        f"95 % intervals by bootstrap over cases{_SEEDS_TOLD if found.families else ''}",
+        f"95 % intervals by bootstrap over cases{_SEEDS_TOLD if found.families else ''}{diamonds}",
         fontsize=9.5,
     )
     return figure
@@ -114,6 +125,17 @@ def _panel(axes: Axes, models: Sequence[str], rows: dict[str, Row], margin: floa
     axes.set_title(title, fontsize=9, loc="left")
     axes.grid(axis="x", color="#e6e9ec", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _mark_clean(axes: Axes, models: Sequence[str], rows: Sequence[Row], measure: str, score: str) -> None:
+    """The figure on unchanged tiles beside that on changed ones."""
+    if change_of(measure) is None:
+        return
+    clean = clean_measure(measure, {row.measure for row in rows})
+    for row in rows:
+        if (row.measure, row.score) == (clean, score) and row.seen != "yes" and row.model in models:
+            color = _GREY if row.model in BASELINES else RUN_COLORS[models.index(row.model) % len(RUN_COLORS)]
+            axes.plot(row.value, models.index(row.model), "D", markersize=5, markerfacecolor="none", color=color)
 
 
 def _described(found: TaskComparison) -> Figure:

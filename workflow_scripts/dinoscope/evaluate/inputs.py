@@ -16,7 +16,7 @@ from dinoscope.evaluate.units import Units
 from dinoscope.features.writers import check_same_kind, read_features, read_info
 from dinoscope.files import read_json
 
-__all__ = ["History", "UnitFeatures", "groups_seen", "read_history", "slide_features"]
+__all__ = ["History", "UnitFeatures", "groups_seen", "read_history", "sample_rows", "slide_features"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def slide_features(units: Units, files: Sequence[Path], *, max_tiles: int, seed:
         for slide in unit.slides:
             found = read_features(of_slide[slide])
             total = total + found.features.sum(axis=0, dtype=np.float64)
-            kept = _sample(counts[slide], quota[slide], seed, slide)
+            kept = sample_rows(counts[slide], quota[slide], seed, slide)
             rows.append(found.features[kept])
             corners_um[-1].append(found.coords[kept] * found.info.level0_mpp)
             of.append(np.full(len(kept), numbers[slide]))
@@ -142,7 +142,8 @@ def _quotas(counts: Mapping[str, int], limit: int) -> dict[str, int]:
     return quotas
 
 
-def _sample(count: int, quota: int, seed: int, slide: str) -> np.ndarray:
+def sample_rows(count: int, quota: int, seed: int, slide: str) -> np.ndarray:
+    """Tiles of a slide, ascending: all of `count`, or `quota` of them, drawn by seed and the slide's name alone."""
     if quota >= count:
         return np.arange(count)
     digest = hashlib.sha256(f"{seed}\n{slide}".encode()).digest()

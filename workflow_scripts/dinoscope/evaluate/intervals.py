@@ -39,7 +39,8 @@ __all__ = [
 DRAWS = 10_000  # enough for the tails that Holm's correction of about 20 measures looks at
 LEVEL = 0.95
 MIN_CASES = 30  # in the smallest class; below nothing is judged
-Decision = Literal["better", "worse", "no clear difference", "inconclusive", "too few to judge"]
+# "not judged" is no outcome of `verdict`: what has no agreed direction is given it (robust_verdicts.py).
+Decision = Literal["better", "worse", "no clear difference", "inconclusive", "too few to judge", "not judged"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Verdict:
     """What may be said of a difference.
 
     Attributes:
-        decision: Of the five that there are.
+        decision: Of those that there are.
         difference: New minus old.
         low: Lower end of the interval.
         high: Upper end.

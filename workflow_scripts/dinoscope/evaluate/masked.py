@@ -20,7 +20,9 @@ from dinoscope.evaluate.units import Units
 
 __all__ = ["answer_masks", "patch_edges", "patch_labels"]
 
-_MOST_PATCHES = 50_000  # that a regression is fitted on, as equal as possible an image; all are asked
+# Of one image or many: patches of an image say much the same, and it is their numbers that take the time.
+_MOST_PATCHES = 10_000  # that a regression is fitted on, as equal as possible an image; all are asked
+_MOST_CHOOSING = 3_000  # that scaling and penalty are chosen on
 IGNORED = 255  # of masks with classes
 _UNTOLD = -1  # the class of pixels that are ignored, and of patches of nothing else
 
@@ -28,7 +30,7 @@ _UNTOLD = -1  # the class of pixels that are ignored, and of patches of nothing 
 def answer_masks(
     units: Units, images: ImageSet, features: ImageFeatures, instances: bool, settings: Settings
 ) -> Answers:
-    """Confusion matrices (N, C, C) of the pixels of each image, of one cross-validation over images' groups.
+    """Confusion matrices (R, N, C, C) of the pixels of each image, one a repeat of the folds over images' groups.
 
     Args:
         units: The images.
@@ -62,16 +64,22 @@ def answer_masks(
     rows, of_rows, told = features.features[mine].astype(np.float32), image_of[mine], labels[mine]
     folds = _patch_folds(groups[test], test, of_rows, told != _UNTOLD, settings)
     told = np.maximum(told, 0)  # patches that nothing is known of are asked, and never learned from
-    probed = linear_probe(rows, told, groups[of_rows], folds, max_rows=_MOST_PATCHES, seed=settings.seed)
-    answers = np.zeros(len(labels), dtype=np.int64)
-    answers[mine] = probed.predictions[CLEAN].said[0].argmax(axis=1)
-    confusions = np.zeros((len(images), len(classes), len(classes)), dtype=np.int64)
+    how = {"max_rows": _MOST_PATCHES, "max_rows_choosing": _MOST_CHOOSING, "seed": settings.seed}
+    probed = linear_probe(rows, told, groups[of_rows], folds, **how)
+    said = probed.predictions[CLEAN].said.argmax(axis=2)
+    answers = np.zeros((len(said), len(labels)), dtype=np.int64)
+    answers[:, mine] = said
+    confusions = np.zeros((len(said), len(images), len(classes), len(classes)), dtype=np.int64)
     for index in test:
-        patches = answers[ends[index] - sizes[index] : ends[index]].reshape(features.grids[index])
-        pixels, counted = _spread(patches, masks[index].shape, patch_px), numbered[index] != _UNTOLD
-        np.add.at(confusions[index], (numbered[index][counted], pixels[counted]), 1)
+        counts = _pixel_counts(numbered[index], tuple(features.grids[index]), len(classes), patch_px)
+        of_image = answers[:, ends[index] - sizes[index] : ends[index]]
+        for number in range(len(classes)):
+            confusions[:, index, :, number] = (of_image == number).astype(np.int64) @ counts
     numbers = {"outlier_patches": outlier_patches(features.features[None].astype(np.float32))}
-    notes = [f"{len(labels):,} patches; patches with a norm of more than three times the median are outliers"]
+    notes = [
+        f"{len(labels):,} patches, of which a regression learns from {probed.num_fitted:,} at most, as equal as "
+        "possible an image; patches with a norm of more than three times the median are outliers"
+    ]
     return Answers({}, np.zeros(len(units), np.int8), confusions={"dense": confusions}, numbers=numbers, notes=notes)
 
 
@@ -84,10 +92,8 @@ def patch_labels(mask: np.ndarray, grid: tuple[int, int], num_classes: int, patc
         num_classes: C.
         patch_px: Side of a patch in pixels of the mask; None where the image was stretched to its patches.
     """
-    counts = np.stack(
-        [_sums((mask == number).astype(np.int64), grid, patch_px) for number in range(num_classes)], axis=-1
-    )
-    return np.where(counts.any(axis=-1), counts.argmax(axis=-1), _UNTOLD).ravel()
+    counts = _pixel_counts(mask, grid, num_classes, patch_px)
+    return np.where(counts.any(axis=1), counts.argmax(axis=1), _UNTOLD)
 
 
 def patch_edges(length: int, count: int, patch_px: float | None) -> np.ndarray:
@@ -107,20 +113,20 @@ def _sums(values: np.ndarray, grid: tuple[int, int], patch_px: float | None) -> 
     return np.add.reduceat(np.add.reduceat(values, rows[:-1], axis=0), columns[:-1], axis=1)
 
 
-def _spread(patches: np.ndarray, shape: tuple[int, ...], patch_px: float | None) -> np.ndarray:
-    """The patches' answers at each pixel."""
-    counts = [np.diff(edges) for edges in _edges(shape, patches.shape, patch_px)]
-    return np.repeat(np.repeat(patches, counts[0], axis=0), counts[1], axis=1)
+def _pixel_counts(mask: np.ndarray, grid: tuple[int, int], num_classes: int, patch_px: float | None) -> np.ndarray:
+    """(h·w, C) pixels of each class in each patch, row by row; what is ignored counts nowhere."""
+    counts = [_sums((mask == number).astype(np.int64), grid, patch_px) for number in range(num_classes)]
+    return np.stack(counts, axis=-1).reshape(-1, num_classes)
 
 
 def _patch_folds(
     groups: np.ndarray, test: np.ndarray, image_of: np.ndarray, is_told: np.ndarray, settings: Settings
 ) -> list[Fold]:
-    """Folds of images as folds of their patches; one repeat, since every pixel of every image is asked."""
+    """Folds of images as folds of their patches, every image asked once a repeat."""
     # images have no class to be stratified by: two labels that alternate over groups do no harm
     alternating = np.unique(groups, return_inverse=True)[1] % 2
     number = min(settings.folds, len(np.unique(groups)) // 2)
-    found = grouped_folds(alternating, groups, folds=number, repeats=1, seed=settings.seed)
+    found = grouped_folds(alternating, groups, folds=number, repeats=settings.repeats, seed=settings.seed)
     return [
         Fold(
             fold.repeat,

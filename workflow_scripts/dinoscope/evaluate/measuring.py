@@ -13,10 +13,8 @@ import numpy as np
 
 from dinoscope.errors import EvaluationError
 from dinoscope.evaluate.answers import Answers
-from dinoscope.evaluate.describing import MAX_TILES
 from dinoscope.evaluate.folds import (
     Fold,
-    balanced_rows,
     grouped_folds,
     leave_one_site_out,
     preserved_site_folds,
@@ -25,12 +23,12 @@ from dinoscope.evaluate.folds import (
 from dinoscope.evaluate.inputs import UnitFeatures
 from dinoscope.evaluate.mil import attention_probe
 from dinoscope.evaluate.probe import CLEAN, few_shot, knn_probe, linear_probe, ridge_probe
-from dinoscope.evaluate.robustness import retention, robustness_index, site_readout
 from dinoscope.evaluate.scores import Predictions
+from dinoscope.evaluate.shifted_answers import Found, neighbours_kept, sites_told
 from dinoscope.evaluate.survival import cox_probe
 from dinoscope.evaluate.units import Units
 
-__all__ = ["SPLITS", "Settings", "answer_classes", "answer_values"]
+__all__ = ["SPLITS", "Settings", "answer_classes", "answer_values", "probe_classes", "test_rows"]
 
 _log = logging.getLogger(__name__)
 SPLITS = ("grouped", "leave-one-site-out", "preserved-site")
@@ -62,6 +60,34 @@ def answer_classes(
     features: UnitFeatures | None = None,
     shifted: Mapping[str, np.ndarray] | None = None,
 ) -> Answers:
+    """All about classes: `probe_classes`, which neighbours remain under changes, and what features tell of sites.
+
+    Args:
+        units: The task's.
+        pooled: (N, D) a row a unit.
+        settings: How.
+        features: With the bags, for units of slides.
+        shifted: Features (N, D) of changed copies of the units.
+    """
+    answers = probe_classes(units, pooled, settings, features, shifted)
+    if shifted:
+        test = test_rows(units)
+        copies = {kind: of[test].astype(np.float32) for kind, of in shifted.items()}
+        labels, cases = units.targets[test], units.groups[test]
+        rows = pooled[test].astype(np.float32)
+        _add(answers, neighbours_kept(rows, copies, cases, labels, test, len(units), answers.notes))
+    if features is not None:
+        _add(answers, sites_told(units, features, settings.seed, answers.notes))
+    return answers
+
+
+def probe_classes(
+    units: Units,
+    pooled: np.ndarray,
+    settings: Settings,
+    features: UnitFeatures | None = None,
+    shifted: Mapping[str, np.ndarray] | None = None,
+) -> Answers:
     """k-NN, linear probe and few-shot of a unit's mean feature and, where units are bags of tiles, attention MIL.
 
     Args:
@@ -69,10 +95,10 @@ def answer_classes(
         pooled: (N, D) a row a unit.
         settings: How.
         features: With the bags, for units of slides.
-        shifted: Features of changed copies of the units: the same probes are asked about these too, and which
-            neighbours remain (retention). Measures of changed copies are named MEASURE~CHANGE and have no verdict.
+        shifted: Features of changed copies of the units: the same probes are asked about these too, by names
+            MEASURE~CHANGE (robust_measures.py).
     """
-    test, notes = _test_rows(units), []
+    test, notes = test_rows(units), []
     labels, cases = _dense_numbers(units.targets[test]), units.groups[test]
     rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
     copies = {kind: np.ascontiguousarray(of[test], dtype=np.float32) for kind, of in (shifted or {}).items()}
@@ -89,13 +115,15 @@ def answer_classes(
         found |= {f"few_shot_{n}": one for n, one in few_shot(rows, labels, cases, folds, seed=settings.seed).items()}
         found |= _attention(features, test, labels, cases, folds, "classes", settings)
         said |= _named(found, split, settings, units, test, labels)
-    answers = _ordered(units, said, notes)
-    answers.numbers.update(_robustness(units, test, rows, copies, labels, cases, features, settings.seed, notes))
-    return answers
+    return _ordered(units, said, notes)
 
 
 def answer_values(
-    units: Units, pooled: np.ndarray, settings: Settings, features: UnitFeatures | None = None
+    units: Units,
+    pooled: np.ndarray,
+    settings: Settings,
+    features: UnitFeatures | None = None,
+    shifted: Mapping[str, np.ndarray] | None = None,
 ) -> Answers:
     """Ridge regression of numbers, Cox regression of times with events, and attention MIL of either.
 
@@ -104,10 +132,12 @@ def answer_values(
         pooled: (N, D) a row a unit.
         settings: How.
         features: With the bags, for attention MIL.
+        shifted: Features (N, D) of changed copies of the units, which the same regressions are asked about.
     """
-    test, notes = _test_rows(units), []
+    test, notes = test_rows(units), []
     truth, cases = units.targets[test], units.groups[test]
     rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
+    copies = {kind: np.ascontiguousarray(of[test], dtype=np.float32) for kind, of in (shifted or {}).items()}
     is_survival = units.kind == "survival"
     strata = _survival_strata(truth) if is_survival else strata_of_values(truth)
     said: dict[str, np.ndarray] = {}
@@ -115,10 +145,13 @@ def answer_values(
         folds = _folds(split, strata, cases, _sites(units, test), settings, notes)
         if folds is None:
             continue
+        how: dict[str, Any] = {"tested": copies, "seed": settings.seed}
         if is_survival:
-            found = {"cox": cox_probe(rows, *truth.T, cases, folds, seed=settings.seed).predictions[CLEAN]}
+            probed = cox_probe(rows, *truth.T, cases, folds, **how).predictions
         else:
-            found = {"ridge": ridge_probe(rows, truth, cases, folds, seed=settings.seed).predictions[CLEAN]}
+            probed = ridge_probe(rows, truth, cases, folds, **how).predictions
+        name = "cox" if is_survival else "ridge"
+        found = {_copy_name(name, kind): of for kind, of in probed.items()}
         kind = "survival" if is_survival else "values"
         found |= _attention(features, test, truth, cases, folds, kind, settings)
         said |= _named(found, split, settings, units, test, None)
@@ -129,44 +162,9 @@ def _copy_name(measure: str, kind: str) -> str:
     return measure if kind == CLEAN else f"{measure}~{kind}"
 
 
-def _robustness(
-    units: Units,
-    test: np.ndarray,
-    rows: np.ndarray,
-    copies: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    cases: np.ndarray,
-    features: UnitFeatures | None,
-    seed: int,
-    notes: list[str],
-) -> dict[str, float]:
-    """Neighbours that remain under changes, and where sites are known, what features tell of them."""
-    found: dict[str, float] = {}
-    try:
-        for kind, changed in copies.items():
-            means = retention(rows, changed, cases, labels=labels).means()
-            found |= {f"{name}~{kind}": value for name, value in means.items() if np.isfinite(value)}
-    except EvaluationError as error:
-        notes.append(f"retention: {error}")
-    sites = _sites(units, test)
-    if sites is None or features is None or len(np.unique(sites)) < 2:
-        return found
-    counts = [len(features.bags[index]) for index in test]
-    of = np.repeat(np.arange(len(test)), counts)
-    taken = balanced_rows(cases[of], MAX_TILES, seed)
-    tiles = np.concatenate([features.bags[index] for index in test])[taken].astype(np.float32)
-    place = of[taken]
-    try:
-        found["robustness_index"] = robustness_index(tiles, labels[place], sites[place], cases[place], seed=seed).value
-    except EvaluationError as error:
-        notes.append(f"robustness index: {error}")
-    try:
-        told = site_readout(tiles, labels[place], sites[place], cases[place], seed=seed)
-        found |= {"site_readout": float(told.statistic()(np.ones((1, len(told.cases))))[0]), "site_chance": told.chance}
-        notes += told.left_out
-    except EvaluationError as error:
-        notes.append(f"site read-out: {error}")
-    return found
+def _add(answers: Answers, found: Found) -> None:
+    answers.numbers.update(found[0])
+    answers.sums.update(found[1])
 
 
 def _attention(
@@ -185,7 +183,8 @@ def _attention(
     return {"attention_mil": attention_probe(bags, truth, cases, folds, kind=kind, seed=settings.seed).predictions}
 
 
-def _test_rows(units: Units) -> np.ndarray:
+def test_rows(units: Units) -> np.ndarray:
+    """Numbers of the units that are asked and learned from."""
     return np.flatnonzero([unit.set == "test" for unit in units.units])
 
 

@@ -6,7 +6,7 @@ stands beside it is the linear probe of a case's mean feature: attention has to 
 Shapes: N bags (all tiles of all slides of a case), T tiles of several bags, D width, H hidden, O outputs, R repeats.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from dinoscope.evaluate.folds import Fold, strata_of_values
-from dinoscope.evaluate.probe import inner_folds, pooled
 from dinoscope.evaluate.scores import Predictions
 from dinoscope.evaluate.survival import cox_loss
+from dinoscope.evaluate.tuning import inner_folds, pooled
 
 __all__ = ["GatedAttention", "MilProbed", "MilSettings", "attention_probe", "mean_pool"]
 
 Kind = Literal["classes", "values", "survival"]
 _TILES_AT_ONCE = 32_768
+_TILES_ASKED_AT_ONCE = 4_096  # memory of this size is used again and again, that of larger parts is new each time
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,16 @@ class TrainedAttention:
     mean: Tensor
     factor: Tensor
 
+    def scaled(self, tiles: Tensor) -> Tensor:
+        """Tiles (T, D) as the network takes them, in float32; the given ones are left as they are."""
+        copied = tiles.to(self.mean.device, torch.float32, copy=True)  # and what is new may be changed in place
+        return copied.sub_(self.mean).mul_(self.factor)
+
     @torch.no_grad()
     def ask(self, bag: np.ndarray) -> tuple[Tensor, Tensor]:
         """Outputs (O,) and weights (T,) of one bag (T, D), all tiles of it."""
         self.network.eval()
-        rows = (torch.as_tensor(bag, dtype=torch.float32, device=self.mean.device) - self.mean) * self.factor
+        rows = self.scaled(torch.as_tensor(bag))
         output, weights = self.network(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), 1)
         return output[0], weights
 
@@ -147,10 +153,10 @@ def attention_probe(
         device: Where it is trained.
     """
     settings, device = settings or MilSettings(), torch.device(device)
-    task = _task(kind, labels)
+    task, moments = _task(kind, labels), _moments(bags)
     answers, epochs, models = [], [], []
     for number, fold in enumerate(folds):
-        model, its_task, epoch = _trained(bags, task, cases, fold, settings, [seed, number], device)
+        model, its_task, epoch = _trained(bags, moments, task, cases, fold, settings, [seed, number], device)
         answers.append(its_task.answers(torch.stack([model.ask(bags[index])[0] for index in fold.test])))
         epochs.append(epoch)
         models += [model] if keep_models else []
@@ -200,6 +206,7 @@ def _task(kind: Kind, labels: np.ndarray) -> _Task:
 
 def _trained(
     bags: Sequence[np.ndarray],
+    moments: tuple[np.ndarray, np.ndarray],
     task: _Task,
     cases: np.ndarray,
     fold: Fold,
@@ -214,7 +221,7 @@ def _trained(
     if task.kind == "values":
         mine = task.targets[steps_on]
         task = replace(task, center=float(mine.mean()), spread=float(mine.std().clamp(min=1e-12)))
-    mean, factor = _scale([bags[index] for index in steps_on], device)
+    mean, factor = _scale(moments[0][steps_on], moments[1][steps_on], device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(np.random.default_rng(seed).integers(2**31)))
@@ -223,7 +230,8 @@ def _trained(
         epoch = _train(trained, bags, task, steps_on, validation, settings, seed)
     if task.kind == "survival":  # its loss leaves risks free to shift, each fold's by another amount
         with torch.no_grad():
-            risks = _outputs(trained, bags, fold.train, 4 * settings.tiles, [*seed, 0])[:, 0].double()
+            asked = _drawn(bags, fold.train, 4 * settings.tiles, [*seed, 0], _TILES_ASKED_AT_ONCE)
+            risks = _outputs(trained, asked)[:, 0].double()
         spread = 1 / float(risks.std().clamp(min=1e-12))
         task = replace(task, center=-float(risks.mean()) * spread, spread=spread)
     return trained, task, epoch
@@ -240,18 +248,20 @@ def _train(
 ) -> int:
     network = trained.network
     optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    # the same each epoch
+    asked = list(_drawn(bags, validation, 4 * settings.tiles, [*seed, 0], _TILES_ASKED_AT_ONCE))
     least, kept, state = np.inf, 0, None
     for epoch in range(task.more * settings.epochs):
         network.train()
         for batch in _batches(steps_on, task, settings, np.random.default_rng([*seed, epoch])):
-            loss = task.loss(_outputs(trained, bags, batch, settings.tiles, [*seed, epoch]), batch)
+            drawn = _drawn(bags, batch, settings.tiles, [*seed, epoch], _TILES_AT_ONCE)
+            loss = task.loss(_outputs(trained, drawn), batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         network.eval()
         with torch.no_grad():
-            outputs = _outputs(trained, bags, validation, 4 * settings.tiles, [*seed, 0])
-            found = float(task.loss(outputs, validation))
+            found = float(task.loss(_outputs(trained, asked), validation))
         if found < least:
             least, kept = found, epoch + 1
             state = {name: value.clone() for name, value in network.state_dict().items()}
@@ -270,41 +280,58 @@ def _batches(rows: np.ndarray, task: _Task, settings: MilSettings, rng: np.rando
             yield batch
 
 
-def _outputs(
-    trained: TrainedAttention, bags: Sequence[np.ndarray], rows: np.ndarray, most: int, seed: Sequence[int]
-) -> Tensor:
-    """Outputs (rows, O) by at most so many tiles of each bag, drawn by the seed and the bag's number."""
-    drawn = []
+def _drawn(
+    bags: Sequence[np.ndarray], rows: np.ndarray, most: int, seed: Sequence[int], at_once: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """At most so many tiles of each bag, drawn by the seed and the bag's number: tiles, number of their bag, bags.
+
+    In parts of bags of about `at_once` tiles together, in the type of the features, so that they may be kept.
+    """
+    chosen = []
     for index in rows:
-        bag = bags[index]
-        if len(bag) > most:
+        count, choice = len(bags[index]), slice(None)
+        if count > most:
             rng = np.random.default_rng([*seed, int(index), 1])
-            bag = bag[np.sort(rng.choice(len(bag), most, replace=False))]
-        drawn.append(bag)
+            choice = np.sort(rng.choice(count, most, replace=False))
+        chosen.append((bags[index], choice))
+    for start, stop in _parts([min(len(bag), most) for bag, _ in chosen], at_once):
+        some = [bag[choice] for bag, choice in chosen[start:stop]]
+        yield np.concatenate(some), np.repeat(np.arange(len(some)), [len(bag) for bag in some]), len(some)
+
+
+def _outputs(trained: TrainedAttention, drawn: Iterable[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+    """Outputs (bags, O) of what `_drawn` yields."""
     outputs = []
-    for start, stop in _parts([len(bag) for bag in drawn]):
-        some = drawn[start:stop]
-        numbers = np.repeat(np.arange(len(some)), [len(bag) for bag in some])
-        tiles = torch.as_tensor(np.concatenate(some), dtype=torch.float32, device=trained.mean.device)
-        tiles = (tiles - trained.mean) * trained.factor
-        outputs.append(trained.network(tiles, torch.as_tensor(numbers, device=tiles.device), len(some))[0])
+    for tiles, numbers, count in drawn:
+        scaled = trained.scaled(torch.from_numpy(tiles))
+        outputs.append(trained.network(scaled, torch.as_tensor(numbers, device=scaled.device), count)[0])
     return torch.cat(outputs)
 
 
-def _parts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of bags of at most about `_TILES_AT_ONCE` tiles together."""
+def _parts(sizes: Sequence[int], at_once: int) -> Iterator[tuple[int, int]]:
+    """Runs of bags of at most so many tiles together, or of a single bag."""
     start, total = 0, 0
     for index, size in enumerate(sizes):
-        if total and total + size > _TILES_AT_ONCE:
+        if total and total + size > at_once:
             yield start, index
             start, total = index, 0
         total += size
     yield start, len(sizes)
 
 
-def _scale(bags: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+def _moments(bags: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each bag's tiles, (N, D) float64, once for all folds."""
+    means, variances = (np.empty((len(bags), bags[0].shape[1])) for _ in range(2))
+    for index, bag in enumerate(bags):
+        means[index] = bag.mean(0, dtype=np.float64)
+        rows = torch.as_tensor(bag).to(torch.float32, copy=True).sub_(torch.from_numpy(means[index]).float())
+        variances[index] = rows.square_().mean(0).numpy()
+    return means, variances
+
+
+def _scale(means: np.ndarray, variances: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and one over the standard deviation (D,) of the tiles of training bags, each bag of the same weight."""
-    mean = np.mean([bag.mean(0, dtype=np.float64) for bag in bags], axis=0)
-    variance = np.mean([np.square(bag - mean.astype(np.float32)).mean(0, dtype=np.float64) for bag in bags], axis=0)
+    mean = means.mean(0)
+    variance = (variances + np.square(means - mean)).mean(0)
     factor = np.where(variance > 1e-10 * variance.max(), 1 / np.sqrt(np.maximum(variance, 1e-12)), 0)
     return tuple(torch.as_tensor(values, dtype=torch.float32, device=device) for values in (mean, factor))

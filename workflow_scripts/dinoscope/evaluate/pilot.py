@@ -153,7 +153,7 @@ def advise(
             f"Adapt, training {trained} ({best_arm}): {_said(verdicts[best_arm])} than the {start} {about}{also}."
         )
         return Advice("adapt", best_arm, sentence, verdicts)
-    return Advice("keep", BASE, f"Keep the {start}: {_why_keep(verdicts, margin)} {about}.", verdicts)
+    return Advice("keep", BASE, f"Keep the {start}: {_why_keep(verdicts, margin, about)}.", verdicts)
 
 
 def with_site(advice: Advice, tasks: Sequence[TaskComparison], primary: str | None) -> str:
@@ -307,14 +307,21 @@ def _said(one: Verdict) -> str:
     return f"it is better by {one.difference:.3f} [{one.low:+.3f}, {one.high:+.3f}]"
 
 
-def _why_keep(verdicts: Mapping[str, Verdict], margin: float) -> str:
+def _why_keep(verdicts: Mapping[str, Verdict], margin: float, about: str) -> str:
     decisions = {one.decision for one in verdicts.values()}
     if decisions == {"no clear difference"}:
-        return f"nothing that was tried differs from them by more than {margin:g}"
+        return f"nothing that was tried differs from them by more than {margin:g} {about}"
     if "inconclusive" not in decisions:
-        return "nothing that was tried is better"
-    unclear = [name for name, one in verdicts.items() if one.decision == "inconclusive"]
-    return f"nothing that was tried is clearly better, but {' and '.join(unclear)} might be and more cases would tell,"
+        return f"nothing that was tried is better {about}"
+    hopeful = [name for name, one in verdicts.items() if one.decision == "inconclusive" and one.difference > 0]
+    best = _best(hopeful, verdicts)
+    if best is None:
+        return f"nothing that was tried is better {about}, though more cases would be needed to say so of all"
+    one = verdicts[best]
+    return (
+        f"nothing that was tried is clearly better {about}, but {best} may be, by {one.difference:.3f} "
+        f"[{one.low:+.3f}, {one.high:+.3f}], which more cases would tell"
+    )
 
 
 def _finite(value: Any) -> Any:

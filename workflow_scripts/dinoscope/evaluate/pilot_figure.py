@@ -1,5 +1,6 @@
 """A picture of a pilot: learning curves over compute, and what came of them on the test cases beside the site."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,11 +43,13 @@ def draw_pilot(
     """
     colors = {arm.run: RUN_COLORS[index % len(RUN_COLORS)] for index, arm in enumerate(arms)}
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        task = next((task for task in tasks if primary and primary.startswith(f"{task.task}/")), None)
+        has_sites = task is not None and any("site_readout" in of for of in task.numbers.values())
+        figure = Figure(figsize=(11 if has_sites else 8.8, 3.6), layout="constrained")
         FigureCanvasAgg(figure)
-        left, middle, right = figure.subplots(1, 3, width_ratios=[1.3, 1, 0.7])
+        left, middle, *sites = figure.subplots(1, 2 + has_sites, width_ratios=[1.3, 1, 0.7][: 2 + has_sites])
         _draw_curves(left, curves, colors, margin)
-        _draw_scores(middle, right, tasks, primary, colors, margin)
+        _draw_scores(middle, sites, task, primary, colors, margin)
         with atomic_path(output) as temporary:
             figure.savefig(temporary, dpi=_DPI, metadata={"Software": None})
 
@@ -56,11 +59,13 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Point]], colors: Mapp
     axes.axhspan(-margin, margin, color=_GREY, alpha=0.2, linewidth=0)
     axes.axhline(0, color=_GREY, linewidth=0.8)
     measures = {point.measure for points in curves.values() for point in points}
+    most = max((point.petaflops for points in curves.values() for point in points), default=0.0)
+    exponent = 15 if not most else 3 * math.floor((15 + math.log10(most)) / 3)
     for number, (run, points) in enumerate(curves.items()):
         if not points:
             continue
         shift = 1 + 0.012 * (number - (len(curves) - 1) / 2)  # so that bars of arms do not lie upon each other
-        compute = [point.petaflops * shift for point in points]
+        compute = [point.petaflops * 10 ** (15 - exponent) * shift for point in points]
         differences = [point.difference for point in points]
         below = [point.difference - point.low for point in points]
         above = [point.high - point.difference for point in points]
@@ -72,7 +77,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Point]], colors: Mapp
     axes.set_title(
         f"selection cases, while training\n({', '.join(asked[name] for name in sorted(measures))})", fontsize=9
     )
-    axes.set_xlabel("compute of one process, 1e15 operations")
+    axes.set_xlabel(f"compute of one process, 1e{exponent} operations")
     axes.set_ylabel("difference from the start, 95 % interval")
     if measures:
         axes.legend(frameon=False, fontsize=8)
@@ -80,13 +85,12 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Point]], colors: Mapp
 
 def _draw_scores(
     scores: Axes,
-    sites: Axes,
-    tasks: Sequence[TaskComparison],
+    sites: Sequence[Axes],
+    task: TaskComparison | None,
     primary: str | None,
     colors: Mapping[str, str],
     margin: float,
 ) -> None:
-    task = next((task for task in tasks if primary and primary.startswith(f"{task.task}/")), None)
     rows: list[Row] = []
     if task is not None:
         measure = primary.removeprefix(f"{task.task}/") if primary else ""
@@ -94,7 +98,8 @@ def _draw_scores(
         rows = [row for row in task.rows if (row.measure, row.score) == (measure, first) and row.seen != "yes"]
     if task is None or not rows:
         scores.set_title("nothing could be compared\non cases held out", fontsize=9)
-        sites.set_visible(False)
+        for axes in sites:
+            axes.set_visible(False)
         return
     names = [row.model for row in rows]
     for place, row in enumerate(rows):
@@ -110,14 +115,12 @@ def _draw_scores(
     scores.set_title(f"test cases, at the end\n{task.task}, {measure_name(rows[0].measure)}", fontsize=9)
     name = MEASURES[score].name if score in MEASURES else "mean IoU"
     scores.set_xlabel(f"{name}, {rows[0].cases} cases")
-    _draw_sites(sites, task, names, colors)
+    for axes in sites:
+        _draw_sites(axes, task, names, colors)
 
 
 def _draw_sites(axes: Axes, task: TaskComparison, names: Sequence[str], colors: Mapping[str, str]) -> None:
     told = {name: task.numbers.get(name, {}).get("site_readout") for name in names}
-    if not any(value is not None for value in told.values()):
-        axes.set_visible(False)
-        return
     for place, name in enumerate(names):
         if told[name] is not None:
             color = colors.get(name, "#000000" if name == BASE else _GREY)

@@ -18,7 +18,7 @@ from dinoscope.slides.padding import read_tile
 from dinoscope.slides.reader import SlidePool
 from dinoscope.train.probing import ProbeSet
 
-__all__ = ["probe_of_images", "probe_of_slides"]
+__all__ = ["probe_of_images", "probe_of_slides", "sampled_tiles"]
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -92,29 +92,48 @@ def probe_of_slides(
         ConfigError: There is no tile.
         SlideError: A slide cannot be read.
     """
-    listed = {slide: load_tiles(tiles[slide]) for slide in slides}
-    of = np.concatenate([np.full(len(listed[slide]), number) for number, slide in enumerate(slides)] or [_NOTHING])
-    first = np.cumsum([0, *(len(listed[slide]) for slide in slides)])
-    rows = balanced_rows(of, count, seed) if len(of) else _NOTHING
-    if not len(rows):
+    pixels, of = sampled_tiles(slides, pool, tiles, count=count, seed=seed)
+    if not len(of):
         raise ConfigError(
             "there is no tile of a selection case to ask runs about; hold out three cases or more, raise "
             "evaluation.selection.fraction, or set evaluation.probe.source"
         )
+    cases = {case: number for number, case in enumerate(dict.fromkeys(case_of[slide] for slide in slides))}
+    groups = np.array([cases[case_of[slides[number]]] for number in of], dtype=np.int64)
+    labels = _NOTHING
+    if label is not None:
+        numbers = {name: number for number, name in enumerate(label.classes)}
+        keys = [slides[number] if label.key == "slide_id" else case_of[slides[number]] for number in of]
+        labels = np.array([numbers[label.values[key]] if key in label.values else -1 for key in keys], dtype=np.int64)
+    return ProbeSet(pixels, groups, labels, np.zeros((0, 1, 1), np.uint8))
+
+
+def sampled_tiles(
+    slides: Sequence[str], pool: SlidePool, tiles: Mapping[str, Path], *, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles (N, S, S, 3) uint8, as equal in number as possible a slide, and the number (N,) of the slide of each.
+
+    Args:
+        slides: Which.
+        pool: The slides.
+        tiles: slide_id -> its tile manifest, of tiles of one size.
+        count: Tiles at most.
+        seed: Which ones.
+
+    Raises:
+        SlideError: A slide cannot be read.
+    """
+    listed = {slide: load_tiles(tiles[slide]) for slide in slides}
+    of = np.concatenate([np.full(len(listed[slide]), number) for number, slide in enumerate(slides)] or [_NOTHING])
+    first = np.cumsum([0, *(len(listed[slide]) for slide in slides)])
+    rows = balanced_rows(of, count, seed) if len(of) else _NOTHING
     pixels = []
     for row in rows:
         slide = slides[of[row]]
         table, place = listed[slide], row - first[of[row]]
         where = (int(column[place]) for column in (table.x, table.y, table.level, table.read_px))
         pixels.append(read_tile(pool[slide], *where, table.tile_px, table.footprint_px))
-    cases = {case: number for number, case in enumerate(dict.fromkeys(case_of[slide] for slide in slides))}
-    groups = np.array([cases[case_of[slides[of[row]]]] for row in rows], dtype=np.int64)
-    labels = _NOTHING
-    if label is not None:
-        numbers = {name: number for number, name in enumerate(label.classes)}
-        keys = [slides[of[row]] if label.key == "slide_id" else case_of[slides[of[row]]] for row in rows]
-        labels = np.array([numbers[label.values[key]] if key in label.values else -1 for key in keys], dtype=np.int64)
-    return ProbeSet(np.stack(pixels), groups, labels, np.zeros((0, 1, 1), np.uint8))
+    return np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8), of[rows]
 
 
 def _middle(image: np.ndarray, side: int) -> np.ndarray:

@@ -77,6 +77,7 @@ class SiteReadout:
     Attributes:
         predictions: Class number -> answers.
         sites: Class number -> the sites that it has enough cases of, in the order of the answers.
+        rows: Class number -> the tiles that were asked, in the order of the answers.
         chance: Balanced accuracy of knowing nothing, the mean over classes; features that tell more have learned the
             site. Colour alone often does: ask the colour baseline the same.
         left_out: What could not be asked, and why.
@@ -84,6 +85,7 @@ class SiteReadout:
 
     predictions: dict[int, Predictions]
     sites: dict[int, tuple[str, ...]]
+    rows: dict[int, np.ndarray]
     chance: float
     left_out: tuple[str, ...]
 
@@ -111,6 +113,7 @@ class RobustnessIndex:
         cases: (G,) sorted.
         for_class: (G,) neighbours of the same class at the other site, of the tiles of each case.
         for_site: (G,) neighbours of the other class at the same site.
+        of_tiles: (N, 2) neighbours of the first kind, and of both, of each tile that there was.
     """
 
     value: float
@@ -119,6 +122,7 @@ class RobustnessIndex:
     cases: np.ndarray
     for_class: np.ndarray
     for_site: np.ndarray
+    of_tiles: np.ndarray
 
     def statistic(self) -> Statistic:
         """The index as a function of the weights of `cases`."""
@@ -182,6 +186,7 @@ def site_readout(
     folds: int = 5,
     repeats: int = 1,
     seed: int = 0,
+    class_names: Sequence[str] | None = None,
 ) -> SiteReadout:
     """A linear probe of the site (or scanner), within each class, on folds by case.
 
@@ -195,12 +200,14 @@ def site_readout(
         folds: By case; sites with fewer cases of a class are left out of it.
         repeats: Of the folds.
         seed: Of the folds.
+        class_names: For messages.
 
     Raises:
         EvaluationError: No class has two sites with enough cases.
     """
-    predictions, names, left_out = {}, {}, []
+    predictions, names, asked, left_out = {}, {}, {}, []
     for label in np.unique(classes):
+        called = label if class_names is None else class_names[label]
         of_class = np.flatnonzero(classes == label)
         enough = []
         for site in np.unique(sites[of_class]):
@@ -208,22 +215,23 @@ def site_readout(
             if number >= folds:
                 enough.append(site)
             else:
-                left_out.append(f"class {label} at site {site}: {number} cases, {folds} folds need as many")
+                left_out.append(f"class {called} at site {site}: {number} cases, {folds} folds need as many")
         if len(enough) < 2:
-            left_out.append(f"class {label}: {len(enough)} sites with enough cases, two are needed")
+            left_out.append(f"class {called}: {len(enough)} sites with enough cases, two are needed")
             continue
         rows = of_class[np.isin(sites[of_class], enough)]
         site = np.searchsorted(enough, sites[rows])
         split = grouped_folds(site, cases[rows], folds=folds, repeats=repeats, seed=seed)
         found = linear_probe(features[rows], site, cases[rows], split, seed=seed)
         predictions[int(label)], names[int(label)] = found.predictions[CLEAN], tuple(map(str, enough))
+        asked[int(label)] = rows
     if not predictions:
         raise EvaluationError(
             f"the site cannot be read within any class ({'; '.join(left_out)}); more cases, or a class that several "
             "sites have, would be needed"
         )
     chance = float(np.mean([1 / len(found) for found in names.values()]))
-    return SiteReadout(predictions, names, chance, tuple(left_out))
+    return SiteReadout(predictions, names, asked, chance, tuple(left_out))
 
 
 def robustness_index(
@@ -248,7 +256,7 @@ def robustness_index(
         EvaluationError: Classes and sites do not cross: no two classes are both at two sites, two cases of each.
     """
     names, case = np.unique(cases, return_inverse=True)
-    for_class, for_site, num_pairs, used = np.zeros(len(names)), np.zeros(len(names)), 0, 0
+    of_tiles, num_pairs, used = np.zeros((len(features), 2)), 0, 0
     for cells in _crossings(classes, sites, case):
         size = min(_CELL_ROWS, *map(len, cells))
         rows = np.concatenate([cell[balanced_rows(case[cell], size, seed)] for cell in cells])
@@ -257,8 +265,8 @@ def robustness_index(
         most = min(k, size)
         near, _ = neighbours(drawn, drawn, most, exclude_groups=(its_case, its_case), center=drawn.mean(0))
         there, same_class, same_site = near >= 0, of_class[near] == of_class[:, None], of_site[near] == of_site[:, None]
-        np.add.at(for_class, its_case, (there & same_class & ~same_site).sum(1))
-        np.add.at(for_site, its_case, (there & ~same_class & same_site).sum(1))
+        counts = (there & same_class & ~same_site).sum(1), (there & (same_class != same_site)).sum(1)
+        of_tiles[rows] += np.stack(counts, axis=1)
         num_pairs, used = num_pairs + 1, max(used, most)
     if not num_pairs:
         raise EvaluationError(
@@ -266,10 +274,11 @@ def robustness_index(
             f"cases at each of two of {len(np.unique(sites))} sites, so that a robustness index would say nothing; "
             "leave it out"
         )
-    total = for_class.sum() + for_site.sum()
+    for_class, total = (np.bincount(case, column, len(names)) for column in of_tiles.T)
     asked = np.isin(np.arange(len(names)), _cases_of(_crossings(classes, sites, case), case))
-    value = float(for_class.sum() / total) if total else float("nan")
-    return RobustnessIndex(value, num_pairs, used, names[asked], for_class[asked], for_site[asked])
+    value = float(for_class.sum() / total.sum()) if total.any() else float("nan")
+    for_site = total - for_class
+    return RobustnessIndex(value, num_pairs, used, names[asked], for_class[asked], for_site[asked], of_tiles)
 
 
 def _crossings(classes: np.ndarray, sites: np.ndarray, case: np.ndarray) -> Iterator[list[np.ndarray]]:

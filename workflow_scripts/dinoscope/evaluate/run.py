@@ -75,7 +75,13 @@ def summarise(arguments: argparse.Namespace) -> None:
 
 
 def images_of(arguments: argparse.Namespace) -> ImageSet:
-    """The images that the options name."""
+    """The images that the options name.
+
+    Raises:
+        ConfigError: They name none, or the folder is not as it must be.
+    """
+    if arguments.folder is None or arguments.set_name is None:
+        raise ConfigError("no images are named; give --folder and --set-name")
     if arguments.masks is None:
         return list_tiles(arguments.set_name, arguments.folder, arguments.groups)
     return list_masks(arguments.set_name, arguments.folder, arguments.masks, arguments.groups)

@@ -29,6 +29,7 @@ __all__ = [
     "statistic_of",
     "statistic_of_confusions",
     "statistic_of_means",
+    "statistic_of_repeats",
 ]
 
 _VALUES_AT_ONCE = 2**20  # 8 MiB of weights
@@ -303,6 +304,21 @@ def statistic_of_confusions(
     num_cases, num_classes, _ = confusions_GCC.shape
     flat = confusions_GCC.reshape(num_cases, -1)
     return lambda weights_BG: measure((weights_BG @ flat).reshape(-1, num_classes, num_classes))
+
+
+def statistic_of_repeats(
+    confusions_RNCC: np.ndarray, case: np.ndarray, measure: Callable[[np.ndarray], np.ndarray] = mean_iou
+) -> Statistic:
+    """The mean over repeats of a measure of confusion matrices, as a function of the weights of the cases.
+
+    Args:
+        confusions_RNCC: A matrix a repeat and row, e.g. of the pixels of an image.
+        case: (N,) numbers of the rows' cases, without gaps.
+        measure: From matrices (…, C, C) to numbers.
+    """
+    summed = np.zeros((len(confusions_RNCC), int(case.max()) + 1, *confusions_RNCC.shape[2:]))
+    np.add.at(summed, (slice(None), case), confusions_RNCC)
+    return mean_of([statistic_of_confusions(of_repeat, measure) for of_repeat in summed])
 
 
 def statistic_of_means(values: np.ndarray, cases: np.ndarray) -> Statistic:

@@ -3,7 +3,8 @@
 Shapes: N cases, D width, P penalties.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dinoscope.errors import EvaluationError
 from dinoscope.evaluate.folds import Fold
-from dinoscope.evaluate.probe import MAX_ROWS, PENALTIES, Probed, answers_by_folds
+from dinoscope.evaluate.tuning import PENALTIES, Probed, Question, answers_by_folds
 
 __all__ = ["MIN_EVENTS", "cox_loss", "cox_probe", "fit_cox"]
 
@@ -83,10 +84,7 @@ def cox_probe(
     events: np.ndarray,
     cases: np.ndarray,
     folds: Sequence[Fold],
-    *,
-    tested: Mapping[str, np.ndarray] | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    **options: Any,
 ) -> Probed:
     """Risks by Cox's regression of features, e.g. of the mean over the tiles of a case.
 
@@ -100,9 +98,7 @@ def cox_probe(
         events: (N,) bool or 0 and 1.
         cases: (N,).
         folds: Stratified by `events`, as all probes of a comparison have them.
-        tested: Changed copies (N, D) of the same rows.
-        seed: Of the inner folds.
-        device: Where it is computed.
+        **options: `tested`, `max_rows`, `seed`, `device` of `Question`.
 
     Raises:
         EvaluationError: Fewer than 10 events, or a time that is not above 0.
@@ -113,30 +109,39 @@ def cox_probe(
         )
     if not (times > 0).all():
         raise EvaluationError(f"a survival time is {np.min(times)}; times are above 0, in any unit")
-    all_times = torch.as_tensor(times, dtype=torch.float64, device=device)
-    all_events, width = torch.as_tensor(events.astype(bool), device=device), features.shape[1]
+    question = Question(features, np.stack([times, events.astype(float)], 1), cases, folds, **options)
+    return answers_by_folds(question, _Cox(question))
 
-    def losses(rows: Tensor, mine: np.ndarray, held_out: Sequence[np.ndarray]) -> np.ndarray:
-        its_times, its_events, total = all_times[mine], all_events[mine], np.zeros(len(PENALTIES))
+
+class _Cox:
+    """Proportional hazards, as `Regression` of `tuning` has it."""
+
+    def __init__(self, question: Question) -> None:
+        truth = torch.as_tensor(question.truth, dtype=torch.float64, device=question.device)
+        self.times, self.events, self.width = truth[:, 0].contiguous(), truth[:, 1] > 0, question.width
+
+    def strata(self, mine: np.ndarray) -> np.ndarray:
+        return self.events[mine].long().cpu().numpy()
+
+    def losses(self, rows: Tensor, mine: np.ndarray, held_out: Sequence[np.ndarray]) -> np.ndarray:
+        times, events, total = self.times[mine], self.events[mine], np.zeros(len(PENALTIES))
         for out in held_out:
-            known = torch.as_tensor(np.setdiff1d(np.arange(len(mine)), out), device=device)
+            known = torch.as_tensor(np.setdiff1d(np.arange(len(mine)), out), device=rows.device)
             for index, penalty in enumerate(PENALTIES):
-                strength = penalty * width / max(1, int(its_events[known].sum()))
-                beta = fit_cox(rows[known], its_times[known], its_events[known], strength)
-                total[index] += _partial(rows, beta, its_times, its_events)
-                total[index] -= _partial(rows[known], beta, its_times[known], its_events[known])
+                beta = fit_cox(rows[known], times[known], events[known], self._strength(penalty, events[known]))
+                total[index] += _partial(rows, beta, times, events)
+                total[index] -= _partial(rows[known], beta, times[known], events[known])
         return total
 
-    def fit(rows: Tensor, mine: np.ndarray, penalty: float) -> Callable[[Tensor], np.ndarray]:
-        strength = penalty * width / max(1, int(all_events[mine].sum()))
-        beta = fit_cox(rows, all_times[mine], all_events[mine], strength)
+    def fit(self, rows: Tensor, mine: np.ndarray, penalty: float) -> Callable[[Tensor], np.ndarray]:
+        times, events = self.times[mine], self.events[mine]
+        beta = fit_cox(rows, times, events, self._strength(penalty, events))
         of_train = rows.double() @ beta
         center, spread = of_train.mean(), of_train.std().clamp(min=1e-12)
         return lambda asked: ((asked.double() @ beta - center) / spread).cpu().numpy()
 
-    truth = np.stack([times, events.astype(float)], 1)
-    strata = lambda mine: events[mine].astype(np.int64)  # noqa: E731
-    return answers_by_folds(features, truth, cases, folds, tested, MAX_ROWS, seed, device, losses, fit, strata)
+    def _strength(self, penalty: float, events: Tensor) -> float:
+        return penalty * self.width / max(1, int(events.sum()))
 
 
 def _partial(rows: Tensor, beta: Tensor, times: Tensor, events: Tensor) -> float:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoscope.data.images import IMAGE_SUFFIXES
+import numpy as np
+
+from dinoscope.data.images import IMAGE_SUFFIXES, read_image
 from dinoscope.errors import ConfigError
 
 __all__ = ["ImageSet", "image_files", "list_masks", "list_tiles"]
@@ -38,6 +40,14 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """An image, uint8 RGB (H, W, 3).
+
+        Raises:
+            DinoscopeError: It cannot be read.
+        """
+        return read_image(self.folder, self.files[index])
 
 
 def image_files(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from dinoscope.errors import ConfigError
 from dinoscope.evaluate.cohort import Cohort
 from dinoscope.evaluate.labels import Label, labels_of_units
+from dinoscope.evaluate.samples import SampledTiles
 from dinoscope.evaluate.tile_sets import ImageSet
 from dinoscope.files import read_json, write_json
 from dinoscope.slides.table import SlideRecord
@@ -152,7 +153,7 @@ def units_of_images(task: str, images: ImageSet, fraction: float, seed: int) -> 
     return Units(task, kind, units, sorted(set(images.labels)), digest_of(images))
 
 
-def digest_of(images: ImageSet) -> str:
+def digest_of(images: ImageSet | SampledTiles) -> str:
     """Of the names of a set's images, which the numbers go by."""
     return hashlib.sha256(json.dumps(images.files).encode()).hexdigest()[:16]
 

@@ -1,8 +1,9 @@
 """What may be said of each model, over all tasks: summary.tsv, a JSON a measure, and sentences for the report.
 
 One measure was chosen beforehand (evaluation.primary) and is judged by itself; all others of a model against the same
-reference are one family, corrected together by Holm's procedure. A run that was made with several training seeds is
-judged as a whole (seeds.py): none of its seeds gets a verdict of its own, among which one could choose.
+reference are one family, corrected together by Holm's procedure. Measures of robustness are families of their own
+(robust_verdicts.py). A run that was made with several training seeds is judged as a whole (seeds.py): none of its seeds
+gets a verdict of its own, among which one could choose.
 """
 
 import csv
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoscope.errors import ConfigError
-from dinoscope.evaluate.comparing import SCORES, Row, TaskComparison
+from dinoscope.evaluate.comparing import Row, TaskComparison, scores_of
 from dinoscope.evaluate.intervals import LEVEL, Verdict, judge_family
+from dinoscope.evaluate.robust_measures import has_direction, is_robustness
+from dinoscope.evaluate.robust_verdicts import BESIDE, beside, judge_robustness
 from dinoscope.files import atomic_folder, write_json, write_text
 from dinoscope.names import nearest
 
@@ -24,7 +27,7 @@ __all__ = ["COLUMNS", "Judgement", "judge", "primary_of", "summary_rows", "write
 COLUMNS = (
     "task", "measure", "score", "model", "seeds", "value", "low", "high", "cases", "units", "seen", "primary",
     "reference", "difference", "difference_low", "difference_high", "level", "p_value", "verdict", "by_seed",
-    "difference_by_seed",
+    "difference_by_seed", *BESIDE,
 )  # fmt: skip
 
 
@@ -57,7 +60,12 @@ def primary_of(tasks: Sequence[TaskComparison], wanted: str | None) -> str | Non
     Raises:
         ConfigError: There is no such measure.
     """
-    names = [f"{task.task}/{measure}" for task in tasks for measure, _, _ in task.differences]
+    names = [
+        f"{task.task}/{measure}"
+        for task in tasks
+        for measure, _, _ in task.differences
+        if has_direction(measure) or not is_robustness(measure)
+    ]
     if wanted is None:
         linear = [name for name in names if name.rpartition("/")[2] == "linear"]
         return next(iter([*linear, *names]), None)
@@ -84,16 +92,21 @@ def judge(tasks: Sequence[TaskComparison], margin: float, primary: str | None) -
     for model, reference in pairs:
         if (model, reference) in of_families:
             continue
-        found = {
+        of_pair = {
             f"{task.task}/{measure}": comparison
             for task in tasks
             for (measure, of, against), comparison in task.differences.items()
             if (of, against) == (model, reference)
         }
+        found = {name: one for name, one in of_pair.items() if not is_robustness(name.rpartition("/")[2])}
         verdicts = judge_family(found, dict.fromkeys(found, margin), primary=primary)
+        for one in tasks:
+            chosen = (primary or "").removeprefix(f"{one.task}/")
+            robust = judge_robustness(one, model, reference, margin, chosen)
+            verdicts |= {f"{one.task}/{measure}": said for measure, said in robust.items()}
         for name, verdict in verdicts.items():
             task, _, measure = name.rpartition("/")
-            by_seed = found[name].by_seed
+            by_seed = of_pair[name].by_seed
             judgements.append(Judgement(task, measure, model, reference, name == primary, verdict, by_seed))
     return judgements
 
@@ -118,17 +131,19 @@ def summary_rows(tasks: Sequence[TaskComparison], judgements: Sequence[Judgement
     for task in tasks:
         for row in task.rows:
             number = {"task": task.task, **{key: value for key, value in asdict(row).items() if key in COLUMNS}}
+            number |= beside(task, row)
             judged = [_told(one) for one in by_place.get((task.task, row.measure, row.model), [])]
             judged += _told_of_seeds(task, row, judgements)
-            if row.seen == "yes" or row.score != SCORES[task.kind][0]:
+            if row.seen == "yes" or row.score != scores_of(task.kind, row.measure)[0]:
                 judged = []
             rows += [number | told for told in judged] or [number]
         kind = "robustness" if task.rows else "descriptive"
+        told = {row.measure for row in task.rows}  # with an interval, above
         for model, numbers in task.numbers.items():
             rows += [
                 {"task": task.task, "measure": kind, "score": name, "model": model, "value": value}
                 for name, value in numbers.items()
-                if isinstance(value, int | float) and math.isfinite(value)
+                if isinstance(value, int | float) and math.isfinite(value) and name not in told
             ]
     return rows
 

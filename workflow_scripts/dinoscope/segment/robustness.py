@@ -1,15 +1,17 @@
 """Measures of a segmenter on corrupted images: every kind and severity, their means, what is lost."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinoscope.errors import ConfigError
-from dinoscope.files import write_json
+from dinoscope.errors import ConfigError, DinoscopeError
+from dinoscope.files import read_json, write_json, writing
+from dinoscope.models.weights import state_digest
 from dinoscope.names import nearest
 from dinoscope.segment.corruptions import (
     ALL_CORRUPTIONS,
@@ -19,11 +21,15 @@ from dinoscope.segment.corruptions import (
     corrupt,
     groups_of_kinds,
 )
+from dinoscope.segment.evaluate import Measured
 from dinoscope.segment.pictures import draw_examples
 from dinoscope.segment.questions import Asked, Question
+from dinoscope.segment.setup import data_digest
 from dinoscope.segment.tables import write_table
 
 __all__ = ["corruptions_run", "drop_of", "kinds_of", "means_of"]
+
+_log = logging.getLogger(__name__)
 
 
 def corruptions_run(
@@ -37,6 +43,8 @@ def corruptions_run(
     picture: Path | None = None,
 ) -> dict[str, Any]:
     """Measures a segmenter on corrupted images.
+
+    What was measured is kept beside `output` until all of it is there: a run that was killed goes on where it was.
 
     Args:
         question: Segmenter and images.
@@ -55,12 +63,13 @@ def corruptions_run(
     """
     names, severities = kinds_of(kinds), sorted(set(severities))
     asked = Asked(question)
-    clean = asked.measure("measuring images as they are").matrix.miou()
+    begun = _Begun(output, asked, seed)
+    clean = begun.miou("images as they are", lambda words: asked.measure(f"measuring {words}"))
     rows = []
     for kind in names:
         for severity in severities:
             change = functools.partial(_corrupted, kind=kind, severity=severity, seed=seed)
-            miou = asked.measure(f"{kind}, severity {severity}", change).matrix.miou()
+            miou = begun.miou(f"{kind}, severity {severity}", functools.partial(asked.measure, change=change))
             rows.append({"kind": kind, "severity": severity, "miou": miou, "relative_drop": drop_of(miou, clean)})
     told = {"miou_clean": clean, "seed": seed, **means_of(rows, clean), "rows": rows, **asked.told}
     if table is not None:
@@ -68,6 +77,7 @@ def corruptions_run(
     if picture is not None:
         _draw_corruptions(picture, asked, names, severities[-1], seed)
     write_json(output, told)
+    begun.end()
     return told
 
 
@@ -110,6 +120,42 @@ def kinds_of(wanted: Sequence[str]) -> list[str]:
             )
         names += groups.get(name, (name,))
     return list(dict.fromkeys(names))
+
+
+class _Begun:
+    """What a run has measured so far, in a hidden file beside its output, for one that is killed."""
+
+    def __init__(self, output: Path, asked: Asked, seed: int) -> None:
+        self._path = output.with_name(f".{output.name}.begun")
+        # Float32 and bfloat16 differ, and so do windows; batches and devices do so by rounding alone.
+        how = [*asked.how.window_hw, asked.how.mode, asked.how.overlap, str(asked.how.autocast), seed]
+        weights = state_digest(asked.model.trainable_state())
+        self._identity = [weights, asked.told["encoder_sha256"], data_digest(asked.data), how]
+        self._mious = self._of_earlier()
+
+    def _of_earlier(self) -> dict[str, float]:
+        try:
+            earlier = read_json(self._path)
+            if earlier["identity"] != self._identity:
+                return {}
+            mious = dict(earlier["mious"])
+        except (OSError, DinoscopeError, KeyError, TypeError, ValueError):
+            return {}
+        _log.info("goes on from %d measures of a run that did not end", len(mious))
+        return mious
+
+    def miou(self, what: str, measure: Callable[[str], Measured]) -> float:
+        """That of an earlier run, or a new one, which is kept."""
+        if what not in self._mious:
+            miou = measure(what).matrix.miou()
+            with writing(self._path, DinoscopeError):
+                write_json(self._path, {"identity": self._identity, "mious": self._mious | {what: miou}})
+            self._mious[what] = miou
+        return self._mious[what]
+
+    def end(self) -> None:
+        """Nothing is left to be kept."""
+        self._path.unlink(missing_ok=True)
 
 
 def _corrupted(image: np.ndarray, index: int, kind: str, severity: int, seed: int) -> np.ndarray:

@@ -107,7 +107,7 @@ class TrainSettings:
         for name, known in (("decoder", DECODERS), ("trainable", TRAINABLE), ("inference", INFERENCE)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"{name} is {value!r}; choose from {', '.join(known)}")
-        for name in ("epochs", "batch_size", "rank", "eval_epochs"):
+        for name in ("epochs", "batch_size", "rank", "last_n", "eval_epochs"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}; at least 1 is wanted")
         if not 0 <= self.overlap < 1:
@@ -117,6 +117,8 @@ class TrainSettings:
         for name in ("min_lr", "weight_decay", "warmup_epochs", "clip_grad", "dice_weight"):
             if not (value := getattr(self, name)) >= 0:
                 raise ConfigError(f"{name} is {value}; 0 or more is wanted")
+        if self.min_lr > 1:
+            raise ConfigError(f"min_lr is {self.min_lr}; it is a share of lr, from 0 to 1")
         weights = self.class_weights
         if (
             weights

@@ -1,9 +1,9 @@
 """Trains a segmenter: the loop, its validations, what it saves and how it goes on.
 
 A run folder holds `run_config.json` (the seal), `state.pt` (weights, moments and place of the last save),
-`segmenter/` (the best by validation mIoU), `training_metrics.json`, and `final.json`, which is written last. All appear
-by rename, so that a kill leaves the state before or after a save. On the CPU a training that was interrupted ends with
-the very weights of one that was not.
+`segmenter/` (the best by validation mIoU), `training_metrics.json`, `provenance.json` (who made it), and `final.json`,
+which is written last. All appear by rename, so that a kill leaves the state before or after a save. On the CPU a
+training that was interrupted ends with the very weights of one that was not.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from dinoscope.segment.inference import Inference
 from dinoscope.segment.settings import FINAL_NAME, STATE_NAME, TrainSettings, seal_segmenter
 from dinoscope.segment.transforms import check_img_dim
 from dinoscope.train.metrics import append_metrics
+from dinoscope.train.provenance import write_provenance
 from dinoscope.train.stopping import stop_requests
 
 if TYPE_CHECKING:
@@ -120,7 +121,9 @@ def train_segmenter(model: "Segmenter", job: TrainJob, world: "World") -> dict[s
         seal_segmenter(job.run_dir, settings, model.encoder_sha256, job.data_sha256, job.start_sha256)
     if (job.run_dir / FINAL_NAME).is_file():  # also where state.pt was deleted to save space
         return read_json(job.run_dir / FINAL_NAME)
-    return _Training(model, job, world).run()
+    training = _Training(model, job, world)
+    write_provenance(job.run_dir, world, training.at.next_step, name_hosts=False)
+    return training.run()
 
 
 def inference_of(settings: TrainSettings, precision: torch.dtype | None = None) -> Inference:

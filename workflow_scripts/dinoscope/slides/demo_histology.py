@@ -1,5 +1,6 @@
 """Draws stained tissue sections: epithelium in glands or nests, fibrous stroma, fat, lymphocytes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import cv2
@@ -18,7 +19,7 @@ from dinoscope.slides.demo_texture import (
     wrapped,
 )
 
-__all__ = ["Section", "draw_section"]
+__all__ = ["Section", "draw_section", "draw_textures"]
 
 _BAND = 64
 
@@ -65,15 +66,41 @@ class _Plan:
     noise: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def draw_section(section: Section, height: int, width: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Draws a section; uint8 (height, width, 3), RGB. Height and width are multiples of 64."""
+def draw_section(
+    section: Section,
+    height: int,
+    width: int,
+    seed: tuple[int, ...],
+    textures: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Draws a section; uint8 (height, width, 3), RGB. Height and width are multiples of 64.
+
+    Args:
+        section: What it looks like.
+        height: Of the image.
+        width: Of the image.
+        seed: Another one gives other tissue.
+        textures: What fibres and cytoplasm are made of (`draw_textures`); drawn from the seed when not given, which
+            takes most of the time of a small section.
+    """
     rng = np.random.default_rng(seed)
     plan = _plan(section, height, width, rng)
+    plan.noise = dict(textures or draw_textures(rng))
     image = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, _BAND):
         rows = min(_BAND, height - top)
         image[top : top + rows] = _colour_band(section, plan, top, rows, width)
     return image
+
+
+def draw_textures(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Noise of fibres and of cytoplasm, by name; float32, square, without a seam."""
+    return {
+        "fibre": tiling_noise(rng, 2048, 34, 2.0),
+        "coarse fibre": tiling_noise(rng, 2048, 90, 7),
+        "fine": tiling_noise(rng, 1024, 1.1, 1.1),
+        "cloud": tiling_noise(rng, 1024, 6, 6),
+    }
 
 
 def _plan(section: Section, height: int, width: int, rng: np.random.Generator) -> _Plan:
@@ -116,12 +143,6 @@ def _plan(section: Section, height: int, width: int, rng: np.random.Generator) -
     _add_nuclei(section, plan, depth, is_fat, rng)
     plan.nuclei = cv2.GaussianBlur(plan.nuclei, (0, 0), 0.8)
     plan.membranes = cv2.GaussianBlur(plan.membranes, (0, 0), 1.0)
-    plan.noise = {
-        "fibre": tiling_noise(rng, 2048, 34, 2.0),
-        "coarse fibre": tiling_noise(rng, 2048, 90, 7),
-        "fine": tiling_noise(rng, 1024, 1.1, 1.1),
-        "cloud": tiling_noise(rng, 1024, 6, 6),
-    }
     return plan
 
 

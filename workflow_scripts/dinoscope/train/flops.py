@@ -98,7 +98,7 @@ def adapted_step_flops(
     """The same where only a part of the backbone is trained (`student.trainable`): what is saved in the backward.
 
     A frozen block needs no gradients of its weights; below the first trained one nothing is propagated at all. Matrix
-    products of adapters count; the norms that stay trained do not.
+    products of adapters count, the teacher's too, which has its own; the norms that stay trained do not.
     """
     student, sizes = config.student, sizes or resolutions(config)[0]
     whole = step_flops(config, settings, num_tiles, num_masked, sizes)
@@ -106,14 +106,16 @@ def adapted_step_flops(
         return whole
     open_blocks = student.unfrozen_blocks if student.trainable in ("last_n", "lora") else 0
     saved = 0
-    for side, crops in ((sizes.global_px, 2), (sizes.local_px, config.crops.local_crops_number)):
+    # the teacher sees the global crops alone
+    of_crops = ((sizes.global_px, 2, 4), (sizes.local_px, config.crops.local_crops_number, 3))
+    for side, crops, passes in of_crops:
         projections, attention, embedding = _parts(settings, side)
         # of a frozen block: its weights' gradients; with last_n those of what goes in as well
         of_block = projections if student.trainable != "last_n" else 2 * (projections + attention)
         adapters = 0
         if student.trainable == "lora":
             tokens = (side // settings.patch_size) ** 2 + 1 + settings.num_storage_tokens
-            adapters = 3 * 2 * tokens * student.lora_rank * _adapted_widths(settings, student.lora_targets)
+            adapters = passes * 2 * tokens * student.lora_rank * _adapted_widths(settings, student.lora_targets)
         frozen = settings.depth - open_blocks
         saved += crops * num_tiles * (frozen * (of_block - adapters) + embedding)
     return whole - saved

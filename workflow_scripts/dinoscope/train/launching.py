@@ -1,5 +1,6 @@
 """torchrun on one machine or one of several, started from Python so that a user's error ends in one sentence."""
 
+import hashlib
 import logging
 import os
 import sys
@@ -56,6 +57,12 @@ class Meeting:
         address = None if here is None else node_address(here)
         name = f"job-{step.job}.{step.number}"
         return cls(step.nodes, f"{node_address(first)}:{port}", name, step.task == 0, address, minutes)
+
+    @classmethod
+    def by_hand(cls, nodes: int, command: list[str], endpoint: str, address: str | None, minutes: float) -> "Meeting":
+        """Of machines on each of which the same command was given: another command there is another run's."""
+        digest = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
+        return cls(nodes, endpoint, f"by-hand-{digest}", address=address, minutes=minutes)
 
     def options(self, started: str) -> list[str]:
         """Arguments of torchrun."""

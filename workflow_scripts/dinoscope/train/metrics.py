@@ -1,6 +1,7 @@
 """`training_metrics.json`: one JSON object a line, appended while training."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +15,23 @@ if TYPE_CHECKING:
 __all__ = ["METRICS_NAME", "append_metrics", "best_iteration", "metrics_at", "read_events", "read_metrics"]
 
 METRICS_NAME = "training_metrics.json"
+_log = logging.getLogger(__name__)
 
 
 def append_metrics(run_dir: Path, values: Mapping[str, Any]) -> None:
-    """Appends one line; a line that a kill cut short before is closed first, so that it spoils nothing after it."""
-    path = run_dir / METRICS_NAME
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(values).encode() + b"\n")
+    """Appends one line; a line that a kill cut short before is closed first, so that it spoils nothing after it.
+
+    A full disk costs the line, which is said, and never the run.
+    """
+    try:
+        with open(run_dir / METRICS_NAME, "ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(values).encode() + b"\n")
+    except OSError as error:
+        _log.warning("run %s: a line of metrics cannot be written: %s", run_dir.name, error)
 
 
 def read_metrics(run: str | Path) -> "pd.DataFrame":

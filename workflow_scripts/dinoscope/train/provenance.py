@@ -9,6 +9,7 @@ hospital's machines are nobody's business. Absolute paths are cut down to the na
 import datetime
 import hashlib
 import logging
+import os
 import platform
 import re
 import socket
@@ -35,6 +36,7 @@ PROVENANCE_NAME = "provenance.json"
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "openslide-bin", "pyarrow", "omegaconf", "snakemake")
 _ABSOLUTE = re.compile(r"(?:[A-Za-z]:)?[/\\](?:[^=,:]*[/\\])?(?=[^/\\]*$)")
 _GIT_SECONDS = 20
+_COMMIT = "DINOSCOPE_COMMIT"  # set in containers (containers/Dockerfile)
 
 
 def write_provenance(run_dir: Path, world: World, first_iteration: int, *, name_hosts: bool) -> None:
@@ -48,7 +50,10 @@ def write_provenance(run_dir: Path, world: World, first_iteration: int, *, name_
     """
     mine = (socket.gethostname(), _device_name(world.device))
     gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, mine)
+    if world.size > 1 or dist.is_initialized():
+        dist.all_gather_object(gathered, mine)
+    else:
+        gathered = [mine]
     if not world.is_main:
         return
     config = run_dir / "config.yaml"
@@ -75,24 +80,34 @@ def _starts_before(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def code_version(folder: Path) -> dict[str, Any]:
-    """Commit that a folder is checked out at, and whether tracked files differ from it; None where there is no git."""
+    """Commit that a folder is checked out at, and whether tracked files differ from it; None where there is no git.
+
+    In a container, which has no .git, the commit is what the image was said to be built of.
+    """
     commit, changes = (_git(folder, *command) for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))
     dirty = None if commit is None or changes is None else bool(changes)
+    commit = commit or os.environ.get(_COMMIT) or None
     return {"dinoscope": dinoscope.__version__, "git_commit": commit, "git_dirty": dirty}
 
 
 def without_folders(argument: str) -> str:
     """An argument of a command line with absolute paths cut down to the last name; relative ones stay."""
     key, equals, value = argument.partition("=")
-    if equals and _ABSOLUTE.match(value):
-        return f"{key}={_ABSOLUTE.sub('', value)}"
+    quote = '"' if value.startswith('"') else ""  # a text as JSON has it
+    if equals and _ABSOLUTE.match(value.removeprefix(quote)):
+        return f"{key}={quote}{_ABSOLUTE.sub('', value.removeprefix(quote))}"
     return _ABSOLUTE.sub("", argument) if _ABSOLUTE.match(argument) else argument
 
 
 def _git(folder: Path, *command: str) -> str | None:
+    """What git says of a folder, also where it belongs to another user, as a lab's shared copy does."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+            ["git", "-c", "safe.directory=*", "-C", str(folder), *command],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

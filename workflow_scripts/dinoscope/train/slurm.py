@@ -17,6 +17,8 @@ __all__ = ["Step", "job_end", "node_address", "srun_command"]
 
 _JOB_END = "SLURM_JOB_END_TIME"
 _ASK_SECONDS = 30
+# Steps that no srun of the user's started: the shell that salloc opens on a node, and the batch script.
+_SHELLS = ("4294967290", "4294967291")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Step:
     Attributes:
         job: Number of the job; None outside of SLURM.
         job_nodes: Nodes of the job; None when not told: within Snakemake's jobs most of SLURM's variables are gone.
-        number: Number of the step that srun started; None in a batch script, and in Snakemake's jobs that start srun.
+        number: Number of the step that srun started; None in a batch script, in salloc's shell, and in Snakemake's jobs
+            that start srun.
         tasks: Tasks of the step.
         nodes: Nodes of the step.
         task: Number of this task.
@@ -50,7 +53,7 @@ class Step:
         if job is None:
             return cls()
         nodes, gpus = _number(environment.get("SLURM_JOB_NUM_NODES")), _number(environment.get("SLURM_GPUS_ON_NODE"))
-        if not tasks.isdigit():
+        if not tasks.isdigit() or environment.get("SLURM_STEP_ID") in _SHELLS:
             return cls(job, nodes, gpus=gpus)
         return cls(
             job,

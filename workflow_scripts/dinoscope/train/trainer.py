@@ -295,14 +295,8 @@ class Trainer:
 
     def _event(self, name: str, iteration: int, story: str) -> None:
         if self.world.is_main:
-            self._append({"event": name, "iteration": iteration, "note": story})
+            append_metrics(self.run_dir, {"event": name, "iteration": iteration, "note": story})
             _log.info("run %s %s", self.run_dir.name, story)
-
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            append_metrics(self.run_dir, line)
-        except OSError as error:  # a full disk costs a line, never the run
-            _log.warning("run %s: a line of metrics cannot be written: %s", self.run_dir.name, error)
 
     def _dataset(self) -> ImageCrops:
         sizes, augmentation = crop_settings(self.config)
@@ -461,7 +455,7 @@ class Trainer:
             if "dino_global_crops_loss" in line:
                 line |= self.health.close(line["dino_global_crops_loss"])
             if self.world.is_main:
-                self._append(line | _schedule_line(values))
+                append_metrics(self.run_dir, line | _schedule_line(values))
         if shown is not None:
             last = self.window.last
             rate = (
@@ -486,7 +480,7 @@ class Trainer:
         """Puts the probe to the teacher and logs what it answers; the step's clock does not count it."""
         line = self.probe(self.model, start=start)
         if self.world.is_main:
-            self._append({"iteration": iteration} | line)
+            append_metrics(self.run_dir, {"iteration": iteration} | line)
 
     def _probe_if_due(self, iteration: int) -> bool:
         """Asks the teacher where that is due; whether the run is to end because it has got worse."""

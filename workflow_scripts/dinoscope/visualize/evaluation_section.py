@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dinoscope.evaluate.baseline_names import BASELINES
+from dinoscope.evaluate.robust_measures import is_robustness
 from dinoscope.files import read_json
+from dinoscope.visualize.robustness_section import RobustnessFacts, robustness_facts
 
 __all__ = ["EvaluationFacts", "TaskFacts", "evaluation_facts"]
 
@@ -32,6 +34,7 @@ class TaskFacts:
     sentences: list[tuple[str, bool]]
     baseline_sentences: list[str]
     notes: list[str]
+    robustness: RobustnessFacts | None
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,10 @@ class _Judged:
 
 
 def _task(task: Mapping[str, Any], judged: Sequence[_Judged]) -> TaskFacts:
-    rows = task["rows"]
+    rows = [row for row in task["rows"] if not is_robustness(row["measure"])]
     scores = list(dict.fromkeys(row["score"] for row in rows))
-    mine = [one for one in judged if one.task == task["task"]]
+    of_task = [one for one in judged if one.task == task["task"]]
+    mine = [one for one in of_task if one.is_primary or not is_robustness(one.measure)]
     numbers = task["numbers"]
     return TaskFacts(
         name=task["task"],
@@ -83,6 +87,7 @@ def _task(task: Mapping[str, Any], judged: Sequence[_Judged]) -> TaskFacts:
         sentences=[(one.sentence, one.is_primary) for one in mine if one.model not in BASELINES],
         baseline_sentences=[one.sentence for one in mine if one.model in BASELINES],
         notes=task["notes"],
+        robustness=robustness_facts(task, [(one.measure, one.sentence) for one in of_task if one not in mine]),
     )
 
 
