@@ -133,7 +133,12 @@ rule probe_set:
         runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
-        reading=not_a_trigger(SLIDES.reading_options()),
+        reading=not_a_trigger(
+            [
+                *SLIDES.reading_options(),
+                *("--on-error", PLAN.config["slides"]["on_error"]),
+            ]
+        ),
         asked=probe_arguments,
     shell:
         "python {params.script:q} probe {params.asked:q} {params.reading:q} --output {output.probe:q} > {log:q} 2>&1"
@@ -151,11 +156,16 @@ rule described_tiles:
     conda:
         "../envs/pictures.yaml"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=growing(4000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
-        reading=not_a_trigger(SLIDES.reading_options()),
+        reading=not_a_trigger(
+            [
+                *SLIDES.reading_options(),
+                *("--on-error", PLAN.config["slides"]["on_error"]),
+            ]
+        ),
         asked=lambda wildcards: EVALUATION.sample_arguments_described(),
     shell:
         "python {params.script:q} tiles {params.asked:q} {params.reading:q} --output {output.sampled:q}"
@@ -175,8 +185,8 @@ rule described_patches:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
     params:
         script=SCRIPTS / "evaluate.py",
         encoder=encoder_arguments,

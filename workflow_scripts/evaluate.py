@@ -201,6 +201,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     add("--slides", help="slide table; not for images")
     add("--slide-mpp", type=float, help="micrometres a pixel of slides that the table gives none for")
     add("--slide-reader", metavar="MODULE:CLASS", help="reader of your own, for other formats")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="skip: slides that cannot be read are left out")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoscope.errors import FeaturesError
+from dinoscope.errors import FeaturesError, SlideError
 from dinoscope.evaluate import patch_similarity
 from dinoscope.evaluate.embedding import ImageFeatures, write_features
 from dinoscope.evaluate.patch_similarity import embed_patches, gram_distances, read_patches
@@ -174,6 +174,13 @@ def test_from_slides_to_the_table_by_the_steps_of_the_script(tmp_path, monkeypat
     assert (found["model"], found["score"], found["verdict"]) == ("run", "gram_distance_from_base", "")
     assert float(found["value"]) == pytest.approx(truth, rel=1e-3, abs=1e-6) and truth > 1e-4
     assert "gram_distance_from_base" in (tmp_path / "s.json").read_text()
+    # a slide that can no longer be read costs the others nothing, where slides may be skipped
+    (tmp_path / "b.tiff").write_bytes((tmp_path / "b.tiff").read_bytes()[:1000])
+    with pytest.raises(SlideError, match="slide 'b'"):
+        call("tiles", *called, "--tiles", "tiles", "--seed", 3, "--output", "fewer.npz")
+    call("tiles", *called, "--tiles", "tiles", "--seed", 3, "--on-error", "skip", "--output", "fewer.npz")
+    fewer = read_probe_set(tmp_path / "fewer.npz")
+    np.testing.assert_array_equal(fewer.images, images[read_probe_set(tmp_path / "tiles.npz").groups == 0])
 
 
 def write_tiles_of(path, slide):

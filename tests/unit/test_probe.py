@@ -23,6 +23,7 @@ from dinoscope.evaluate.probe import (
     scaled,
 )
 from dinoscope.evaluate.scores import score
+from dinoscope.evaluate.tuning import fitted_on_fewer
 
 
 def classes_of(num: int, width: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -56,6 +57,29 @@ def test_regressions_are_scikit_learns(num: int, width: int, num_classes: int) -
         for dtype, theta in fitted:
             found = log_probabilities(torch.tensor(rows, dtype=dtype), theta)[:, index].exp().numpy()
             np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == torch.float64 else 1e-3)
+
+
+def test_features_that_vary_in_few_directions_take_no_more_iterations() -> None:
+    """As networks' do: without a guess of how they vary, hundreds of iterations end far from the minimum."""
+    rng = np.random.default_rng(0)
+    size, turn = 1 / np.arange(1, 65), np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    labels = rng.integers(0, 3, 800)
+    rows = (rng.normal(size=(800, 64)) + rng.normal(size=(3, 64))[labels] / 3) * size @ turn
+    rows = (rows - rows.mean(0)) / rows.std(0)
+    penalty = 1e-4
+    theta = fit_logistic(
+        torch.tensor(rows), torch.tensor(labels), 3, torch.tensor([penalty]), torch.ones(800, 1),
+        max_iterations=60, tolerance=2e-6,
+    )  # fmt: skip
+    reference = LogisticRegression(C=1 / (penalty * 800), tol=1e-9, max_iter=20_000).fit(rows, labels)
+    log_probs = log_probabilities(torch.tensor(rows), theta)[:, 0].numpy()
+    np.testing.assert_allclose(np.exp(log_probs), reference.predict_proba(rows), atol=1e-4)
+
+    def objective(log_probs: np.ndarray, coefficients: np.ndarray) -> float:
+        return -log_probs[np.arange(800), labels].mean() + penalty / 2 * np.square(coefficients).sum()
+
+    least = objective(reference.predict_log_proba(rows), reference.coef_)
+    assert objective(log_probs, theta[:-1].numpy()) < least + 1e-8
 
 
 def test_scaling_is_that_of_the_training_rows() -> None:
@@ -238,6 +262,14 @@ def test_fewer_rows_are_fitted_where_there_are_many() -> None:
     found = linear_probe(features, labels, cases, folds, max_rows=80)
     assert found.num_fitted == 80
     assert score(found.predictions[CLEAN], "auroc") > 0.7
+
+
+def test_fewer_rows_are_stated() -> None:
+    folds = [Fold(0, "1", np.arange(50), np.arange(50, 60)), Fold(0, "2", np.arange(9), np.arange(9, 60))]
+    assert fitted_on_fewer(folds) == []
+    assert fitted_on_fewer(folds, 40) == [
+        "regressions are fitted on 40 of up to 50 training rows, as equal as possible a case"
+    ]
 
 
 def test_too_few_cases_to_choose_by_take_the_default() -> None:

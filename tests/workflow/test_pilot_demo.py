@@ -13,8 +13,15 @@ import yaml
 from dinoscope.files import read_json, write_json, write_text
 from snakemake_runs import COMMAND, NANO_RECIPE, REPOSITORY, plan, snakemake
 
-DEMO = ["--configfile", "config/demo_pilot/config.yaml", "--replace-workflow-config"]
 WEIGHTS = Path("results/models/pretrain/teacher.pth")
+
+
+def asked_of(config):
+    """Arguments that take a config in place of config/config.yaml."""
+    return ["--configfile", config, "--replace-workflow-config"]
+
+
+DEMO = asked_of("config/demo_pilot/config.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +98,24 @@ def processes_of(folder):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_the_demo_runs_survives_a_kill_and_judges(clone):
     """With fewer iterations, and random weights in place of those that training takes minutes for."""
-    less = ["--config", 'pilot={"iterations": 20, "gpu_minutes": 60, "tflops": 0.05, "probes": 10}']
-    before = ["--config", "results=before", "demo={'enabled': false}"]
-    write_text(clone / "slides.tsv", f"slide_id\tpath\nnone\t{WEIGHTS}\n")
-    write_text(
-        clone / "before.yaml",
-        yaml.safe_dump({"slides": {"source": "slides.tsv"}, "runs": {"r": {"recipe": "config/runs/tiny.yaml"}}}),
-    )
     (clone / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
     (clone / WEIGHTS).touch()
-    first = ["--configfile", "before.yaml", "--replace-workflow-config", *before]
-    snakemake(clone, *first, "before/models/base/teacher.pth")
+    config = yaml.safe_load((REPOSITORY / "config/demo_pilot/config.yaml").read_text())
+    random = config | {"results": "before", "labels": None, "evaluation": {}}
+    random |= {"runs": {"fresh": {"recipe": "config/runs/tiny.yaml"}}}
+    write_text(clone / "random.yaml", yaml.safe_dump(random))
+    snakemake(clone, *asked_of("random.yaml"), "before/models/base/teacher.pth")
     (clone / "before/models/base/teacher.pth").replace(clone / WEIGHTS)
-    run = clone / "results/demo_pilot/runs/pilot-full"
-    asked = [*COMMAND, *DEMO, "pilot", *less]
+    config["pilot"] |= {"iterations": 20, "gpu_minutes": 60, "probes": 10}
+    write_text(clone / "less.yaml", yaml.safe_dump(config))
+    less, run = asked_of("less.yaml"), clone / "results/demo_pilot/runs/pilot-full"
     with open(clone / "killed.log", "w") as log:
-        process = subprocess.Popen(asked, cwd=clone, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*COMMAND, *less, "pilot"], cwd=clone, stdout=log, stderr=log, start_new_session=True
+        )
         deadline = time.monotonic() + 2400
         while iterations_done(run) < 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -118,8 +124,8 @@ def test_the_demo_runs_survives_a_kill_and_judges(clone):
         process.wait()
     done_by_then = iterations_done(run)
     assert 2 <= done_by_then < 20 and not (run / "final.json").exists(), (clone / "killed.log").read_text()[-3000:]
-    snakemake(clone, *DEMO, "--unlock")
-    snakemake(clone, *DEMO, "--rerun-incomplete", "pilot", *less, timeout=2400)
+    snakemake(clone, *less, "--unlock")
+    snakemake(clone, *less, "--rerun-incomplete", "pilot", timeout=3600)
     events = [line for line in (run / "training_metrics.json").read_text().splitlines() if '"event"' in line]
     assert any('"resume"' in line for line in events), events
     said = (clone / "results/demo_pilot/pilot/advice.txt").read_text()

@@ -31,7 +31,7 @@ SCORES = {
     "masks": ("mean_iou",),
 }
 # Least values of the scores that may be below 0; none is above 1.
-_LEAST = {"r2": -np.inf, "pearson": -1.0, "change": -1.0}
+_LEAST = {"r2": -np.inf, "pearson": -1.0, "change": -np.inf}
 # A score as a function of cases' weights, number of cases and units, and cases of the smallest class.
 _Asked = tuple[Statistic, int, int, int]
 

@@ -26,6 +26,7 @@ from dinoscope.evaluate.probe import CLEAN, few_shot, knn_probe, linear_probe, r
 from dinoscope.evaluate.scores import Predictions
 from dinoscope.evaluate.shifted_answers import Found, neighbours_kept, sites_told
 from dinoscope.evaluate.survival import cox_probe
+from dinoscope.evaluate.tuning import fitted_on_fewer
 from dinoscope.evaluate.units import Units
 
 __all__ = ["SPLITS", "Settings", "answer_classes", "answer_values", "probe_classes", "test_rows"]
@@ -112,6 +113,7 @@ def probe_classes(
             found |= {_copy_name(f"knn_{k}", kind): of for kind, of in of_copies.items()}
         linear = linear_probe(rows, labels, cases, folds, tested=copies, seed=settings.seed).predictions
         found |= {_copy_name("linear", kind): of for kind, of in linear.items()}
+        notes += fitted_on_fewer(folds)
         found |= {f"few_shot_{n}": one for n, one in few_shot(rows, labels, cases, folds, seed=settings.seed).items()}
         found |= _attention(features, test, labels, cases, folds, "classes", settings)
         said |= _named(found, split, settings, units, test, labels)

@@ -164,13 +164,12 @@ def with_site(advice: Advice, tasks: Sequence[TaskComparison], primary: str | No
         return advice.sentence
     chance = f"chance {before['site_chance']:.3f}"
     if advice.model == BASE:
-        told = f"they tell the site within a class by {before['site_readout']:.3f} ({chance})"
+        told = f"the starting weights tell the site within a class by {before['site_readout']:.3f} ({chance})"
     else:
         told = (
             f"it tells the site within a class by {mine['site_readout']:.3f}, where the starting weights do by "
             f"{before['site_readout']:.3f} ({chance})"
         )
-    told = told if advice.decision != "too few to judge" else told.replace("they", "the starting weights")
     return f"{advice.sentence.removesuffix('.')}; {told}."
 
 

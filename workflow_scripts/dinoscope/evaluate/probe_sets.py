@@ -1,5 +1,6 @@
 """The images that a run is asked about while it trains, of the groups of the selection alone."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import cv2
 import numpy as np
 
 from dinoscope.data.images import read_image
-from dinoscope.errors import ConfigError
+from dinoscope.errors import ConfigError, SlideError
 from dinoscope.evaluate.embedding import read_mask, tile
 from dinoscope.evaluate.folds import balanced_rows
 from dinoscope.evaluate.labels import Label
@@ -20,6 +21,7 @@ from dinoscope.train.probing import ProbeSet
 
 __all__ = ["probe_of_images", "probe_of_slides", "sampled_tiles"]
 
+_log = logging.getLogger(__name__)
 _NOTHING = np.zeros(0, dtype=np.int64)
 
 
@@ -76,6 +78,7 @@ def probe_of_slides(
     *,
     count: int,
     seed: int,
+    skip: bool = False,
 ) -> ProbeSet:
     """Tiles of the selection's slides, as equal as possible a slide, with the class of their slide or case.
 
@@ -87,12 +90,13 @@ def probe_of_slides(
         label: Of classes; None, the tiles have none.
         count: Tiles at most.
         seed: Which ones.
+        skip: Leave out slides that cannot be read.
 
     Raises:
         ConfigError: There is no tile.
-        SlideError: A slide cannot be read.
+        SlideError: A slide cannot be read, and must not be skipped.
     """
-    pixels, of = sampled_tiles(slides, pool, tiles, count=count, seed=seed)
+    pixels, of = sampled_tiles(slides, pool, tiles, count=count, seed=seed, skip=skip)
     if not len(of):
         raise ConfigError(
             "there is no tile of a selection case to ask runs about; hold out three cases or more, raise "
@@ -109,7 +113,7 @@ def probe_of_slides(
 
 
 def sampled_tiles(
-    slides: Sequence[str], pool: SlidePool, tiles: Mapping[str, Path], *, count: int, seed: int
+    slides: Sequence[str], pool: SlidePool, tiles: Mapping[str, Path], *, count: int, seed: int, skip: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tiles (N, S, S, 3) uint8, as equal in number as possible a slide, and the number (N,) of the slide of each.
 
@@ -119,21 +123,31 @@ def sampled_tiles(
         tiles: slide_id -> its tile manifest, of tiles of one size.
         count: Tiles at most.
         seed: Which ones.
+        skip: Leave out slides that cannot be read, with a warning.
 
     Raises:
-        SlideError: A slide cannot be read.
+        SlideError: A slide cannot be read, and must not be skipped.
     """
     listed = {slide: load_tiles(tiles[slide]) for slide in slides}
     of = np.concatenate([np.full(len(listed[slide]), number) for number, slide in enumerate(slides)] or [_NOTHING])
     first = np.cumsum([0, *(len(listed[slide]) for slide in slides)])
     rows = balanced_rows(of, count, seed) if len(of) else _NOTHING
-    pixels = []
+    read: dict[int, np.ndarray] = {}
+    unreadable: set[str] = set()
     for row in rows:
         slide = slides[of[row]]
         table, place = listed[slide], row - first[of[row]]
         where = (int(column[place]) for column in (table.x, table.y, table.level, table.read_px))
-        pixels.append(read_tile(pool[slide], *where, table.tile_px, table.footprint_px))
-    return np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8), of[rows]
+        try:
+            if slide not in unreadable:
+                read[row] = read_tile(pool[slide], *where, table.tile_px, table.footprint_px)
+        except SlideError as error:
+            if not skip:
+                raise
+            _log.warning("slide %s is left out: %s", slide, error)
+            unreadable.add(slide)
+    kept = [row for row in rows if row in read and slides[of[row]] not in unreadable]
+    return np.stack([read[row] for row in kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8), of[kept]
 
 
 def _middle(image: np.ndarray, side: int) -> np.ndarray:

@@ -130,7 +130,8 @@ def sample_described(arguments: argparse.Namespace) -> None:
     """Writes the tiles on which the similarities of patches are compared."""
     pool = _pool(arguments, arguments.described)
     tiles = {slide: arguments.tiles / f"{slide}.parquet" for slide in arguments.described}
-    images, of = sampled_tiles(arguments.described, pool, tiles, count=MAX_IMAGES, seed=arguments.seed)
+    how = {"count": MAX_IMAGES, "seed": arguments.seed, "skip": arguments.on_error == "skip"}
+    images, of = sampled_tiles(arguments.described, pool, tiles, **how)
     nothing = np.zeros(0, np.int64)
     write_probe_set(arguments.output, ProbeSet(images, of, nothing, np.zeros((0, 1, 1), np.uint8)))
     _log.info("%d tiles of %d slides", len(images), len(np.unique(of)))
@@ -163,6 +164,7 @@ def make_probe(arguments: argparse.Namespace) -> None:
             next((label for label in labels if label.kind == "classes"), None),
             count=arguments.images,
             seed=arguments.seed,
+            skip=arguments.on_error == "skip",
         )
     write_probe_set(arguments.output, probe)
     _log.info("probe: %d images of %d groups", len(probe.images), len(np.unique(probe.groups)))

@@ -28,6 +28,7 @@ __all__ = [
     "Question",
     "Regression",
     "answers_by_folds",
+    "fitted_on_fewer",
     "inner_folds",
     "pooled",
     "scaled",
@@ -190,6 +191,14 @@ def scaled(train: np.ndarray, scaling: str, device: str | torch.device = "cpu") 
         return moved if turn is None else moved @ turn
 
     return centred, of_others
+
+
+def fitted_on_fewer(folds: Sequence[Fold], max_rows: int = MAX_ROWS) -> list[str]:
+    """A note that regressions are fitted on a part of the training rows, or none."""
+    most = max(len(fold.train) for fold in folds)
+    if most <= max_rows:
+        return []
+    return [f"regressions are fitted on {max_rows:,} of up to {most:,} training rows, as equal as possible a case"]
 
 
 def _taken(question: Question, fold: Fold, limit: int) -> np.ndarray:

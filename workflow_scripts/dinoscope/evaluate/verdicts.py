@@ -137,7 +137,7 @@ def summary_rows(tasks: Sequence[TaskComparison], judgements: Sequence[Judgement
             if row.seen == "yes" or row.score != scores_of(task.kind, row.measure)[0]:
                 judged = []
             rows += [number | told for told in judged] or [number]
-        kind = "robustness" if task.rows else "descriptive"
+        kind = "robustness" if task.rows and task.kind != "masks" else "descriptive"
         told = {row.measure for row in task.rows}  # with an interval, above
         for model, numbers in task.numbers.items():
             rows += [
