@@ -170,6 +170,15 @@ def test_a_run_of_several_seeds_has_the_means_of_its_seeds(compared):
     assert found.differences["linear", "thumbnail", "base"].by_seed == ()
 
 
+def test_intervals_of_few_seeds_end_where_scores_do():
+    units, answers = answered({"base": 0.6, "run": 0.6, "run-seed1": 0.99})
+    found = compare_models(units, answers, REFERENCES, runs=[["run", "run-seed1"]], draws=500)
+    low, high = found.differences["linear", "run (2 seeds)", "base"].interval(0.99)
+    assert (low, high) == (-1, 1)
+    (row,) = [row for row in found.rows if (row.model, row.score) == ("run (2 seeds)", "balanced_accuracy")]
+    assert (row.low, row.high) == (0, 1)
+
+
 def test_the_run_is_judged_and_not_its_seeds(compared, tmp_path):
     found, _, _ = compared
     primary = primary_of([found], None)

@@ -278,8 +278,8 @@ def test_seeds_and_a_control_that_are_wished_for_later_leave_what_is_there(finis
     change_config(finished, **{"runs.pretrain.seeds": [0, 1], "runs.gram.seeds": [0, 1], "runs.gram.control": True})
     jobs, text = plan(finished, "--printshellcmds")
     assert jobs == {
-        "train": 4, "convert": 4, "plot_metrics": 4, "extract_features": 20, "measure_model": 4, "compare_models": 1,
-        "evaluation_summary": 1, "report": 1, "all": 1,
+        "train": 4, "convert": 4, "plot_metrics": 4, "extract_features": 20, "described_patches": 4, "measure_model": 4,
+        "compare_models": 1, "evaluation_summary": 1, "report": 1, "all": 1,
     }  # fmt: skip
     trained = re.findall(r"pretrain\.py (.*)--run-dir results/runs/(\S+) (.*) 2>&1", text)
     told = {run: (options, changes) for options, run, changes in trained}

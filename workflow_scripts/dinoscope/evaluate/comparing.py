@@ -136,7 +136,8 @@ def compare_models(
             transductive = is_test & np.all([answer.seen == yes for answer in of], axis=0)
             if transductive.any():
                 rows += _rows(units, of, measure, model, transductive, draws, seed, seeds, seen="yes")
-        differences |= _differences(measure, statistics, references, trained, repeated, draws, seed)
+        of_measure = _differences(measure, statistics, references, trained, repeated, draws, seed)
+        differences |= _possible(of_measure, scores_of(units.kind, measure)[0])
     return TaskComparison(
         units.task,
         units.kind,
@@ -336,4 +337,14 @@ def _differences(
         )
         is_run = pairs[0][0] in trained
         found[measure, model, reference] = one if is_run else replace(one, by_seed=())
+    return found
+
+
+def _possible(differences: Mapping[tuple[str, str, str], Comparison], score: str) -> dict[Any, Comparison]:
+    """Differences with intervals that end where the score's range does: few seeds allow for more than there can be."""
+    most = 1.0 - _LEAST.get(score, 0.0)
+    found = dict(differences)
+    for key, one in differences.items():
+        if len(one.by_seed) > 1:
+            found[key] = replace(one, resampled=one.resampled.clip(-most, most))
     return found
