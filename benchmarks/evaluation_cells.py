@@ -63,13 +63,17 @@ def main() -> None:
     if not source.is_dir():
         sys.exit(f"error: {arguments.data} has no folder tiles/bccd_cells; give --data a folder that has")
     if not (arguments.out / "config.yaml").is_file():
-        prepare(source, arguments.out, arguments.length)
+        write_halves(source, arguments.out)
+        length = arguments.length
+        recipes = {"cells.yaml": CELLS.format(length=length, probe_every=2 * length)}
+        recipes |= {"cells_control.yaml": CONTINUED, "cells_gram.yaml": CONTINUED + GRAM}
+        write_workflow(arguments.out, CONFIG, recipes, ["learned_features.yaml", "learned_features_cells.yaml"])
     add_seeds(arguments.out / "config.yaml", arguments.seeds)
     run_workflow(arguments.out, arguments.cores)
 
 
-def prepare(source: Path, out: Path, length: int) -> None:
-    """Writes the images of both halves, recipes, slide table and config."""
+def write_halves(source: Path, out: Path) -> None:
+    """Writes the images of both halves: cells/train, enlarged, and cells/held_out."""
     files = sorted(source.rglob("*.jpg"))
     parents = sorted({parent_of(file) for file in files})
     trained = set(np.random.default_rng(0).permutation(parents)[: len(parents) // 2])
@@ -82,9 +86,6 @@ def prepare(source: Path, out: Path, length: int) -> None:
             target = out / "cells/held_out" / file.parent.name / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
-    recipes = {"cells.yaml": CELLS.format(length=length, probe_every=2 * length)}
-    recipes |= {"cells_control.yaml": CONTINUED, "cells_gram.yaml": CONTINUED + GRAM}
-    write_workflow(out, CONFIG, recipes, ["learned_features.yaml", "learned_features_cells.yaml"])
 
 
 def add_seeds(path: Path, seeds: list[int]) -> None:

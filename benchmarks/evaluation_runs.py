@@ -1,4 +1,4 @@
-"""What evaluation_cells.py and evaluation_nuclei.py have in common: a working directory, and the workflow run in it."""
+"""What scripts that run the workflow on real images have in common: a working directory, and the workflow in it."""
 
 import shutil
 import subprocess
@@ -37,9 +37,9 @@ def write_workflow(out: Path, config: str, recipes: Mapping[str, str], extended:
     (out / "config.yaml").write_text(config, encoding="utf-8")
 
 
-def run_workflow(out: Path, cores: str, targets: Sequence[str] = ("evaluate",)) -> None:
+def run_workflow(out: Path, cores: str, targets: Sequence[str] = ("evaluate",), *, config: str = "config.yaml") -> None:
     """Runs `snakemake TARGETS` in the working directory; ends the program where it fails."""
-    workflow = ["--snakefile", ROOT / "Snakefile", "--configfile", "config.yaml", "--replace-workflow-config"]
+    workflow = ["--snakefile", ROOT / "Snakefile", "--configfile", config, "--replace-workflow-config"]
     command = [sys.executable, "-m", "snakemake", *workflow, "--cores", cores, *targets]
     if code := subprocess.run(command, cwd=out, check=False).returncode:
         sys.exit(code)

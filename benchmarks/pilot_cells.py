@@ -9,11 +9,10 @@ done again.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-from evaluation_cells import PARENT, ROOT, prepare
+from evaluation_cells import PARENT, write_halves
+from evaluation_runs import ROOT, run_workflow
 
 START = """extends: learned_features_tissue.yaml
 optim: {epochs: 10, warmup_epochs: 2}
@@ -64,7 +63,7 @@ def main() -> None:
     out, slides = arguments.out, (arguments.data / "wsi/CMU-1-Small-Region.svs").resolve()
     if not (out / "cells").is_dir():
         out.mkdir(parents=True, exist_ok=True)
-        prepare(arguments.data / "tiles/bccd_cells", out)
+        write_halves(arguments.data / "tiles/bccd_cells", out)
     for name in ("learned_features", "learned_features_cells", "learned_features_tissue"):
         (out / f"{name}.yaml").write_bytes((ROOT / f"benchmarks/{name}.yaml").read_bytes())
     (out / "start.yaml").write_text(START, encoding="utf-8")
@@ -73,17 +72,9 @@ def main() -> None:
     config = CONFIG.replace("PARENT", PARENT).replace("ITERATIONS", str(arguments.iterations))
     (out / "config.yaml").write_text(config, encoding="utf-8")
     (out / "slides.tsv").write_text(f"slide_id\tpath\nCMU-1\t{slides}\n", encoding="utf-8")
-    run(out, "start_config.yaml", arguments.cores, WEIGHTS)
-    run(out, "config.yaml", arguments.cores, "pilot")
+    run_workflow(out, arguments.cores, [WEIGHTS], config="start_config.yaml")
+    run_workflow(out, arguments.cores, ["pilot"])
     print((out / "results/pilot/advice.txt").read_text(encoding="utf-8"), end="")
-
-
-def run(folder: Path, config: str, cores: str, target: str) -> None:
-    """Runs the workflow in a folder; ends the program where it fails."""
-    workflow = ["--snakefile", ROOT / "Snakefile", "--configfile", config, "--replace-workflow-config"]
-    command = [sys.executable, "-m", "snakemake", *workflow, "--cores", cores, target]
-    if code := subprocess.run(command, cwd=folder, check=False).returncode:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

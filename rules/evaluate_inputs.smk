@@ -101,8 +101,9 @@ def probe_slides(wildcards):
     """Slides that these are read from."""
     if EVALUATION.probed_task is not None:
         return []
-    slides = EVALUATION.cohort.slides_of("selection")
-    return [path for slide in slides for path in SLIDES.input_of(slide)]
+    return [
+        path for slide in EVALUATION.probed_slides for path in SLIDES.input_of(slide)
+    ]
 
 
 @one_sentence

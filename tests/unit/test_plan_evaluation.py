@@ -151,6 +151,28 @@ def test_patches_are_compared_with_the_start_and_with_the_run_that_is_continued(
     assert only.patch_files("descriptive", "pretrain") == {}
 
 
+def test_tiles_are_taken_of_slides_on_this_machine_alone(folder):
+    table = Path("slides.tsv").read_text()
+    jobs = jobs_of(packing={"enabled": True})
+    (first, *others), (kept, *_) = jobs.sampled_slides, jobs.probed_slides
+    record = next(line for line in table.splitlines() if line.startswith(f"{first}\t"))
+    Path("slides.tsv").write_text(table.replace(record, record.replace(record.split("\t")[1], "s3://bucket/x.tiff")))
+    assert (
+        jobs_of(packing={"enabled": True}).sampled_slides == others
+        and jobs_of(packing={"enabled": True}).probed_slides == jobs.probed_slides
+    )
+    lines = [line.split("\t") for line in table.splitlines()]
+    remote = ["\t".join([name, f"s3://bucket/{name}.tiff", *rest]) for name, _, *rest in lines[1:]]
+    Path("slides.tsv").write_text("\n".join(["\t".join(lines[0]), *remote]) + "\n")
+    jobs = jobs_of(packing={"enabled": True})
+    assert jobs.sampled_slides == [] and jobs.patch_files("descriptive", "gram") == {}
+    assert jobs.patch_arguments("descriptive", "gram") == [] and jobs.probed_slides == []
+    Path("root.yaml").write_text(RECIPE + "evaluation: {probe_every: 5}\n")
+    with pytest.raises(ConfigError, match="the slides of all cases for selection lie on object storage"):
+        jobs_of(packing={"enabled": True}).probed_slides  # noqa: B018
+    assert kept
+
+
 def test_tiles_to_compare_patches_on_are_of_a_few_slides(folder, monkeypatch):
     jobs = jobs_of()
     assert jobs.sampled_slides == jobs.slides("descriptive")

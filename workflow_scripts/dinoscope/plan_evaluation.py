@@ -7,7 +7,7 @@ another job compares the answers of all.
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class EvaluationJobs:
 
         These are the starting weights and the run that it continues. Nothing where a task keeps no patches.
         """
-        if task == DESCRIPTIVE:
+        if task == DESCRIPTIVE and self.sampled_slides:
             pattern = f"<results>/evaluation/{DESCRIPTIVE}/patches/{{}}.npz"
         elif task.startswith(MASKS):
             pattern = f"<results>/evaluation/{task}/features/{{}}.npz"
@@ -185,8 +185,11 @@ class EvaluationJobs:
 
     @functools.cached_property
     def sampled_slides(self) -> list[str]:
-        """Slides that tiles are taken of to compare patches on: those that are described, a draw of many."""
-        slides = self._described()
+        """Slides that tiles are taken of to compare patches on: those that are described, a draw of many.
+
+        Not those on object storage, of which Snakemake would bring every one for a few tiles.
+        """
+        slides = self._here(self._described())
         seed = self._settings["seed"]
         drawn = sorted(slides, key=lambda slide: hashlib.sha256(f"{seed}\n{slide}".encode()).digest())
         return sorted(drawn[:_MOST_SLIDES])
@@ -282,7 +285,7 @@ class EvaluationJobs:
             return [f"<results>/evaluation/{task}/units.json"]
         tile_set = self._plan.config["features"]["set"]
         labels = [self._plan.config["labels"]] if self._plan.config["labels"] else []
-        return [*labels, *(f"<results>/tiles/{tile_set}/{slide}.parquet" for slide in self._probed_slides())]
+        return [*labels, *(f"<results>/tiles/{tile_set}/{slide}.parquet" for slide in self.probed_slides)]
 
     def probe_arguments(self) -> list[str]:
         """Arguments of evaluate.py that say what they are."""
@@ -290,18 +293,32 @@ class EvaluationJobs:
         if (task := self.probed_task) is not None:
             units = str(self._plan.results / "evaluation" / task / "units.json")
             return [*arguments, "--units", units, *self.image_arguments(task)]
-        arguments += ["--slides", self._plan.config["slides"]["source"], "--probed", *self._probed_slides()]
+        arguments += ["--slides", self._plan.config["slides"]["source"], "--probed", *self.probed_slides]
         arguments += ["--tiles", str(self._plan.results / "tiles" / self._plan.config["features"]["set"])]
         return arguments + (["--labels", self._plan.config["labels"]] if self._plan.config["labels"] else [])
 
-    def _probed_slides(self) -> list[str]:
+    @property
+    def probed_slides(self) -> list[str]:
+        """Slides that runs are asked about while they train; raises ConfigError where there are none."""
         slides = self.cohort.slides_of("selection")
         if not slides and any(self.is_probed(run) for run in self._plan.runs):
             raise ConfigError(
                 "a run has evaluation.probe_every, but no case is for selection: hold out three cases or more, name "
                 "some in evaluation.selection.cases, or set evaluation.probe.source"
             )
-        return slides
+        here = self._here(slides)
+        if slides and not here and any(self.is_probed(run) for run in self._plan.runs):
+            raise ConfigError(
+                "a run has evaluation.probe_every, but the slides of all cases for selection lie on object storage: "
+                "set evaluation.probe.source to a tile set, or name cases with slides on this machine in "
+                "evaluation.selection.cases"
+            )
+        return here
+
+    def _here(self, slides: Sequence[str]) -> list[str]:
+        """Those that lie on this machine."""
+        remote = set(self._plan.remote_slides)
+        return [slide for slide in slides if slide not in remote]
 
     def measure_arguments(self) -> list[str]:
         """Arguments that say how models are measured."""
