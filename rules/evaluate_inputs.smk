@@ -181,7 +181,7 @@ def pilot_references(wildcards):
 def pilot_of_report(wildcards):
     """What the pilot found, where it was asked for in this call or before.
 
-    Of a pilot before, the document that no rule declares: the report is made anew with it, and nothing of the pilot is.
+    Of a pilot before, the document that nothing declares; the report is made anew with it, and nothing of the pilot is.
     """
     if "pilot" in workflow.dag_settings.targets:
         return ["<results>/pilot/advice.txt"]
