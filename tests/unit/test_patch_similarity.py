@@ -143,6 +143,13 @@ def test_from_slides_to_the_table_by_the_steps_of_the_script(tmp_path, monkeypat
     call("tiles", *called, "--tiles", "tiles", "--seed", 3, "--output", "tiles.npz")
     images = read_probe_set(tmp_path / "tiles.npz").images
     assert images.shape == (32, 64, 64, 3) and len(np.unique(images.reshape(32, -1), axis=0)) > 25
+    # the images of a probe are taken by the same way
+    call(
+        "probe", "--slides", "slides.tsv", "--probed", "a", "b", "--tiles", "tiles", "--images", 6, "--output", "p.npz"
+    )
+    probe = read_probe_set(tmp_path / "p.npz")
+    assert probe.groups.tolist() == [0, 0, 0, 1, 1, 1] and len(probe.labels) == 0
+    assert all((probe.images[row] == images[16 * (row // 3) :][:16]).all(axis=(1, 2, 3)).sum() == 1 for row in range(6))
     call("units", "--task", "descriptive", *called, "--output", "units.json")
     expected = {}
     for seed, name in enumerate(("base", "run")):

@@ -82,6 +82,24 @@ def test_features_that_vary_in_few_directions_take_no_more_iterations() -> None:
     assert objective(log_probs, theta[:-1].numpy()) < least + 1e-8
 
 
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_directions_of_very_different_spread_take_few_iterations(num_classes: int) -> None:
+    """As features of networks have them; without the covariance it takes some two hundred iterations."""
+    rng = np.random.default_rng(0)
+    turned = np.linalg.qr(rng.normal(size=(40, 40)))[0]
+    rows = rng.normal(size=(2000, 40)) * np.geomspace(10, 0.01, 40)
+    labels = (rows[:, :num_classes] / rows[:, :num_classes].std(0) + rng.normal(size=(2000, num_classes))).argmax(1)
+    rows, penalty = rows @ turned, 1e-4
+    theta = fit_logistic(
+        torch.tensor(rows), torch.tensor(labels), num_classes, torch.tensor([penalty]), torch.ones(2000, 1),
+        max_iterations=25, tolerance=1e-6,
+    )  # fmt: skip
+    reference = LogisticRegression(C=(2 if num_classes == 2 else 1) / (penalty * 2000), tol=1e-10, max_iter=20_000)
+    expected = reference.fit(rows, labels).predict_proba(rows)
+    found = log_probabilities(torch.tensor(rows), theta)[:, 0].exp().numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
 def test_scaling_is_that_of_the_training_rows() -> None:
     features, _ = classes_of(200, 12, 2)
     train, others = features[:150].astype(np.float64), features[150:].astype(np.float64)
