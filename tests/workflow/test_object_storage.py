@@ -13,6 +13,9 @@ import yaml
 
 from dinoscope.errors import ConfigError
 from dinoscope.plan import make_plan
+from dinoscope.plan_evaluation import EvaluationJobs
+from dinoscope.plan_features import FeatureJobs
+from dinoscope.plan_segmentation import SegmentJobs
 from dinoscope.plan_slides import SlideJobs
 from dinoscope.plan_storage import StorageJobs
 from dinoscope.slides.remote import remote_address
@@ -177,7 +180,7 @@ def test_slides_of_several_files_and_a_place_that_is_none_are_refused(tmp_path, 
     (folder / "slides.tsv").write_text("slide_id\tpath\na\tslides/a.tiff\n")
     local = make_plan(config | {"storage": {}}, REPOSITORY)
     with pytest.raises(ConfigError, match=r"storage\.results is null; give s3://BUCKET/PREFIX"):
-        StorageJobs(local).objects()
+        StorageJobs(local, EvaluationJobs(local, FeatureJobs(local)), SegmentJobs(local)).objects()
 
 
 def test_without_a_place_the_target_says_so(tmp_path):
