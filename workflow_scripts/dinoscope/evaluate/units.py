@@ -164,7 +164,13 @@ def write_units(path: Path, units: Units) -> None:
 
 
 def read_units(path: Path) -> Units:
-    """Reads units.json."""
+    """Reads units.json.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; write it with evaluate.py units")
     document = read_json(path)
     units = [Unit(**{**unit, "slides": tuple(unit["slides"])}) for unit in document.pop("units")]
     return Units(units=units, **document)
