@@ -71,5 +71,5 @@ def test_sites_are_named():
 
 
 def test_missing_units_are_an_error_of_the_user(tmp_path):
-    with pytest.raises(ConfigError, match="does not exist; write it with evaluate.py units"):
+    with pytest.raises(ConfigError, match=r"does not exist; write it with evaluate\.py units"):
         read_units(tmp_path / "units.json")

@@ -78,6 +78,16 @@ def test_a_model_is_told_with_all_runs_that_it_comes_from(folder):
     assert jobs.history("label-grade", "random") == [] and "random" in jobs.models("label-grade")
 
 
+def test_images_of_whatever_slides_leave_unknown_what_was_seen(folder):
+    sets = {"tile_sets": {"cells": {"folder": "cells"}}}
+    Path("own").mkdir()
+    Path("root.yaml").write_text(RECIPE + "train: {dataset_path: own}\n")
+    jobs = jobs_of(sets)
+    assert jobs.history("tiles-cells", "pretrain")[-2:] == ["--trained-on", "own"]  # told by their content
+    assert "--unknown-origin" not in jobs.history("tiles-cells", "pretrain")
+    assert jobs.history("label-grade", "gram")[0] == "--unknown-origin"
+
+
 def test_gram_is_held_against_its_control_too(folder):
     jobs = jobs_of()
     assert jobs.controls == {"gram": "more"}
@@ -100,10 +110,39 @@ def test_what_refers_to_nothing_is_refused(folder):
         jobs_of({"selection": {"fraction": 0}})
 
 
+def test_labels_that_cannot_be_asked_about_are_refused_while_planning(folder):
+    table = Path("labels.tsv").read_text()
+    Path("labels.tsv").write_text("case_id\tgrade\nT1\tlow\nT2\thigh\n")
+    with pytest.raises(ConfigError, match="label grade: none of the 6 test cases has it"):
+        jobs_of()
+    assert jobs_of({"enabled": False}).tasks == ["label-grade", "descriptive"]
+    Path("labels.tsv").write_text(table.replace("grade", "WHO grade (2021)"))
+    with pytest.raises(ConfigError, match=r"column 'WHO grade \(2021\)' cannot name a label: rename it"):
+        jobs_of()
+    assert jobs_of({"labels": ["os"]}).tasks == ["label-os", "descriptive"]
+
+
+def test_probes_ask_about_the_labels_of_the_config(folder):
+    Path("root.yaml").write_text(RECIPE + "evaluation: {probe_every: 5}\n")
+    assert "--label" not in jobs_of().probe_arguments()
+    assert jobs_of({"labels": ["os"]}).probe_arguments()[-2:] == ["--label", "os"]
+
+
+def test_sets_of_one_folder_have_the_same_groups(folder):
+    sets = {"cells": {"folder": "cells"}, "grey": {"folder": str(folder / "cells"), "groups": "c[0-9]+"}}
+    assert jobs_of({"tile_sets": sets}).image_tasks  # no run is asked about them
+    with pytest.raises(ConfigError, match="tiles-cells and tiles-grey are of one folder, but differ in `groups`"):
+        jobs_of({"tile_sets": sets, "probe": {"source": "cells"}})
+
+
 def test_sets_of_one_folder_share_the_selection(folder):
     """What a teacher was chosen by must not judge it, in grey neither."""
     Path("others/a").mkdir(parents=True)
-    sets = {"cells": {"folder": "cells"}, "grey": {"folder": "./cells", "grey": True}, "others": {"folder": "others"}}
+    sets = {
+        "cells": {"folder": "cells"},
+        "grey": {"folder": str(folder / "cells"), "grey": True},
+        "others": {"folder": "others"},
+    }
     jobs = jobs_of({"tile_sets": sets, "probe": {"source": "cells"}})
     fractions = {task: jobs.unit_arguments(task)[-1] for task in jobs.image_tasks}
     assert fractions == {"tiles-cells": "0.25", "tiles-grey": "0.25", "tiles-others": "0"}
