@@ -149,7 +149,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add("--against", nargs="*", default=[], metavar="MODEL=REFERENCE", help="whom each model is held against")
     seeds = "models of one run's training seeds; once a run, also of a single seed"
     add("--seeds-of", nargs="+", action="append", default=[], metavar="MODEL", help=seeds)
-    add("--bootstraps", type=int, default=2000, help="draws of cases")
+    add("--bootstraps", type=int, default=10000, help="draws of cases")
     add("--margin", type=float, default=0.02, help="smaller differences do not matter; drawn in the figure")
     add("--seed", type=int, default=0, help="of the draws")
     add("--output", type=Path, required=True, help="comparison (.npz) to write")
