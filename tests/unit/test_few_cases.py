@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from dinoscope.errors import ConfigError
+from dinoscope.evaluate.folds import grouped_folds, strata_of_cases, strata_of_survival
 from dinoscope.evaluate.inputs import UnitFeatures
 from dinoscope.evaluate.measuring import Settings, answer_classes, answer_values
+from dinoscope.evaluate.probe import ridge_probe
+from dinoscope.evaluate.survival import cox_probe
 from dinoscope.evaluate.units import Unit, Units, read_units
 
 
@@ -55,6 +58,17 @@ def test_rare_values_leave_all_folds(kind, values):
     found = answers(kind, values)
     (name,) = found.said
     assert name in ("ridge", "cox") and np.isfinite(found.said[name]).all() and not found.notes
+
+
+def test_rare_values_leave_inner_folds_to_choose_by():
+    rng, cases = np.random.default_rng(0), np.arange(40)
+    rows, times, events = rng.normal(size=(40, 4)).astype(np.float32), rng.permutation(40) + 1.0, np.ones(40)
+    events[3] = 0
+    folds = grouped_folds(strata_of_survival(np.stack([times, events], 1), cases, 5), cases, folds=5, repeats=1)
+    assert {choice.by for choice in cox_probe(rows, times, events, cases, folds).choices} == {"inner folds"}
+    values = np.where(cases < 38, 0.0, 1.0 + cases)
+    folds = grouped_folds(strata_of_cases(values, cases, 5), cases, folds=5, repeats=1)
+    assert {choice.by for choice in ridge_probe(rows, values, cases, folds).choices} == {"inner folds"}
 
 
 @pytest.mark.parametrize(

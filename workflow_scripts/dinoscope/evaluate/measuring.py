@@ -15,10 +15,12 @@ from dinoscope.errors import EvaluationError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.folds import (
     Fold,
+    cases_of_strata,
     grouped_folds,
     leave_one_site_out,
     preserved_site_folds,
-    strata_of_values,
+    strata_of_cases,
+    strata_of_survival,
 )
 from dinoscope.evaluate.inputs import UnitFeatures
 from dinoscope.evaluate.mil import attention_probe
@@ -149,7 +151,7 @@ def answer_values(
     if is_survival and truth[:, 1].sum() < MIN_EVENTS:
         notes.append(f"{truth[:, 1].sum():.0f} events among {len(test)} test units, at least {MIN_EVENTS} are needed")
         return _ordered(units, {}, notes)
-    strata = _strata_of_survival(truth, cases, settings.folds) if is_survival else _strata(truth, cases, settings.folds)
+    strata = (strata_of_survival if is_survival else strata_of_cases)(truth, cases, settings.folds)
     rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
     copies = {kind: np.ascontiguousarray(of[test], dtype=np.float32) for kind, of in (shifted or {}).items()}
     said: dict[str, np.ndarray] = {}
@@ -205,24 +207,6 @@ def _dense_numbers(labels: np.ndarray) -> np.ndarray:
     return np.unique(labels, return_inverse=True)[1]
 
 
-def _strata_of_survival(truth: np.ndarray, cases: np.ndarray, folds: int) -> np.ndarray:
-    """Events and censored ones; where one of the two is rare, early and late ones."""
-    events = truth[:, 1].astype(np.int64)
-    is_enough = len(np.unique(events)) > 1 and min(_cases_of_strata(events, cases)) >= folds
-    return events if is_enough else _strata(truth[:, 0], cases, folds)
-
-
-def _strata(values: np.ndarray, cases: np.ndarray, folds: int) -> np.ndarray:
-    """Numbers (N,) of quantiles, as many as leave each of them a case a fold; where there are none, halves by name."""
-    for number in (5, 4, 3, 2):
-        strata = strata_of_values(values, number)
-        if len(np.unique(strata)) > 1 and min(_cases_of_strata(strata, cases)) >= folds:
-            return strata
-    if len(np.unique(values)) < 2:
-        return np.zeros(len(values), np.int64)  # nothing to predict
-    return np.unique(cases, return_inverse=True)[1] % 2
-
-
 def _sites(units: Units, test: np.ndarray) -> np.ndarray | None:
     sites = [units.units[index].site for index in test]
     return None if None in sites else np.array(sites)
@@ -267,7 +251,7 @@ def _number_of_folds(
     Raises:
         EvaluationError: Not even two.
     """
-    counts = _cases_of_strata(labels, cases)
+    counts = cases_of_strata(labels, cases)
     if len(counts) < 2:
         same = f"are of one class, {names[0]}" if names else "have the same value"
         raise EvaluationError(f"all test units {same}; there is nothing to tell apart")
@@ -284,10 +268,6 @@ def _number_of_folds(
         why = f"class {names[fewest]} has {number} cases" if names else f"there are {len(np.unique(cases))} cases"
         notes.append(f"{number} folds instead of {wanted}: {why}")
     return number
-
-
-def _cases_of_strata(labels: np.ndarray, cases: np.ndarray) -> list[int]:
-    return [len(np.unique(cases[labels == label])) for label in np.unique(labels)]
 
 
 def _named(
