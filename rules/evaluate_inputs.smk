@@ -7,8 +7,13 @@ def task_labels(wildcards):
 
 
 def task_folders(wildcards):
-    """Folders of the task's images."""
-    return EVALUATION.folders(wildcards.task)
+    """Folders of the task's images, and the table of their groups."""
+    return EVALUATION.image_inputs(wildcards.task)
+
+
+def task_digest(wildcards):
+    """Changes with what the task takes of the slide table."""
+    return EVALUATION.table_digest(wildcards.task)
 
 
 @one_sentence

@@ -135,6 +135,33 @@ def test_sets_of_one_folder_have_the_same_groups(folder):
         jobs_of({"tile_sets": sets, "probe": {"source": "cells"}})
 
 
+def test_units_are_made_again_where_images_groups_cases_or_sites_changed(folder):
+    """A folder is newer for what lies directly in it alone, so those of the classes are inputs too."""
+    Path("parents.csv").write_text("file,group\n")
+    Path("cells/b").mkdir()
+    Path("cells/a/1.png").touch()
+    jobs = jobs_of({"tile_sets": {"cells": {"folder": "cells", "groups": "parents.csv"}}})
+    assert jobs.image_inputs("tiles-cells") == ["cells", "cells/a", "cells/b", "parents.csv"]
+    assert jobs_of({"tile_sets": {"cells": {"folder": "cells", "groups": "p.*"}}}).image_inputs("tiles-cells")[-1] == (
+        "cells/b"
+    )
+    assert jobs.image_inputs("label-grade") == jobs.image_inputs("descriptive") == []
+    before = {task: jobs.table_digest(task) for task in jobs.tasks}
+    table = Path("slides.tsv").read_text()
+    for changed in (
+        table.replace("\tE7\t", "\tE6\t"),
+        table.replace("use\n", "use\tsite\n").replace("\tE3\teval,features", "\tE3\teval,features\tRome"),
+    ):
+        assert changed != table
+        Path("slides.tsv").write_text(changed)
+        after = jobs_of({"tile_sets": {"cells": {"folder": "cells"}}})
+        assert {task for task in jobs.tasks if after.table_digest(task) != before[task]} == {
+            "label-grade",
+            "label-os",
+            "descriptive",
+        }
+
+
 def test_sets_of_one_folder_share_the_selection(folder):
     """What a teacher was chosen by must not judge it, in grey neither."""
     Path("others/a").mkdir(parents=True)

@@ -7,6 +7,7 @@ another job compares the answers of all.
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,23 @@ class EvaluationJobs:
             return []
         settings = self.images(task)
         return [settings["folder"]] if task.startswith(TILES) else [settings["images"], settings["masks"]]
+
+    def image_inputs(self, task: str) -> list[str]:
+        """Folders of a task's images and theirs, since a folder is only newer for what lies directly in it, and groups.
+
+        Nothing of a task of slides.
+        """
+        found = []
+        for folder in map(Path, self.folders(task)):
+            inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+            found += [str(folder), *(str(folder / name) for name in inner if not name.startswith("."))]
+        groups = self.images(task)["groups"] if found else None
+        is_table = groups is not None and Path(groups).suffix.lower() in (".csv", ".tsv") and Path(groups).is_file()
+        return [*dict.fromkeys(found), *([groups] if is_table else [])]
+
+    def table_digest(self, task: str) -> str:
+        """Changes with what a task takes of the slide table: cases, sites, and who is trained on."""
+        return "" if task in self.image_tasks else self._plan.table_digest
 
     def unit_arguments(self, task: str) -> list[str]:
         """Arguments of evaluate.py that say what a task asks about."""
