@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinoscope.errors import ConfigError
+from dinoscope.evaluate.inputs import UnitFeatures
+from dinoscope.evaluate.measuring import Settings, answer_classes, answer_values
+from dinoscope.evaluate.units import Unit, Units
 from dinoscope.plan import make_plan
-from dinoscope.plan_evaluation import SHIFTS, EvaluationJobs
+from dinoscope.plan_evaluation import _MEASURES, SHIFTS, EvaluationJobs
 from dinoscope.plan_features import FeatureJobs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -160,6 +164,58 @@ def test_units_are_made_again_where_images_groups_cases_or_sites_changed(folder)
             "label-os",
             "descriptive",
         }
+
+
+@pytest.mark.parametrize(
+    ("primary", "is_known"),
+    [
+        ("label-grade/linear", True),
+        ("label-grade/linear@leave-one-site-out", True),
+        ("label-grade/attention_mil", True),
+        ("tiles-cells/linear_change~stain", True),
+        ("masks-nuclei/dense", True),
+        ("label-os/cox~grey", True),
+        ("label-grade", False),
+        ("label-grade/linea", False),
+        ("label-grade/linear_change", False),
+        ("label-os/linear", False),
+        ("tiles-cells/attention_mil", False),
+    ],
+)
+def test_a_primary_measure_that_is_none_is_refused_before_anything_runs(folder, primary, is_known):
+    sets = {"tile_sets": {"cells": {"folder": "cells"}}, "masks": {"nuclei": {"images": ".", "masks": "."}}}
+    if is_known:
+        assert jobs_of({"primary": primary, **sets}).summary_arguments() == ["--primary", primary]
+    else:
+        with pytest.raises(ConfigError, match=r"evaluation\.primary is .* is no measure of .*; give .* and one of"):
+            jobs_of({"primary": primary, **sets})
+
+
+def test_measures_are_those_there_are():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 3)).astype(np.float32)
+    bags = UnitFeatures({}, rows, [row[None] for row in rows], [np.zeros((1, 2))] * 40, [np.zeros(1)] * 40)
+    settings = Settings(folds=2, repeats=1)
+    targets = {
+        "classes": "ab" * 20,
+        "number": rng.normal(size=40).tolist(),
+        "survival": [[1.0 + i, 1.0] for i in range(40)],
+    }
+    for kind, values in targets.items():
+        units = [Unit(f"c{place}", f"c{place}", "test", value) for place, value in enumerate(values)]
+        task = Units("label-x", kind, units, ["a", "b"] if kind == "classes" else [])
+        found = (answer_classes if kind == "classes" else answer_values)(task, rows, settings, bags)
+        assert set(found.said) == {*_MEASURES[kind], "attention_mil"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [("nowhere.csv", "nowhere.csv does not exist; write a table"), ("(p[", "neither a table")],
+)
+def test_groups_that_are_none_are_refused_before_anything_runs(folder, groups, sentence):
+    with pytest.raises(ConfigError, match=r"evaluation\.tile_sets\.cells\.groups") as caught:
+        jobs_of({"tile_sets": {"cells": {"folder": "cells", "groups": groups}}})
+    assert sentence in str(caught.value)
 
 
 def test_sets_of_one_folder_share_the_selection(folder):

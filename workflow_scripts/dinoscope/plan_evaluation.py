@@ -8,6 +8,7 @@ another job compares the answers of all.
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ __all__ = ["DESCRIPTIVE", "LABEL", "MASKS", "TILES", "EvaluationJobs"]
 
 SHIFTS = ("stain", "blur", "jpeg", "mpp", "rotation", "grey")  # of evaluate/shifts.py, without its imports
 DESCRIPTIVE, LABEL, TILES, MASKS = "descriptive", "label-", "tiles-", "masks-"
+# Of evaluate/measuring.py and evaluate/masked.py, by kind of label; attention MIL besides.
+_MEASURES = {
+    "classes": ("linear", "knn_1", "knn_5", "knn_20", "few_shot_1", "few_shot_5", "few_shot_10"),
+    "number": ("ridge",),
+    "survival": ("cox",),
+    "masks": ("dense",),
+}
 _MOST_SLIDES = 16  # that tiles to compare patches on are taken of
 _FEW_CASES = 3  # of the test set, below which training slides are described as well
 
@@ -78,6 +86,7 @@ class EvaluationJobs:
                     section = "tile_sets" if task.startswith(TILES) else "masks"
                     name = task.partition("-")[2]
                     raise ConfigError(f"config: evaluation.{section}.{name}: {folder} is no folder; give one of images")
+            self._check_groups(task)
         self.summary_arguments()
         self._check_sets_of_one_folder()
         if self._settings["enabled"]:
@@ -144,7 +153,7 @@ class EvaluationJobs:
             inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
             found += [str(folder), *(str(folder / name) for name in inner if not name.startswith("."))]
         groups = self.images(task)["groups"] if found else None
-        is_table = groups is not None and Path(groups).suffix.lower() in (".csv", ".tsv") and Path(groups).is_file()
+        is_table = groups is not None and Path(groups).suffix.lower() in (".csv", ".tsv")
         return [*dict.fromkeys(found), *([groups] if is_table else [])]
 
     def table_digest(self, task: str) -> str:
@@ -303,6 +312,27 @@ class EvaluationJobs:
     def _image_folder(self, task: str) -> Path:
         return Path(self.folders(task)[0]).resolve()
 
+    def _check_groups(self, task: str) -> None:
+        """Refuses a table of groups that is not there, and a pattern that is none.
+
+        Raises:
+            ConfigError: One sentence.
+        """
+        groups, section = self.images(task)["groups"], "tile_sets" if task.startswith(TILES) else "masks"
+        key = f"config: evaluation.{section}.{task.partition('-')[2]}.groups"
+        if groups is None:
+            return
+        if Path(groups).suffix.lower() in (".csv", ".tsv"):
+            if not Path(groups).is_file():
+                raise ConfigError(f"{key}: {groups} does not exist; write a table with columns file and group")
+            return
+        try:
+            re.compile(groups)
+        except re.error as error:
+            raise ConfigError(
+                f"{key} is {groups!r}, which is neither a table (.csv, .tsv) nor a regular expression ({error})"
+            ) from None
+
     def _check_sets_of_one_folder(self) -> None:
         """Refuses sets of the probe's folder that other groups are drawn of: the selection of one would test another.
 
@@ -383,13 +413,27 @@ class EvaluationJobs:
         primary = self._settings["primary"]
         if primary is None:
             return []
-        task = primary.partition("/")[0]
+        task, _, measure = primary.partition("/")
         if task not in self.tasks or task == DESCRIPTIVE:
             raise ConfigError(
                 f"config: evaluation.primary is {primary!r}, but {task!r} is no task with a verdict"
                 f"{nearest(task, self.tasks)}; give TASK/MEASURE with a task of {', '.join(self.tasks)}"
             )
+        known = self._measures(task)
+        stem, changes = re.split("[~@]", measure)[0], [f"{name}_change" for name in ("linear", "ridge", "cox")]
+        if stem not in [*known, *(changes if "~" in measure else [])]:
+            raise ConfigError(
+                f"config: evaluation.primary is {primary!r}, but {measure!r} is no measure of {task}"
+                f"{nearest(measure, known)}; give {task}/ and one of {', '.join(known)}"
+            )
         return ["--primary", primary]
+
+    def _measures(self, task: str) -> list[str]:
+        """Measures of a task that have a verdict, on unchanged tiles."""
+        kinds = {f"{LABEL}{label.name}": label.kind for label in self._labels}
+        kind = "masks" if task.startswith(MASKS) else kinds.get(task, "classes")
+        is_attended = kind != "masks" and task.startswith(LABEL) and self._settings["attention"]
+        return [*_MEASURES[kind], *(["attention_mil"] if is_attended else [])]
 
     def notes(self) -> Iterator[str]:
         """What a user should know before anything runs."""
