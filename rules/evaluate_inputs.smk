@@ -11,9 +11,10 @@ def task_folders(wildcards):
     return EVALUATION.image_inputs(wildcards.task)
 
 
+@one_sentence
 def task_digest(wildcards):
     """Changes with what the task takes of the slide table."""
-    return EVALUATION.table_digest(wildcards.task)
+    return EVALUATION.cohort_digest(wildcards.task)
 
 
 @one_sentence

@@ -150,7 +150,7 @@ def test_units_are_made_again_where_images_groups_cases_or_sites_changed(folder)
         "cells/b"
     )
     assert jobs.image_inputs("label-grade") == jobs.image_inputs("descriptive") == []
-    before = {task: jobs.table_digest(task) for task in jobs.tasks}
+    before = {task: jobs.cohort_digest(task) for task in jobs.tasks}
     table = Path("slides.tsv").read_text()
     for changed in (
         table.replace("\tE7\t", "\tE6\t"),
@@ -159,7 +159,7 @@ def test_units_are_made_again_where_images_groups_cases_or_sites_changed(folder)
         assert changed != table
         Path("slides.tsv").write_text(changed)
         after = jobs_of({"tile_sets": {"cells": {"folder": "cells"}}})
-        assert {task for task in jobs.tasks if after.table_digest(task) != before[task]} == {
+        assert {task for task in jobs.tasks if after.cohort_digest(task) != before[task]} == {
             "label-grade",
             "label-os",
             "descriptive",

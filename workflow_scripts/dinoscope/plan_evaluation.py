@@ -7,6 +7,7 @@ another job compares the answers of all.
 
 import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -156,9 +157,13 @@ class EvaluationJobs:
         is_table = groups is not None and Path(groups).suffix.lower() in (".csv", ".tsv")
         return [*dict.fromkeys(found), *([groups] if is_table else [])]
 
-    def table_digest(self, task: str) -> str:
-        """Changes with what a task takes of the slide table: cases, sites, and who is trained on."""
-        return "" if task in self.image_tasks else self._plan.table_digest
+    def cohort_digest(self, task: str) -> str:
+        """Changes with what a task takes of the slide table: sets, cases and sites of the slides that have a set."""
+        if task in self.image_tasks:
+            return ""
+        slides = self._plan.slides
+        taken = [(slide, of, slides[slide].case_id, slides[slide].site) for slide, of in self.cohort.slides.items()]
+        return hashlib.sha256(json.dumps(sorted(taken, key=lambda row: row[0])).encode()).hexdigest()[:16]
 
     def unit_arguments(self, task: str) -> list[str]:
         """Arguments of evaluate.py that say what a task asks about."""
