@@ -146,8 +146,15 @@ def evaluation(wildcards):
     return evaluation_results() if wanted else []
 
 
+@one_sentence
+def evaluation_asked(wildcards):
+    """The same where it was asked for by name; refused where there is nothing to ask."""
+    EVALUATION.check_tasks()
+    return evaluation_results()
+
+
 def evaluation_results():
-    """The same in any case."""
+    """The same whatever the config says of it."""
     if not EVALUATION.tasks:
         return []
     figures = expand("<results>/evaluation/{task}/figure.png", task=EVALUATION.tasks)

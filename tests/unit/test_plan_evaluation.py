@@ -62,6 +62,12 @@ def test_tasks_and_the_models_that_answer_them(folder):
     assert jobs_of(labels=None).tasks == ["descriptive"]
 
 
+def test_an_evaluation_of_nothing_is_refused(folder):
+    jobs_of().check_tasks()
+    with pytest.raises(ConfigError, match="there is nothing to evaluate: hold cases out"):
+        jobs_of({"descriptive": False}, labels=None).check_tasks()
+
+
 def test_features_of_test_slides_alone_are_taken(folder):
     jobs = jobs_of()
     slides = {Path(file).stem for file in jobs.features("label-grade", "gram")}

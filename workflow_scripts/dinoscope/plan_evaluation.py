@@ -97,6 +97,18 @@ class EvaluationJobs:
         if any(self.is_probed(run) for run in self._plan.runs):
             self.probe_inputs()
 
+    def check_tasks(self) -> None:
+        """Refuses to evaluate where there is no task.
+
+        Raises:
+            ConfigError: Says what is missing.
+        """
+        if not self.tasks:
+            raise ConfigError(
+                "there is nothing to evaluate: hold cases out (use=eval,features) and name a table in `labels`, or "
+                "give evaluation.tile_sets or evaluation.masks"
+            )
+
     def models(self, task: str) -> list[str]:
         """Models that are asked, the starting weights first."""
         own = self._plan.measured_models
