@@ -10,7 +10,8 @@ from dinoscope.evaluate.inputs import UnitFeatures
 from dinoscope.evaluate.measuring import Settings, answer_classes, answer_values
 from dinoscope.evaluate.units import Unit, Units
 from dinoscope.plan import make_plan
-from dinoscope.plan_evaluation import _MEASURES, SHIFTS, EvaluationJobs
+from dinoscope.plan_evaluation import SHIFTS, EvaluationJobs
+from dinoscope.plan_evaluation_checks import MEASURES
 from dinoscope.plan_features import FeatureJobs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -211,7 +212,7 @@ def test_measures_are_those_there_are():
         units = [Unit(f"c{place}", f"c{place}", "test", value) for place, value in enumerate(values)]
         task = Units("label-x", kind, units, ["a", "b"] if kind == "classes" else [])
         found = (answer_classes if kind == "classes" else answer_values)(task, rows, settings, bags)
-        assert set(found.said) == {*_MEASURES[kind], "attention_mil"}
+        assert set(found.said) == {*MEASURES[kind], "attention_mil"}
 
 
 @pytest.mark.parametrize(

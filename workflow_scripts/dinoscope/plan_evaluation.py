@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dinoscope.evaluate.labels import Label, check_units, labels_of_units, read_
 from dinoscope.names import nearest
 from dinoscope.plan import Plan, Run
 from dinoscope.plan_checks import BASE
+from dinoscope.plan_evaluation_checks import MEASURES, check_groups, check_measure
 from dinoscope.plan_features import FeatureJobs
 from dinoscope.recipe import flatten
 
@@ -28,13 +28,6 @@ __all__ = ["DESCRIPTIVE", "LABEL", "MASKS", "TILES", "EvaluationJobs"]
 
 SHIFTS = ("stain", "blur", "jpeg", "mpp", "rotation", "grey")  # of evaluate/shifts.py, without its imports
 DESCRIPTIVE, LABEL, TILES, MASKS = "descriptive", "label-", "tiles-", "masks-"
-# Of evaluate/measuring.py and evaluate/masked.py, by kind of label; attention MIL besides.
-_MEASURES = {
-    "classes": ("linear", "knn_1", "knn_5", "knn_20", "few_shot_1", "few_shot_5", "few_shot_10"),
-    "number": ("ridge",),
-    "survival": ("cox",),
-    "masks": ("dense",),
-}
 _MOST_SLIDES = 16  # that tiles to compare patches on are taken of
 _FEW_CASES = 3  # of the test set, below which training slides are described as well
 
@@ -87,7 +80,8 @@ class EvaluationJobs:
                     section = "tile_sets" if task.startswith(TILES) else "masks"
                     name = task.partition("-")[2]
                     raise ConfigError(f"config: evaluation.{section}.{name}: {folder} is no folder; give one of images")
-            self._check_groups(task)
+            section, (_, _, name) = "tile_sets" if task.startswith(TILES) else "masks", task.partition("-")
+            check_groups(f"config: evaluation.{section}.{name}.groups", self.images(task)["groups"])
         self.summary_arguments()
         self._check_sets_of_one_folder()
         if self._settings["enabled"]:
@@ -329,27 +323,6 @@ class EvaluationJobs:
     def _image_folder(self, task: str) -> Path:
         return Path(self.folders(task)[0]).resolve()
 
-    def _check_groups(self, task: str) -> None:
-        """Refuses a table of groups that is not there, and a pattern that is none.
-
-        Raises:
-            ConfigError: One sentence.
-        """
-        groups, section = self.images(task)["groups"], "tile_sets" if task.startswith(TILES) else "masks"
-        key = f"config: evaluation.{section}.{task.partition('-')[2]}.groups"
-        if groups is None:
-            return
-        if Path(groups).suffix.lower() in (".csv", ".tsv"):
-            if not Path(groups).is_file():
-                raise ConfigError(f"{key}: {groups} does not exist; write a table with columns file and group")
-            return
-        try:
-            re.compile(groups)
-        except re.error as error:
-            raise ConfigError(
-                f"{key} is {groups!r}, which is neither a table (.csv, .tsv) nor a regular expression ({error})"
-            ) from None
-
     def _check_sets_of_one_folder(self) -> None:
         """Refuses sets of the probe's folder that other groups are drawn of: the selection of one would test another.
 
@@ -430,19 +403,13 @@ class EvaluationJobs:
         primary = self._settings["primary"]
         if primary is None:
             return []
-        task, _, measure = primary.partition("/")
+        task = primary.partition("/")[0]
         if task not in self.tasks or task == DESCRIPTIVE:
             raise ConfigError(
                 f"config: evaluation.primary is {primary!r}, but {task!r} is no task with a verdict"
                 f"{nearest(task, self.tasks)}; give TASK/MEASURE with a task of {', '.join(self.tasks)}"
             )
-        known = self._measures(task)
-        stem, changes = re.split("[~@]", measure)[0], [f"{name}_change" for name in ("linear", "ridge", "cox")]
-        if stem not in [*known, *(changes if "~" in measure else [])]:
-            raise ConfigError(
-                f"config: evaluation.primary is {primary!r}, but {measure!r} is no measure of {task}"
-                f"{nearest(measure, known)}; give {task}/ and one of {', '.join(known)}"
-            )
+        check_measure(primary, self._measures(task))
         return ["--primary", primary]
 
     def _measures(self, task: str) -> list[str]:
@@ -450,7 +417,7 @@ class EvaluationJobs:
         kinds = {f"{LABEL}{label.name}": label.kind for label in self._labels}
         kind = "masks" if task.startswith(MASKS) else kinds.get(task, "classes")
         is_attended = kind != "masks" and task.startswith(LABEL) and self._settings["attention"]
-        return [*_MEASURES[kind], *(["attention_mil"] if is_attended else [])]
+        return [*MEASURES[kind], *(["attention_mil"] if is_attended else [])]
 
     def notes(self) -> Iterator[str]:
         """What a user should know before anything runs."""
