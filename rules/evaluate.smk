@@ -40,7 +40,7 @@ rule evaluation_units:
     params:
         script=SCRIPTS / "evaluate.py",
         slides=Path(PLAN.config["slides"]["source"]),
-        digest=PLAN.split_digest,
+        digest=task_digest,
         asked=task_arguments,
     shell:
         "python {params.script:q} units --task {wildcards.task:q} --slides {params.slides:q} {params.asked:q}"

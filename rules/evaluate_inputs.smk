@@ -7,8 +7,14 @@ def task_labels(wildcards):
 
 
 def task_folders(wildcards):
-    """Folders of the task's images."""
-    return EVALUATION.folders(wildcards.task)
+    """Folders of the task's images, and the table of their groups."""
+    return EVALUATION.image_inputs(wildcards.task)
+
+
+@one_sentence
+def task_digest(wildcards):
+    """Changes with what the task takes of the slide table."""
+    return EVALUATION.cohort_digest(wildcards.task)
 
 
 @one_sentence
@@ -140,8 +146,15 @@ def evaluation(wildcards):
     return evaluation_results() if wanted else []
 
 
+@one_sentence
+def evaluation_asked(wildcards):
+    """The same where it was asked for by name; refused where there is nothing to ask."""
+    EVALUATION.check_tasks()
+    return evaluation_results()
+
+
 def evaluation_results():
-    """The same in any case."""
+    """The same whatever the config says of it."""
     if not EVALUATION.tasks:
         return []
     figures = expand("<results>/evaluation/{task}/figure.png", task=EVALUATION.tasks)

@@ -72,7 +72,7 @@ rule segmentation:
 
 rule evaluate:
     input:
-        evaluation_results(),
+        evaluation_asked,
 
 
 # Each run under its own name: training and the model that comes out of it.

@@ -176,6 +176,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--probed", nargs="*", default=[], help="slides of the selection cases")
     add("--tiles", type=Path, help="folder with the tile manifest of each slide, SLIDE.parquet")
     add("--labels", type=Path, help="table of labels; the first label of classes is asked about")
+    add("--label", nargs="*", default=[], help="those of them that may be asked about; without, any")
     add("--units", type=Path, help="units.json of the images")
     add("--images", type=int, default=256, help="images at most")
     add("--seed", type=int, default=0, help="which ones")

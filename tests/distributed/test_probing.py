@@ -133,6 +133,27 @@ def test_patches_are_told_by_a_ridge_classifier(tmp_path):
     assert confusions.sum() == 12 * 16 and np.trace(confusions.sum(0)) == 12 * 16
 
 
+def test_pixels_of_255_and_patches_of_nothing_else_do_not_count(tmp_path):
+    images = probe_set()
+    images.masks[:, :, 20:] = 255
+    probe = TeacherProbe(images, tmp_path, Alone(), 16, 4)
+    labels = probe._patch_labels().reshape(12, 4, 4)
+    assert (labels[:, :2, :2] == 1).all() and (labels[:, 2:, :2] == 0).all() and (labels[:, :, 2:] == -1).all()
+    patches = np.random.default_rng(0).normal(size=(12, 16, 5)) + 10 * labels.reshape(12, 16)[..., None]
+    confusions = probe._dense(patches.astype(np.float32))
+    assert confusions.shape == (12, 2, 2) and confusions.sum() == np.trace(confusions.sum(0)) == 12 * 8
+
+
+@pytest.mark.parametrize("alone", ["labels", "groups"])
+def test_one_class_or_one_case_alone_is_not_asked_about(tmp_path, caplog, alone):
+    images = probe_set()
+    getattr(images, alone)[:] = 0
+    probe = TeacherProbe(images, tmp_path, Alone(), 16, 4)
+    assert "one class or one case alone" in caplog.text
+    line = probe._measured(np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32), np.zeros((0, 0, 8)), True)
+    assert "probe_knn" not in line and "probe_rankme" in line
+
+
 def test_the_best_probe_is_of_an_exported_teacher(tmp_path):
     for iteration, value in {0: 0.5, 9: 0.7, 19: 0.9, 29: 0.7}.items():
         append_metrics(tmp_path, {"iteration": iteration, "probe_knn": value})

@@ -11,7 +11,7 @@ from dinoscope.evaluate.cohort import SEEN, make_cohort, seen
 from dinoscope.evaluate.inputs import History, groups_seen
 from dinoscope.evaluate.labels import labels_of_units, read_labels
 from dinoscope.evaluate.tile_sets import list_masks, list_tiles
-from dinoscope.evaluate.units import read_units, units_of_images, units_of_label, write_units
+from dinoscope.evaluate.units import read_units, units_of_images, units_of_label, units_of_slides, write_units
 from dinoscope.slides.table import SlideRecord, split_cases
 
 
@@ -153,3 +153,13 @@ def test_a_group_is_seen_by_content_and_by_its_parents_name(tiles, tmp_path):
     told = [SEEN[number] for number in groups_seen(units, history, {}, images, r"p\d")]
     assert [t == "yes" for t in told] == [group in (images.groups[0], "p3") for group in images.groups]
     assert set(groups_seen(units, History(is_known=False), {}, images)) == {SEEN.index("unknown")}
+
+
+def test_what_training_saw_is_unknown_of_slides_that_left_the_table():
+    cohort, records = cohort_of(collection()), {record.slide_id: record for record in collection()}
+    units = units_of_slides("descriptive", ["e1a", "e2a"], cohort, records)
+    told = {
+        slides: [SEEN[number] for number in groups_seen(units, History(frozenset(slides)), cohort.case_of)]
+        for slides in (("t0",), ("e1b", "t0"), ("e1b", "gone"))
+    }
+    assert list(told.values()) == [["no", "no"], ["yes", "no"], ["yes", "unknown"]]

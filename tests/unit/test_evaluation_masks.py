@@ -1,5 +1,7 @@
 """Dense answers: patches against the pixels of masks, whatever the size of a patch."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -135,3 +137,18 @@ def test_repeats_are_those_of_scikit_learn_patch_by_patch(images):
     assert np.abs(found - expected).sum() / 2 <= 144  # of 35,840 pixels a patch may lie on the border
     both = [mean_iou(of_repeat.sum(axis=0)) for of_repeat in found]
     assert statistic_of_repeats(found, units.groups)(np.ones((1, IMAGES)))[0] == pytest.approx(np.mean(both))
+
+
+def test_masks_of_another_size_are_refused(images):
+    features = features_of(images, 8)
+    cv2.imwrite(str(images.masks[3]), np.ones((HEIGHT // 2, WIDTH // 2), np.uint8))
+    units = units_of_images("masks-nuclei", images, 0, 0)
+    with pytest.raises(FeaturesError, match="mask of image 3 has 28 x 20 px, but the image 56 x 40"):
+        answer_masks(units, images, features, True, Settings(folds=2, repeats=1))
+
+
+def test_images_of_three_groups_are_too_few(images):
+    few = dataclasses.replace(images, groups=["a", "b", "c", "a", "b", "c", "a", "b"])
+    units = units_of_images("masks-nuclei", few, 0, 0)
+    with pytest.raises(FeaturesError, match="are of 3 groups, and at least four are needed"):
+        answer_masks(units, few, features_of(few, 8), True, Settings(folds=5, repeats=1))

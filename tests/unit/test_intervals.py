@@ -104,6 +104,17 @@ def test_each_verdict() -> None:
     assert found.sentence.startswith("AUROC: better by 0.100 [+0.0") and "100 cases" in found.sentence
 
 
+def test_too_few_draws_for_so_many_measures_are_told() -> None:
+    """Every resample is far above 0, but with 2,000 of them that cannot be said of 30 measures."""
+    for draws, decision in ((2_000, "inconclusive"), (10_000, "better")):
+        resampled = 0.5 + 0.05 * np.random.default_rng(0).normal(size=draws)
+        clear = {f"measure {number}": Comparison(0.5, resampled, 60, 30) for number in range(30)}
+        found = judge_family(clear, dict.fromkeys(clear, 0.02))
+        assert {one.decision for one in found.values()} == {decision}
+        told = "2,000 draws of cases are too few to tell it among so many measures"
+        assert all((told in one.sentence) == (decision == "inconclusive") for one in found.values())
+
+
 def test_interval_of_a_mean_is_students() -> None:
     """The mean of the cases' values is where theory knows the interval."""
     values = np.random.default_rng(5).normal(size=30)

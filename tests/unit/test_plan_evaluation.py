@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinoscope.errors import ConfigError
+from dinoscope.evaluate.inputs import UnitFeatures
+from dinoscope.evaluate.measuring import Settings, answer_classes, answer_values
+from dinoscope.evaluate.units import Unit, Units
 from dinoscope.plan import make_plan
 from dinoscope.plan_evaluation import SHIFTS, EvaluationJobs
+from dinoscope.plan_evaluation_checks import MEASURES
 from dinoscope.plan_features import FeatureJobs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,6 +63,12 @@ def test_tasks_and_the_models_that_answer_them(folder):
     assert jobs_of(labels=None).tasks == ["descriptive"]
 
 
+def test_an_evaluation_of_nothing_is_refused(folder):
+    jobs_of().check_tasks()
+    with pytest.raises(ConfigError, match="there is nothing to evaluate: hold cases out"):
+        jobs_of({"descriptive": False}, labels=None).check_tasks()
+
+
 def test_features_of_test_slides_alone_are_taken(folder):
     jobs = jobs_of()
     slides = {Path(file).stem for file in jobs.features("label-grade", "gram")}
@@ -76,6 +87,16 @@ def test_a_model_is_told_with_all_runs_that_it_comes_from(folder):
     jobs = jobs_of()
     assert jobs.history("label-grade", "base") == ["--unknown-origin"]
     assert jobs.history("label-grade", "random") == [] and "random" in jobs.models("label-grade")
+
+
+def test_images_of_whatever_slides_leave_unknown_what_was_seen(folder):
+    sets = {"tile_sets": {"cells": {"folder": "cells"}}}
+    Path("own").mkdir()
+    Path("root.yaml").write_text(RECIPE + "train: {dataset_path: own}\n")
+    jobs = jobs_of(sets)
+    assert jobs.history("tiles-cells", "pretrain")[-2:] == ["--trained-on", "own"]  # told by their content
+    assert "--unknown-origin" not in jobs.history("tiles-cells", "pretrain")
+    assert jobs.history("label-grade", "gram")[0] == "--unknown-origin"
 
 
 def test_gram_is_held_against_its_control_too(folder):
@@ -100,10 +121,118 @@ def test_what_refers_to_nothing_is_refused(folder):
         jobs_of({"selection": {"fraction": 0}})
 
 
+def test_labels_that_cannot_be_asked_about_are_refused_while_planning(folder):
+    table = Path("labels.tsv").read_text()
+    Path("labels.tsv").write_text("case_id\tgrade\nT1\tlow\nT2\thigh\n")
+    with pytest.raises(ConfigError, match="label grade: none of the 6 test cases has it"):
+        jobs_of()
+    assert jobs_of({"enabled": False}).tasks == ["label-grade", "descriptive"]
+    Path("labels.tsv").write_text(table.replace("grade", "WHO grade (2021)"))
+    with pytest.raises(ConfigError, match=r"column 'WHO grade \(2021\)' cannot name a label: rename it"):
+        jobs_of()
+    assert jobs_of({"labels": ["os"]}).tasks == ["label-os", "descriptive"]
+
+
+def test_probes_ask_about_the_labels_of_the_config(folder):
+    Path("root.yaml").write_text(RECIPE + "evaluation: {probe_every: 5}\n")
+    assert "--label" not in jobs_of().probe_arguments()
+    assert jobs_of({"labels": ["os"]}).probe_arguments()[-2:] == ["--label", "os"]
+
+
+def test_sets_of_one_folder_have_the_same_groups(folder):
+    sets = {"cells": {"folder": "cells"}, "grey": {"folder": str(folder / "cells"), "groups": "c[0-9]+"}}
+    assert jobs_of({"tile_sets": sets}).image_tasks  # no run is asked about them
+    with pytest.raises(ConfigError, match="tiles-cells and tiles-grey are of one folder, but differ in `groups`"):
+        jobs_of({"tile_sets": sets, "probe": {"source": "cells"}})
+
+
+def test_units_are_made_again_where_images_groups_cases_or_sites_changed(folder):
+    """A folder is newer for what lies directly in it alone, so those of the classes are inputs too."""
+    Path("parents.csv").write_text("file,group\n")
+    Path("cells/b").mkdir()
+    Path("cells/a/1.png").touch()
+    jobs = jobs_of({"tile_sets": {"cells": {"folder": "cells", "groups": "parents.csv"}}})
+    assert jobs.image_inputs("tiles-cells") == ["cells", "cells/a", "cells/b", "parents.csv"]
+    assert jobs_of({"tile_sets": {"cells": {"folder": "cells", "groups": "p.*"}}}).image_inputs("tiles-cells")[-1] == (
+        "cells/b"
+    )
+    assert jobs.image_inputs("label-grade") == jobs.image_inputs("descriptive") == []
+    before = {task: jobs.cohort_digest(task) for task in jobs.tasks}
+    table = Path("slides.tsv").read_text()
+    for changed in (
+        table.replace("\tE7\t", "\tE6\t"),
+        table.replace("use\n", "use\tsite\n").replace("\tE3\teval,features", "\tE3\teval,features\tRome"),
+    ):
+        assert changed != table
+        Path("slides.tsv").write_text(changed)
+        after = jobs_of({"tile_sets": {"cells": {"folder": "cells"}}})
+        assert {task for task in jobs.tasks if after.cohort_digest(task) != before[task]} == {
+            "label-grade",
+            "label-os",
+            "descriptive",
+        }
+
+
+@pytest.mark.parametrize(
+    ("primary", "is_known"),
+    [
+        ("label-grade/linear", True),
+        ("label-grade/linear@leave-one-site-out", True),
+        ("label-grade/attention_mil", True),
+        ("tiles-cells/linear_change~stain", True),
+        ("masks-nuclei/dense", True),
+        ("label-os/cox~grey", True),
+        ("label-grade", False),
+        ("label-grade/linea", False),
+        ("label-grade/linear_change", False),
+        ("label-os/linear", False),
+        ("tiles-cells/attention_mil", False),
+    ],
+)
+def test_a_primary_measure_that_is_none_is_refused_before_anything_runs(folder, primary, is_known):
+    sets = {"tile_sets": {"cells": {"folder": "cells"}}, "masks": {"nuclei": {"images": ".", "masks": "."}}}
+    if is_known:
+        assert jobs_of({"primary": primary, **sets}).summary_arguments() == ["--primary", primary]
+    else:
+        with pytest.raises(ConfigError, match=r"evaluation\.primary is .* is no measure of .*; give .* and one of"):
+            jobs_of({"primary": primary, **sets})
+
+
+def test_measures_are_those_there_are():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 3)).astype(np.float32)
+    bags = UnitFeatures({}, rows, [row[None] for row in rows], [np.zeros((1, 2))] * 40, [np.zeros(1)] * 40)
+    settings = Settings(folds=2, repeats=1)
+    targets = {
+        "classes": "ab" * 20,
+        "number": rng.normal(size=40).tolist(),
+        "survival": [[1.0 + i, 1.0] for i in range(40)],
+    }
+    for kind, values in targets.items():
+        units = [Unit(f"c{place}", f"c{place}", "test", value) for place, value in enumerate(values)]
+        task = Units("label-x", kind, units, ["a", "b"] if kind == "classes" else [])
+        found = (answer_classes if kind == "classes" else answer_values)(task, rows, settings, bags)
+        assert set(found.said) == {*MEASURES[kind], "attention_mil"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [("nowhere.csv", "nowhere.csv does not exist; write a table"), ("(p[", "neither a table")],
+)
+def test_groups_that_are_none_are_refused_before_anything_runs(folder, groups, sentence):
+    with pytest.raises(ConfigError, match=r"evaluation\.tile_sets\.cells\.groups") as caught:
+        jobs_of({"tile_sets": {"cells": {"folder": "cells", "groups": groups}}})
+    assert sentence in str(caught.value)
+
+
 def test_sets_of_one_folder_share_the_selection(folder):
     """What a teacher was chosen by must not judge it, in grey neither."""
     Path("others/a").mkdir(parents=True)
-    sets = {"cells": {"folder": "cells"}, "grey": {"folder": "./cells", "grey": True}, "others": {"folder": "others"}}
+    sets = {
+        "cells": {"folder": "cells"},
+        "grey": {"folder": str(folder / "cells"), "grey": True},
+        "others": {"folder": "others"},
+    }
     jobs = jobs_of({"tile_sets": sets, "probe": {"source": "cells"}})
     fractions = {task: jobs.unit_arguments(task)[-1] for task in jobs.image_tasks}
     assert fractions == {"tiles-cells": "0.25", "tiles-grey": "0.25", "tiles-others": "0"}

@@ -7,6 +7,8 @@ another job compares the answers of all.
 
 import functools
 import hashlib
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 from dinoscope.errors import ConfigError
 from dinoscope.evaluate.baseline_names import BASELINES
 from dinoscope.evaluate.cohort import Cohort, make_cohort
-from dinoscope.evaluate.labels import read_labels
+from dinoscope.evaluate.labels import Label, check_units, labels_of_units, read_labels
 from dinoscope.names import nearest
 from dinoscope.plan import Plan, Run
 from dinoscope.plan_checks import BASE
+from dinoscope.plan_evaluation_checks import MEASURES, check_groups, check_measure
 from dinoscope.plan_features import FeatureJobs
 from dinoscope.recipe import flatten
 
@@ -54,7 +57,7 @@ class EvaluationJobs:
     @functools.cached_property
     def tasks(self) -> list[str]:
         """Names of all tasks, in the order of the report."""
-        labels = [f"{LABEL}{name}" for name in self._label_names()]
+        labels = [f"{LABEL}{label.name}" for label in self._labels]
         tiles = [f"{TILES}{name}" for name in self._settings["tile_sets"]]
         masks = [f"{MASKS}{name}" for name in self._settings["masks"]]
         described = self._settings["descriptive"] and self._described()
@@ -77,9 +80,28 @@ class EvaluationJobs:
                     section = "tile_sets" if task.startswith(TILES) else "masks"
                     name = task.partition("-")[2]
                     raise ConfigError(f"config: evaluation.{section}.{name}: {folder} is no folder; give one of images")
+            section, (_, _, name) = "tile_sets" if task.startswith(TILES) else "masks", task.partition("-")
+            check_groups(f"config: evaluation.{section}.{name}.groups", self.images(task)["groups"])
         self.summary_arguments()
+        self._check_sets_of_one_folder()
+        if self._settings["enabled"]:
+            test = self.cohort.slides_of("test")
+            for label in self._labels:
+                check_units(label, labels_of_units(label, test, self.cohort.case_of), len(self.cohort.cases("test")))
         if any(self.is_probed(run) for run in self._plan.runs):
             self.probe_inputs()
+
+    def check_tasks(self) -> None:
+        """Refuses to evaluate where there is no task.
+
+        Raises:
+            ConfigError: Says what is missing.
+        """
+        if not self.tasks:
+            raise ConfigError(
+                "there is nothing to evaluate: hold cases out (use=eval,features) and name a table in `labels`, or "
+                "give evaluation.tile_sets or evaluation.masks"
+            )
 
     def models(self, task: str) -> list[str]:
         """Models that are asked, the starting weights first."""
@@ -127,6 +149,27 @@ class EvaluationJobs:
             return []
         settings = self.images(task)
         return [settings["folder"]] if task.startswith(TILES) else [settings["images"], settings["masks"]]
+
+    def image_inputs(self, task: str) -> list[str]:
+        """Folders of a task's images and theirs, since a folder is only newer for what lies directly in it, and groups.
+
+        Nothing of a task of slides.
+        """
+        found = []
+        for folder in map(Path, self.folders(task)):
+            inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+            found += [str(folder), *(str(folder / name) for name in inner if not name.startswith("."))]
+        groups = self.images(task)["groups"] if found else None
+        is_table = groups is not None and Path(groups).suffix.lower() in (".csv", ".tsv")
+        return [*dict.fromkeys(found), *([groups] if is_table else [])]
+
+    def cohort_digest(self, task: str) -> str:
+        """Changes with what a task takes of the slide table: sets, cases and sites of the slides that have a set."""
+        if task in self.image_tasks:
+            return ""
+        slides = self._plan.slides
+        taken = [(slide, of, slides[slide].case_id, slides[slide].site) for slide, of in self.cohort.slides.items()]
+        return hashlib.sha256(json.dumps(sorted(taken, key=lambda row: row[0])).encode()).hexdigest()[:16]
 
     def unit_arguments(self, task: str) -> list[str]:
         """Arguments of evaluate.py that say what a task asks about."""
@@ -249,10 +292,12 @@ class EvaluationJobs:
         for run in runs:
             arguments += ["--seal", str(self._plan.results / "runs" / run / "run_config.json")]
             data = self._plan.runs[run].own_data
-            if data is not None and not Path(data).is_dir():  # a data set of the user's own
-                arguments = ["--unknown-origin", *[part for part in arguments if part != "--unknown-origin"]]
-            elif data is not None and task in self.image_tasks:
+            if data is None:
+                continue
+            if task in self.image_tasks and Path(data).is_dir():
                 arguments += ["--trained-on", data]
+            else:  # a data set of the user's own, or images of whatever slides
+                arguments = ["--unknown-origin", *[part for part in arguments if part != "--unknown-origin"]]
         return arguments
 
     @property
@@ -273,7 +318,25 @@ class EvaluationJobs:
     def _is_probed_folder(self, task: str) -> bool:
         """Whether the probe takes its images from the task's folder: another set of it has the same selection."""
         probed = self.probed_task
-        return probed is not None and Path(self.folders(task)[0]) == Path(self.folders(probed)[0])
+        return probed is not None and self._image_folder(task) == self._image_folder(probed)
+
+    def _image_folder(self, task: str) -> Path:
+        return Path(self.folders(task)[0]).resolve()
+
+    def _check_sets_of_one_folder(self) -> None:
+        """Refuses sets of the probe's folder that other groups are drawn of: the selection of one would test another.
+
+        Raises:
+            ConfigError: Groups of two sets of one folder are not the same.
+        """
+        if (probed := self.probed_task) is None:
+            return
+        for task in self.image_tasks:
+            if self._is_probed_folder(task) and self.images(task)["groups"] != self.images(probed)["groups"]:
+                raise ConfigError(
+                    f"config: {probed} and {task} are of one folder, but differ in `groups`, so that images which "
+                    "runs are asked about while they train would be tests of the other; give both the same"
+                )
 
     def is_probed(self, run: str) -> bool:
         """Whether a run is asked while it trains."""
@@ -295,7 +358,10 @@ class EvaluationJobs:
             return [*arguments, "--units", units, *self.image_arguments(task)]
         arguments += ["--slides", self._plan.config["slides"]["source"], "--probed", *self.probed_slides]
         arguments += ["--tiles", str(self._plan.results / "tiles" / self._plan.config["features"]["set"])]
-        return arguments + (["--labels", self._plan.config["labels"]] if self._plan.config["labels"] else [])
+        if self._plan.config["labels"] is None:
+            return arguments
+        arguments += ["--labels", self._plan.config["labels"]]
+        return arguments + (["--label", *self._settings["labels"]] if self._settings["labels"] else [])
 
     @property
     def probed_slides(self) -> list[str]:
@@ -343,21 +409,31 @@ class EvaluationJobs:
                 f"config: evaluation.primary is {primary!r}, but {task!r} is no task with a verdict"
                 f"{nearest(task, self.tasks)}; give TASK/MEASURE with a task of {', '.join(self.tasks)}"
             )
+        check_measure(primary, self._measures(task))
         return ["--primary", primary]
+
+    def _measures(self, task: str) -> list[str]:
+        """Measures of a task that have a verdict, on unchanged tiles."""
+        kinds = {f"{LABEL}{label.name}": label.kind for label in self._labels}
+        kind = "masks" if task.startswith(MASKS) else kinds.get(task, "classes")
+        is_attended = kind != "masks" and task.startswith(LABEL) and self._settings["attention"]
+        return [*MEASURES[kind], *(["attention_mil"] if is_attended else [])]
 
     def notes(self) -> Iterator[str]:
         """What a user should know before anything runs."""
         if self._plan.config["labels"] is not None and not self.cohort.cases("test"):
             yield "labels are not predicted: no case is held out to test; give some cases use=eval,features"
 
-    def _label_names(self) -> list[str]:
+    @functools.cached_property
+    def _labels(self) -> list[Label]:
+        """Labels that are predicted."""
         table = self._plan.config["labels"]
         if table is None:
             if self._settings["labels"]:
                 raise ConfigError("config: evaluation.labels names labels, but `labels` names no table of labels")
             return []
         labels = read_labels(table, self._settings["labels"])
-        return [label.name for label in labels] if self.cohort.cases("test") else []
+        return labels if self.cohort.cases("test") else []
 
     def _described(self) -> list[str]:
         test = self.cohort.slides_of("test")

@@ -141,10 +141,11 @@ class PilotJobs:
 
     def _few_cases(self) -> Iterator[str]:
         """Labels with fewer test cases in a class than a verdict takes."""
-        test, names = self._cohort.slides_of("test"), [task.removeprefix(LABEL) for task in self.tasks]
+        test = self._cohort.slides_of("test")
+        names = [task.removeprefix(LABEL) for task in self.tasks if task.startswith(LABEL)]
         table = self._base.config["labels"]
-        for label in read_labels(table) if table is not None else []:
-            if label.kind != "classes" or label.name not in names:
+        for label in read_labels(table, names) if table is not None else []:
+            if label.kind != "classes":
                 continue
             cases: dict[str, set[str]] = {}
             for unit in labels_of_units(label, test, self._cohort.case_of):

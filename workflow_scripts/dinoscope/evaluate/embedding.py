@@ -125,12 +125,18 @@ def read_mask(images: ImageSet, index: int, instances: bool) -> np.ndarray:
     """(H, W) int64 classes of an image's mask; 0 and 1 where all values above 0 are instances of one class.
 
     Raises:
-        FeaturesError: It cannot be read, or is not of one channel.
+        FeaturesError: It cannot be read, is not of one channel, or not of its image's size.
     """
     mask = cv2.imread(str(images.masks[index]), cv2.IMREAD_UNCHANGED)
     if mask is None or mask.ndim != 2:
         shape = "unreadable" if mask is None else f"of shape {mask.shape}"
         raise FeaturesError(f"set {images.name}: the mask of image {index} is {shape}, but must be of one channel")
+    height, width = images.pixels(index).shape[:2]
+    if mask.shape != (height, width):
+        raise FeaturesError(
+            f"set {images.name}: the mask of image {index} has {mask.shape[1]} x {mask.shape[0]} px, but the image "
+            f"{width} x {height}; each mask must be of its image's size"
+        )
     return (mask > 0).astype(np.int64) if instances else mask.astype(np.int64)
 
 

@@ -15,7 +15,17 @@ from scipy.sparse.csgraph import connected_components
 
 from dinoscope.errors import EvaluationError
 
-__all__ = ["Fold", "balanced_rows", "grouped_folds", "leave_one_site_out", "preserved_site_folds", "strata_of_values"]
+__all__ = [
+    "Fold",
+    "balanced_rows",
+    "cases_of_strata",
+    "grouped_folds",
+    "leave_one_site_out",
+    "preserved_site_folds",
+    "strata_of_cases",
+    "strata_of_survival",
+    "strata_of_values",
+]
 
 _STARTS = 20  # of the search for balanced folds of sites
 
@@ -150,6 +160,42 @@ def strata_of_values(values: np.ndarray, num: int = 5) -> np.ndarray:
     inner = np.quantile(values, np.linspace(0, 1, num + 1)[1:-1])
     sides = [np.unique(np.searchsorted(inner, values, side=side), return_inverse=True)[1] for side in ("right", "left")]
     return max(sides, key=np.max)  # they differ where many values are the same
+
+
+def cases_of_strata(labels: np.ndarray, cases: np.ndarray) -> list[int]:
+    """Number of cases of each label, in their order."""
+    return [len(np.unique(cases[labels == label])) for label in np.unique(labels)]
+
+
+def strata_of_cases(values: np.ndarray, cases: np.ndarray, folds: int, num: int = 5) -> np.ndarray:
+    """Numbers (N,) of quantiles, as many as leave each of them a case a fold; where none do, any halves of the cases.
+
+    Args:
+        values: (N,).
+        cases: (N,).
+        folds: Number of folds.
+        num: Quantiles at most.
+    """
+    if len(np.unique(values)) < 2:
+        return np.zeros(len(values), np.int64)  # nothing to predict
+    for number in range(num, 1, -1):
+        strata = strata_of_values(values, number)
+        if len(np.unique(strata)) > 1 and min(cases_of_strata(strata, cases)) >= folds:
+            return strata
+    return np.unique(cases, return_inverse=True)[1] % 2
+
+
+def strata_of_survival(truth: np.ndarray, cases: np.ndarray, folds: int) -> np.ndarray:
+    """Events and censored ones (N,); where one of the two is too rare for so many folds, `strata_of_cases` of times.
+
+    Args:
+        truth: (N, 2) times and events.
+        cases: (N,).
+        folds: Number of folds.
+    """
+    events = (truth[:, 1] > 0).astype(np.int64)
+    is_enough = len(np.unique(events)) > 1 and min(cases_of_strata(events, cases)) >= folds
+    return events if is_enough else strata_of_cases(truth[:, 0], cases, folds)
 
 
 def balanced_rows(groups: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:

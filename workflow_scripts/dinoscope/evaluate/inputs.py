@@ -71,17 +71,20 @@ def groups_seen(
     Args:
         units: The task's.
         history: Of the model.
-        case_of: slide_id -> case_id.
+        case_of: slide_id -> case_id, of the slide table; where a slide of the training is not in it, "no" is not told.
         images: The images that the units number. A group is seen where one of its images, by content, lies in a folder
             that the model was trained on.
         pattern: Where groups are found in names by a regular expression, a file of such a folder in whose name it
             finds a group stands for the group too: another crop of the same parent.
     """
     seen = {case_of[slide] for slide in history.slides if slide in case_of}
-    if images is not None:
+    is_known = history.is_known
+    if images is None:
+        is_known &= history.slides <= case_of.keys()  # whose a slide was that the table no longer has is not known
+    else:
         numbers = {group: unit.group for group, unit in zip(images.groups, units.units, strict=True)}
         seen = {numbers[group] for group in _image_groups_seen(images, history.folders, pattern) if group in numbers}
-    rest = "no" if history.is_known else "unknown"
+    rest = "no" if is_known else "unknown"
     told = ["yes" if unit.group in seen else rest for unit in units.units]
     return np.array([SEEN.index(name) for name in told], dtype=np.int8)
 

@@ -324,6 +324,12 @@ def _sentence(
         return f"no clear difference: {comparison.difference:+.3f} {ends} lies within ±{margin:g} ({about})"
     if decision == "inconclusive" and (low > 0 or high < 0) and not comparison.seeds_agree:
         return f"inconclusive: {comparison.difference:+.3f} {ends}, but training seeds disagree ({about})"
+    if decision == "inconclusive" and (low > 0 or high < 0):
+        draws = int(np.isfinite(comparison.resampled).sum())
+        return (
+            f"inconclusive: {comparison.difference:+.3f} {ends}, but {draws:,} draws of cases are too few to tell it "
+            f"among so many measures ({about}); raise evaluation.bootstraps"
+        )
     if decision == "inconclusive":
         more = "more cases or more training seeds" if len(comparison.by_seed) > 1 else "more cases"
         return (

@@ -5,6 +5,7 @@ columns NAME_time and NAME_event (1 seen, 0 censored) are one label NAME of surv
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from dinoscope.errors import ConfigError
 from dinoscope.names import nearest
 from dinoscope.slides.table import read_rows
 
-__all__ = ["KINDS", "Label", "Unit", "labels_of_units", "read_labels"]
+__all__ = ["KINDS", "Label", "Unit", "check_units", "labels_of_units", "read_labels"]
 
 KINDS = ("classes", "number", "survival")
 _MOST_CLASSES = 10  # of columns that hold whole numbers only
 _TIME, _EVENT = "_time", "_event"
+_NAME = re.compile("[A-Za-z][A-Za-z0-9_-]*")  # of files and of Snakemake's wildcards, as config/schemas has it
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,39 @@ def read_labels(path: str | Path, wanted: Sequence[str] | None = None) -> list[L
         wanted: Their names; None, all.
 
     Raises:
-        ConfigError: No such label, a time without an event column, or a value that does not fit.
+        ConfigError: No such label, a name that names no file, a time without an event column, or a value that does not
+            fit; columns that are not wanted may be as they are.
     """
     columns, rows = read_rows(Path(path))
-    key = next(column for column in columns if column in ("slide_id", "case_id"))
-    labels = [_label(path, name, key, columns, rows) for name in _names(path, columns, key)]
-    if wanted is None:
-        return labels
-    known = {label.name: label for label in labels}
-    for name in wanted:
+    key = next((column for column in columns if column in ("slide_id", "case_id")), None)
+    if key is None:
+        raise ConfigError(f"{path} has no column slide_id or case_id; say with one of them what the labels are of")
+    known = _names(path, columns, key, wanted)
+    for name in known if wanted is None else wanted:
         if name not in known:
             raise ConfigError(
                 f"evaluation.labels names {name!r}, which is no label of {path}{nearest(name, known)}; "
                 f"it has {', '.join(known)}"
             )
-    return [known[name] for name in wanted]
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{path}: column {name!r} cannot name a label: rename it (letters A to Z, digits, _ and -, a letter "
+                "first), or name the others in evaluation.labels"
+            )
+    return [_label(path, name, key, columns, rows) for name in (known if wanted is None else wanted)]
+
+
+def check_units(label: Label, units: Sequence[object], num_cases: int) -> None:
+    """Refuses a label that none of the test cases has.
+
+    Raises:
+        ConfigError: There are no units.
+    """
+    if not units:
+        raise ConfigError(
+            f"label {label.name}: none of the {num_cases} test cases has it; label some, or leave it out of "
+            "evaluation.labels"
+        )
 
 
 def labels_of_units(label: Label, slides: Iterable[str], case_of: Mapping[str, str]) -> list[Unit]:
@@ -94,7 +114,7 @@ def labels_of_units(label: Label, slides: Iterable[str], case_of: Mapping[str, s
     return [Unit(slide, case, (slide,), label.values[slide]) for case, of in labelled.items() for slide in of]
 
 
-def _names(path: str | Path, columns: Sequence[str], key: str) -> list[str]:
+def _names(path: str | Path, columns: Sequence[str], key: str, wanted: Sequence[str] | None) -> list[str]:
     names = []
     for column in columns:
         if column == key:
@@ -106,9 +126,9 @@ def _names(path: str | Path, columns: Sequence[str], key: str) -> list[str]:
                     names.append(stem)
                 break
         else:
-            if column.endswith((_EVENT, _TIME)):
+            stem = column.removesuffix(_EVENT).removesuffix(_TIME)
+            if stem != column and (wanted is None or {column, stem} & set(wanted)):
                 other = _TIME if column.endswith(_EVENT) else _EVENT
-                stem = column.removesuffix(_EVENT).removesuffix(_TIME)
                 raise ConfigError(
                     f"{path} has a column {column} but no {stem}{other}: survival needs both; add it, or rename "
                     f"{column}"

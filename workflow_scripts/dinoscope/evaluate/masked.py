@@ -40,7 +40,7 @@ def answer_masks(
         settings: How.
 
     Raises:
-        FeaturesError: A mask cannot be read, or there are fewer than two classes.
+        FeaturesError: A mask cannot be read, or there are fewer than two classes or four groups.
     """
     masks = [read_mask(images, index, instances) for index in range(len(images))]
     classes = sorted({int(value) for mask in masks for value in np.unique(mask)} - {IGNORED})
@@ -126,6 +126,11 @@ def _patch_folds(
     # images have no class to be stratified by: two labels that alternate over groups do no harm
     alternating = np.unique(groups, return_inverse=True)[1] % 2
     number = min(settings.folds, len(np.unique(groups)) // 2)
+    if number < 2:
+        raise FeaturesError(
+            f"the images with masks are of {len(np.unique(groups))} groups, and at least four are needed, so that a "
+            "probe can learn from some and be asked about others; add images, or leave the set out"
+        )
     found = grouped_folds(alternating, groups, folds=number, repeats=settings.repeats, seed=settings.seed)
     return [
         Fold(

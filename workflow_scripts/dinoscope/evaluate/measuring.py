@@ -15,17 +15,19 @@ from dinoscope.errors import EvaluationError
 from dinoscope.evaluate.answers import Answers
 from dinoscope.evaluate.folds import (
     Fold,
+    cases_of_strata,
     grouped_folds,
     leave_one_site_out,
     preserved_site_folds,
-    strata_of_values,
+    strata_of_cases,
+    strata_of_survival,
 )
 from dinoscope.evaluate.inputs import UnitFeatures
 from dinoscope.evaluate.mil import attention_probe
 from dinoscope.evaluate.probe import CLEAN, few_shot, knn_probe, linear_probe, ridge_probe
 from dinoscope.evaluate.scores import Predictions
 from dinoscope.evaluate.shifted_answers import Found, neighbours_kept, sites_told
-from dinoscope.evaluate.survival import cox_probe
+from dinoscope.evaluate.survival import MIN_EVENTS, cox_probe
 from dinoscope.evaluate.tuning import fitted_on_fewer
 from dinoscope.evaluate.units import Units
 
@@ -71,8 +73,10 @@ def answer_classes(
         shifted: Features (N, D) of changed copies of the units.
     """
     answers = probe_classes(units, pooled, settings, features, shifted)
+    test = test_rows(units)
+    if not len(test):
+        return answers
     if shifted:
-        test = test_rows(units)
         copies = {kind: of[test].astype(np.float32) for kind, of in shifted.items()}
         labels, cases = units.targets[test], units.groups[test]
         rows = pooled[test].astype(np.float32)
@@ -100,12 +104,15 @@ def probe_classes(
             MEASURE~CHANGE (robust_measures.py).
     """
     test, notes = test_rows(units), []
+    if not len(test):
+        return _ordered(units, {}, notes)
+    names = [units.classes[number] for number in np.unique(units.targets[test])]
     labels, cases = _dense_numbers(units.targets[test]), units.groups[test]
     rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
     copies = {kind: np.ascontiguousarray(of[test], dtype=np.float32) for kind, of in (shifted or {}).items()}
     said: dict[str, np.ndarray] = {}
     for split in settings.splits:
-        folds = _folds(split, labels, cases, _sites(units, test), settings, notes)
+        folds = _folds(split, labels, cases, _sites(units, test), settings, notes, names)
         if folds is None:
             continue
         found: dict[str, Predictions] = {}
@@ -137,14 +144,19 @@ def answer_values(
         shifted: Features (N, D) of changed copies of the units, which the same regressions are asked about.
     """
     test, notes = test_rows(units), []
+    if not len(test):
+        return _ordered(units, {}, notes)
     truth, cases = units.targets[test], units.groups[test]
+    is_survival = units.kind == "survival"
+    if is_survival and truth[:, 1].sum() < MIN_EVENTS:
+        notes.append(f"{truth[:, 1].sum():.0f} events among {len(test)} test units, at least {MIN_EVENTS} are needed")
+        return _ordered(units, {}, notes)
+    strata = (strata_of_survival if is_survival else strata_of_cases)(truth, cases, settings.folds)
     rows = np.ascontiguousarray(pooled[test], dtype=np.float32)
     copies = {kind: np.ascontiguousarray(of[test], dtype=np.float32) for kind, of in (shifted or {}).items()}
-    is_survival = units.kind == "survival"
-    strata = _survival_strata(truth) if is_survival else strata_of_values(truth)
     said: dict[str, np.ndarray] = {}
     for split in settings.splits:
-        folds = _folds(split, strata, cases, _sites(units, test), settings, notes)
+        folds = _folds(split, strata, cases, _sites(units, test), settings, notes, None)
         if folds is None:
             continue
         how: dict[str, Any] = {"tested": copies, "seed": settings.seed}
@@ -195,14 +207,9 @@ def _dense_numbers(labels: np.ndarray) -> np.ndarray:
     return np.unique(labels, return_inverse=True)[1]
 
 
-def _survival_strata(truth: np.ndarray) -> np.ndarray:
-    """Events and censored ones; where there are only events, early and late ones."""
-    events = truth[:, 1].astype(np.int64)
-    return events if len(np.unique(events)) > 1 else strata_of_values(truth[:, 0])
-
-
 def _sites(units: Units, test: np.ndarray) -> np.ndarray | None:
-    return None if units.sites is None else units.sites[test]
+    sites = [units.units[index].site for index in test]
+    return None if None in sites else np.array(sites)
 
 
 def _folds(
@@ -212,18 +219,21 @@ def _folds(
     sites: np.ndarray | None,
     settings: Settings,
     notes: list[str],
+    names: Sequence[str] | None,
 ) -> list[Fold] | None:
-    """Folds of that kind; None, with a note of why, where the labels do not allow any."""
+    """Folds of that kind; None, with a note of why, where the labels do not allow any.
+
+    Those of classes have their `names`; of numbers and survival, labels are strata.
+    """
     try:
         if split == "grouped":
-            number = min(settings.folds, _fewest_cases(labels, cases))
-            if number < settings.folds:
-                notes.append(f"{number} folds instead of {settings.folds}: the rarest class has so few cases")
-            if number < 2:
-                raise EvaluationError("a class has one case only, so that none is left to ask about")
+            number = _number_of_folds(labels, cases, settings.folds, notes, names)
             return grouped_folds(labels, cases, folds=number, repeats=settings.repeats, seed=settings.seed)
         if sites is None:
-            raise EvaluationError("not all units have a site; give column `site` of the slide table")
+            raise EvaluationError(
+                "not all units have one site; complete column `site` of the slide table (a case whose slides are of "
+                "several sites has none)"
+            )
         if split == "leave-one-site-out":
             return leave_one_site_out(labels, cases, sites)
         return preserved_site_folds(labels, cases, sites, repeats=settings.repeats, seed=settings.seed)
@@ -233,8 +243,31 @@ def _folds(
         return None
 
 
-def _fewest_cases(labels: np.ndarray, cases: np.ndarray) -> int:
-    return min(len(np.unique(cases[labels == label])) for label in np.unique(labels))
+def _number_of_folds(
+    labels: np.ndarray, cases: np.ndarray, wanted: int, notes: list[str], names: Sequence[str] | None
+) -> int:
+    """As many as are wanted, or as the rarest class has cases.
+
+    Raises:
+        EvaluationError: Not even two.
+    """
+    counts = cases_of_strata(labels, cases)
+    if len(counts) < 2:
+        same = f"are of one class, {names[0]}" if names else "have the same value"
+        raise EvaluationError(f"all test units {same}; there is nothing to tell apart")
+    fewest = int(np.argmin(counts))
+    if counts[fewest] < 2 and names:
+        raise EvaluationError(
+            f"class {names[fewest]} has one test case only, so that none is left to ask about; correct the label if it "
+            "is mistyped, empty it, or label more cases"
+        )
+    if counts[fewest] < 2:
+        raise EvaluationError(f"there are {len(np.unique(cases))} test cases, and at least four are needed")
+    number = min(wanted, counts[fewest])
+    if number < wanted:
+        why = f"class {names[fewest]} has {number} cases" if names else f"there are {len(np.unique(cases))} cases"
+        notes.append(f"{number} folds instead of {wanted}: {why}")
+    return number
 
 
 def _named(

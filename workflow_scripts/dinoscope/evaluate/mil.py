@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoscope.evaluate.folds import Fold, strata_of_values
+from dinoscope.evaluate.folds import Fold, strata_of_cases, strata_of_survival
 from dinoscope.evaluate.scores import Predictions
 from dinoscope.evaluate.survival import cox_loss
 from dinoscope.evaluate.tuning import inner_folds, pooled
@@ -22,6 +22,7 @@ from dinoscope.evaluate.tuning import inner_folds, pooled
 __all__ = ["GatedAttention", "MilProbed", "MilSettings", "attention_probe", "mean_pool"]
 
 Kind = Literal["classes", "values", "survival"]
+_PARTS = 5  # of the training cases, one of which chooses the epoch
 _TILES_AT_ONCE = 32_768
 _TILES_ASKED_AT_ONCE = 4_096  # memory of this size is used again and again, that of larger parts is new each time
 
@@ -153,7 +154,7 @@ def attention_probe(
         device: Where it is trained.
     """
     settings, device = settings or MilSettings(), torch.device(device)
-    task, moments = _task(kind, labels), _moments(bags)
+    task, moments = _task(kind, labels, cases), _moments(bags)
     answers, epochs, models = [], [], []
     for number, fold in enumerate(folds):
         model, its_task, epoch = _trained(bags, moments, task, cases, fold, settings, [seed, number], device)
@@ -195,13 +196,13 @@ class _Task:
         return (outputs[:, 0] * self.spread + self.center).numpy()
 
 
-def _task(kind: Kind, labels: np.ndarray) -> _Task:
+def _task(kind: Kind, labels: np.ndarray, cases: np.ndarray) -> _Task:
     if kind == "classes":
         return _Task(kind, torch.as_tensor(labels.astype(np.int64)), int(labels.max()) + 1, labels)
     targets = torch.as_tensor(labels, dtype=torch.float64)
     if kind == "values":
-        return _Task(kind, targets, 1, strata_of_values(labels))
-    return _Task(kind, targets, 1, (labels[:, 1] > 0).astype(np.int64), more=4)
+        return _Task(kind, targets, 1, strata_of_cases(labels, cases, _PARTS))
+    return _Task(kind, targets, 1, strata_of_survival(labels, cases, _PARTS), more=4)
 
 
 def _trained(
@@ -214,7 +215,7 @@ def _trained(
     seed: Sequence[int],
     device: torch.device,
 ) -> tuple[TrainedAttention, _Task, int]:
-    held_out = inner_folds(task.strata[fold.train], cases[fold.train], seed[0], most=5)
+    held_out = inner_folds(task.strata[fold.train], cases[fold.train], seed[0], most=_PARTS)
     chosen = held_out[0] if held_out else np.arange(len(fold.train))  # too few to keep any: judged as trained
     validation = fold.train[chosen]
     steps_on = np.setdiff1d(fold.train, validation) if held_out else fold.train

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoscope.evaluate.folds import Fold, strata_of_values
+from dinoscope.evaluate.folds import Fold, strata_of_cases
 from dinoscope.evaluate.logistic import fit_logistic, log_probabilities
 from dinoscope.evaluate.nearest import SHOTS, few_shot, knn_probe
 from dinoscope.evaluate.tuning import (
@@ -113,11 +113,11 @@ class _Ridge:
     """Least squares, as `Regression` has it."""
 
     def __init__(self, question: Question) -> None:
-        self.values, self.width = question.truth, question.width
+        self.values, self.cases, self.width = question.truth, question.cases, question.width
         self.target = torch.as_tensor(question.truth, dtype=torch.float64, device=question.device)
 
     def strata(self, mine: np.ndarray) -> np.ndarray:
-        return strata_of_values(self.values[mine], INNER_FOLDS)
+        return strata_of_cases(self.values[mine], self.cases[mine], INNER_FOLDS, INNER_FOLDS)
 
     def losses(self, rows: Tensor, mine: np.ndarray, held_out: Sequence[np.ndarray]) -> np.ndarray:
         total, of_rows = np.zeros(len(PENALTIES)), self.target[mine]

@@ -155,7 +155,7 @@ def make_probe(arguments: argparse.Namespace) -> None:
         probe = probe_of_images(images, units, count=arguments.images, **how)
     else:
         records = read_slide_table(arguments.slides)
-        labels = read_labels(arguments.labels) if arguments.labels else []
+        labels = read_labels(arguments.labels, arguments.label or None) if arguments.labels else []
         probe = probe_of_slides(
             arguments.probed,
             {record.slide_id: record.case_id for record in records},

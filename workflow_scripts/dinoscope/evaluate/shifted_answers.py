@@ -69,7 +69,10 @@ def sites_told(units: Units, features: UnitFeatures, seed: int, notes: list[str]
     names = [units.units[index].site for index in test]
     if None in names:
         if any(names):
-            notes.append("sites: not all units have one, so nothing is said of them; complete column `site`")
+            notes.append(
+                "sites: not all units have one, so nothing is said of them; complete column `site` (a case whose "
+                "slides are of several sites has none)"
+            )
         return {}, {}
     if len(set(names)) < 2:
         return {}, {}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dinoscope.errors import EvaluationError
-from dinoscope.evaluate.folds import Fold
-from dinoscope.evaluate.tuning import PENALTIES, Probed, Question, answers_by_folds
+from dinoscope.evaluate.folds import Fold, strata_of_survival
+from dinoscope.evaluate.tuning import INNER_FOLDS, PENALTIES, Probed, Question, answers_by_folds
 
 __all__ = ["MIN_EVENTS", "cox_loss", "cox_probe", "fit_cox"]
 
@@ -119,9 +119,10 @@ class _Cox:
     def __init__(self, question: Question) -> None:
         truth = torch.as_tensor(question.truth, dtype=torch.float64, device=question.device)
         self.times, self.events, self.width = truth[:, 0].contiguous(), truth[:, 1] > 0, question.width
+        self.truth, self.cases = question.truth, question.cases
 
     def strata(self, mine: np.ndarray) -> np.ndarray:
-        return self.events[mine].long().cpu().numpy()
+        return strata_of_survival(self.truth[mine], self.cases[mine], INNER_FOLDS)
 
     def losses(self, rows: Tensor, mine: np.ndarray, held_out: Sequence[np.ndarray]) -> np.ndarray:
         times, events, total = self.times[mine], self.events[mine], np.zeros(len(PENALTIES))

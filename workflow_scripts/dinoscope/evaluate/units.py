@@ -15,7 +15,7 @@ import numpy as np
 
 from dinoscope.errors import ConfigError
 from dinoscope.evaluate.cohort import Cohort
-from dinoscope.evaluate.labels import Label, labels_of_units
+from dinoscope.evaluate.labels import Label, check_units, labels_of_units
 from dinoscope.evaluate.samples import SampledTiles
 from dinoscope.evaluate.tile_sets import ImageSet
 from dinoscope.files import read_json, write_json
@@ -113,11 +113,7 @@ def units_of_label(task: str, label: Label, cohort: Cohort, records: Mapping[str
         )
         for unit in labels_of_units(label, cohort.slides_of("test"), cohort.case_of)
     ]
-    if not found:
-        raise ConfigError(
-            f"label {label.name}: none of the {len(cohort.cases('test'))} test cases has it; label some, or leave it "
-            "out of evaluation.labels"
-        )
+    check_units(label, found, len(cohort.cases("test")))
     classes = sorted({unit.value for unit in found}) if label.kind == "classes" else []
     return Units(task, label.kind, found, classes)
 
@@ -164,7 +160,13 @@ def write_units(path: Path, units: Units) -> None:
 
 
 def read_units(path: Path) -> Units:
-    """Reads units.json."""
+    """Reads units.json.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; write it with evaluate.py units")
     document = read_json(path)
     units = [Unit(**{**unit, "slides": tuple(unit["slides"])}) for unit in document.pop("units")]
     return Units(units=units, **document)

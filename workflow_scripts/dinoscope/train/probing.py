@@ -8,6 +8,7 @@ the training changes. Whether a run got worse is judged by the paired interval a
 Shapes: N images, P patches, D width, C classes.
 """
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProbeSet", "TeacherProbe", "best_probe", "read_probe_set", "write_probe_set"]
 
+_log = logging.getLogger(__name__)
 _START_NAME = "probe_start.npz"
 _NEIGHBOURS = 5
 _DRAWS = 1_000
@@ -41,6 +43,7 @@ _WORSE_IN_A_ROW = 3
 _IGNORED_SHARE = 0.1  # of the run, at its start
 _RIDGE = 1e-3  # of the mean variance of a standardised feature
 _MOST_PATCHES = 60_000
+_IGNORED = 255  # of masks, as in evaluate/masked.py
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class ProbeSet:
         images: (N, S, S, 3) uint8.
         groups: (N,) the case or parent of each.
         labels: (N,) class numbers, -1 unknown; empty where there are no labels.
-        masks: (N, S, S) uint8 classes; empty where there are none.
+        masks: (N, S, S) uint8 classes, 255 for pixels that do not count; empty where there are none.
     """
 
     images: np.ndarray
@@ -98,6 +101,12 @@ class TeacherProbe:
         self.run_dir, self.world, self.patch_size, self.batch_size = run_dir, world, patch_size, batch_size
         self.grid = side // patch_size
         self.seconds = 0.0
+        labelled = np.flatnonzero(probe.labels >= 0)
+        if world.is_main and len(labelled) and not self._is_askable(labelled):
+            _log.warning(
+                "the images of the probe have one class or one case alone, so there is no probe_knn: hold out more "
+                "cases for selection (evaluation.selection)"
+            )
 
     def __call__(self, model: "SSLModel", *, start: bool) -> dict[str, float]:
         """Columns for training_metrics.json; empty on all but the main process.
@@ -159,9 +168,9 @@ class TeacherProbe:
         line = {"probe_rankme": rankme(rows), "probe_mean_cosine": mean_pairwise_cosine(rows)}
         answers: dict[str, np.ndarray] = {}
         labelled = np.flatnonzero(self.probe.labels >= 0) if len(self.probe.labels) else np.zeros(0, int)
-        if len(labelled):
+        if len(labelled) and self._is_askable(labelled):
             answers["knn"] = self._knn(features[labelled], labelled)
-        if len(patches):
+        if len(patches) and self._num_mask_classes() > 1:
             answers["dense"] = self._dense(patches)
         for name, answer in answers.items():
             line[f"probe_{name}"] = self._score(name, answer)
@@ -170,6 +179,10 @@ class TeacherProbe:
         elif answers:
             line |= self._difference(answers)
         return {name: float(value) for name, value in line.items() if math.isfinite(value)}
+
+    def _is_askable(self, labelled: np.ndarray) -> bool:
+        """Whether labels tell anything: neighbours are of other groups, and one class alone is told by any features."""
+        return all(len(np.unique(of[labelled])) > 1 for of in (self.probe.labels, self.probe.groups))
 
     def _knn(self, features: np.ndarray, labelled: np.ndarray) -> np.ndarray:
         """(N, C) votes of the nearest images of other groups."""
@@ -180,25 +193,31 @@ class TeacherProbe:
 
     def _dense(self, patches: np.ndarray) -> np.ndarray:
         """(N, C, C) confusions of patches: a ridge classifier of one half of the groups asked about the other."""
-        labels, num_classes = self._patch_labels(), int(self.probe.masks.max()) + 1
+        labels, num_classes = self._patch_labels(), self._num_mask_classes()
         half = np.unique(self.probe.groups, return_inverse=True)[1] % 2
         confusions = np.zeros((len(patches), num_classes, num_classes))
         for side in (0, 1):
             train, asked = np.flatnonzero(half == side), np.flatnonzero(half != side)
-            if not len(train) or not len(asked):
+            told = labels[train] >= 0
+            if not told.any() or not len(asked):
                 continue
-            answer = _ridge_classifier(patches[train], labels[train], num_classes)
+            answer = _ridge_classifier(patches[train][told], labels[train][told], num_classes)
             for image in asked:
-                np.add.at(confusions[image], (labels[image], answer(patches[image])), 1)
+                counted = labels[image] >= 0
+                np.add.at(confusions[image], (labels[image][counted], answer(patches[image])[counted]), 1)
         return confusions
 
     def _patch_labels(self) -> np.ndarray:
-        """(N, P) the class that most pixels of a patch have."""
+        """(N, P) the class that most pixels of a patch have, of those that count; -1 where none does."""
         size, grid = self.patch_size, self.grid
         blocks = self.probe.masks.reshape(-1, grid, size, grid, size).transpose(0, 1, 3, 2, 4)
         blocks = blocks.reshape(len(self.probe.masks), grid * grid, size * size)
-        counts = np.stack([(blocks == number).sum(axis=2) for number in range(int(self.probe.masks.max()) + 1)], 2)
-        return counts.argmax(axis=2)
+        counts = np.stack([(blocks == number).sum(axis=2) for number in range(max(1, self._num_mask_classes()))], 2)
+        return np.where(counts.any(axis=2), counts.argmax(axis=2), -1)
+
+    def _num_mask_classes(self) -> int:
+        known = self.probe.masks[self.probe.masks != _IGNORED]
+        return int(known.max()) + 1 if known.size else 0
 
     def _score(self, name: str, answer: np.ndarray) -> float:
         statistic, count, _ = self._statistic(name, answer)
@@ -233,8 +252,7 @@ class TeacherProbe:
         return {"probe_difference": found.difference, "probe_difference_low": low, "probe_difference_high": high}
 
 
-def _ridge_classifier(patches: np.ndarray, labels: np.ndarray, num_classes: int):
-    rows, targets = patches.reshape(-1, patches.shape[-1]), labels.ravel()
+def _ridge_classifier(rows: np.ndarray, targets: np.ndarray, num_classes: int):
     step = -(-len(rows) // _MOST_PATCHES)
     rows, targets = rows[::step], targets[::step]
     mean, deviation = rows.mean(axis=0), rows.std(axis=0) + 1e-6

@@ -16,9 +16,17 @@ _SENTENCE_WITHOUT = (
     "No label, tile set or mask was given, so nothing says whether training helped: see docs/evaluation.md for what "
     "it takes. The descriptive measures below have no better direction."
 )
+_SENTENCE_UNASKED = (
+    "Nothing says whether training helped: what was given could not be asked about, and the notes below say why."
+)
 _SENTENCE_SEEN = (
     "Nothing says whether training helped: no two models could be compared on cases that training never saw."
 )
+_SENTENCE_ALONE = (
+    "Nothing says whether training helped: the starting weights (base) are not among the models that were measured; "
+    "add them to features.models."
+)
+_BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,18 @@ def evaluation_facts(results: Path) -> EvaluationFacts | None:
     tasks = [_task(task, judged) for task in document["tasks"]]
     primary = [_capital(one.sentence) for one in judged if one.is_primary and one.model not in BASELINES]
     if not judged and tasks:
-        primary = [_SENTENCE_SEEN if any(task.rows for task in tasks) else _SENTENCE_WITHOUT]
+        primary = [_why_nothing(document["tasks"])]
     return EvaluationFacts(primary, tasks)
+
+
+def _why_nothing(tasks: Sequence[Mapping[str, Any]]) -> str:
+    asked = [task for task in tasks if task["kind"] != "none"]
+    rows = [row for task in asked for row in task["rows"]]
+    if not asked:
+        return _SENTENCE_WITHOUT
+    if not rows:
+        return _SENTENCE_UNASKED
+    return _SENTENCE_SEEN if any(row["model"] == _BASE for row in rows) else _SENTENCE_ALONE
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ def _task(task: Mapping[str, Any], judged: Sequence[_Judged]) -> TaskFacts:
     numbers = task["numbers"]
     return TaskFacts(
         name=task["task"],
-        asked=_asked(rows),
+        asked=_asked(rows, task["kind"]),
         scores=[score.replace("_", " ") for score in scores],
         rows=[
             (measure, model, [_cell(rows, measure, model, seen, score) for score in scores])
@@ -104,12 +122,16 @@ def _cell(rows: Sequence[Mapping[str, Any]], measure: str, model: str, seen: str
     return "–"
 
 
-def _asked(rows: Sequence[Mapping[str, Any]]) -> str:
+def _asked(rows: Sequence[Mapping[str, Any]], kind: str) -> str:
     if not rows:
         return ""
     row = rows[0]
     about = f"{row['cases']:,} cases, {row['units']:,} units"
-    return f"{about}, at least {row['smallest_class']} cases a class"
+    least = {
+        "classes": f", at least {row['smallest_class']} cases a class",
+        "survival": f", {row['smallest_class']} with the event",
+    }
+    return about + least.get(kind, "")
 
 
 def _capital(sentence: str) -> str:
