@@ -55,6 +55,7 @@ def train(place: Path, *extra: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.long
 def test_a_run_on_packed_tiles(place: Path) -> None:
     packed = ["--packed", "packed/index.json"]
     begun = train(place, *packed, "optim.epochs=1")

@@ -112,6 +112,7 @@ def test_checkpointing_keeps_less_the_more_it_recomputes(world: World) -> None:
     assert whole_blocks < 0.5 * nothing
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # torch's compiler warns of its own doings
 def test_compiled_blocks_change_nothing_beyond_rounding(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, gradients = step(world)

@@ -200,6 +200,7 @@ def test_a_finished_run_has_nothing_left_to_do(place: Path, finished: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in (finished / "ckpt").rglob("*")} == before
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_ends_the_same(place: Path, finished: Path) -> None:
     """SIGKILL of the launcher, again and again: its processes die with it, and the end is the same bit for bit."""
     run, moments = place / "runs/killed/main", random.Random(0)
@@ -224,6 +225,7 @@ def test_killed_at_any_moment_it_ends_the_same(place: Path, finished: Path) -> N
     assert_same_end(run, finished)
 
 
+@pytest.mark.long
 def test_a_half_written_checkpoint_is_not_used(place: Path, finished: Path) -> None:
     run = place / "runs/half/main"
     process = subprocess.Popen(command("half"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -252,6 +254,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(place: Path, finished: Path) -
     assert_same_end(run, finished)
 
 
+@pytest.mark.long
 def test_the_number_of_loader_workers_changes_nothing_and_a_run_can_be_extended(place: Path, finished: Path) -> None:
     assert train(place, "workers", "train.num_workers=0").returncode == 0
     assert_same_end(place / "runs/workers/main", finished)
@@ -290,6 +293,7 @@ def _with_sites(table: str) -> str:
     return "\n".join([f"{header}\tsite", *(f"{row}\tsite {index}" for index, row in enumerate(rows))]) + "\n"
 
 
+@pytest.mark.long
 def test_a_run_whose_loss_is_never_finite_ends_with_a_sentence(place: Path) -> None:
     """A learning rate that blows the weights up at the first step with one above 0."""
     spoiled = ["optim.lr=1e30", "optim.scaling_rule=none", "train.stop_after_skipped=4", "optim.clip_grad=0"]
@@ -302,6 +306,7 @@ def test_a_run_whose_loss_is_never_finite_ends_with_a_sentence(place: Path) -> N
     assert not (place / "runs/spoiled/main/final.json").exists()
 
 
+@pytest.mark.long
 def test_accumulated_steps_are_steps_of_the_undivided_batch(place: Path) -> None:
     """One process with 2 × 2 tiles a step: as many samples as with 4 at once, and it may go on as that."""
     divided = ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "optim.epochs=2"]
@@ -324,6 +329,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(place: Path, finished: P
     assert {path: path.read_bytes() for path in finished.rglob("*.json")} == before
 
 
+@pytest.mark.long
 def test_one_process_without_a_launcher_and_as_many_tiles_in_two_processes(place: Path) -> None:
     alone = without_launcher(place, command("alone", "optim.epochs=2", "train.batch_size_per_gpu=4"))
     assert alone.returncode == 0, alone.stderr

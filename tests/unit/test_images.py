@@ -366,6 +366,7 @@ def pretrain(place: Path, *overrides: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_a_run_on_a_folder_and_how_it_goes_on(folder: Path) -> None:
     place, run = folder.parent, folder.parent / "runs/mine"
     (place / "recipe.yaml").write_text(RECIPE)

@@ -59,6 +59,7 @@ def test_network_is_the_formula_bag_by_bag() -> None:
         start += len(bag)
 
 
+@pytest.mark.long
 def test_values_and_survival_are_learned() -> None:
     rng = np.random.default_rng(1)
     signal, cases = rng.normal(size=90), np.arange(90)

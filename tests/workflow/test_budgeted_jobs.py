@@ -113,6 +113,7 @@ def test_five_thousand_slides_are_fewer_than_a_thousand_jobs_of_the_cluster(fold
     assert submitted(jobs, groups | of_profile, components) < 1_000
 
 
+@pytest.mark.long
 def test_the_target_inspects_tells_and_refuses(folder):
     """With slides that cannot be read, whose size is guessed; on a full disk nothing else would start either."""
     configured(folder)
