@@ -241,6 +241,8 @@ def test_sets_of_one_folder_share_the_selection(folder):
 def test_changed_copies_are_made_where_robustness_is_asked(folder):
     jobs = jobs_of({"tile_sets": {"cells": {"folder": "cells"}}, "robustness": True})
     assert jobs.shift_arguments("tiles-cells") == ["--shifts", *SHIFTS]
+    grey = jobs_of({"tile_sets": {"cells": {"folder": "cells", "grey": True}}, "robustness": True})
+    assert grey.shift_arguments("tiles-cells") == ["--shifts", *(kind for kind in SHIFTS if kind != "grey")]
     assert jobs_of({"tile_sets": {"cells": {"folder": "cells"}}}).shift_arguments("tiles-cells") == []
 
 

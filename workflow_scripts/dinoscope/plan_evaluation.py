@@ -264,7 +264,10 @@ class EvaluationJobs:
 
     def shift_arguments(self, task: str) -> list[str]:
         """Arguments of evaluate.py embed for changed copies of tiles, where robustness is asked."""
-        return ["--shifts", *SHIFTS] if self._settings["robustness"] and task.startswith(TILES) else []
+        if not (self._settings["robustness"] and task.startswith(TILES)):
+            return []
+        is_grey = self._settings["tile_sets"][task.removeprefix(TILES)]["grey"]
+        return ["--shifts", *(kind for kind in SHIFTS if not (is_grey and kind == "grey"))]
 
     def samples(self, model: str) -> list[str]:
         """Samples of the test slides' tiles, of the model's tile set, that changed copies are made of."""
