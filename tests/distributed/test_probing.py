@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dinoscope.arrays import read_arrays, write_arrays
 from dinoscope.files import read_json
 from dinoscope.train.metrics import append_metrics, read_metrics
 from dinoscope.train.probing import ProbeSet, TeacherProbe, best_probe, read_probe_set, write_probe_set
@@ -86,6 +87,34 @@ def test_a_probed_run_learns_the_same_and_names_its_best_teacher(folder):
     }  # fmt: skip
     of_two = read_metrics(train(folder, "of_two", "evaluation.probe_every=6", processes=2))
     assert of_two["probe_knn"][0] == asked[0]  # the same start, asked by two processes
+
+
+@pytest.mark.long
+def test_a_run_that_is_worse_than_its_start_ends_and_gives_its_best_teacher(folder):
+    """Nobody can tell these labels; a start that did is put in place of the run's own before it goes on."""
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 255, (40, 70, 70, 3))
+    images[:, :32] = images[:, :32] * 0.98
+    made = probe_set(40)
+    write_probe_set(folder / "hard.npz", ProbeSet(images.astype(np.uint8), made.groups, made.labels, made.masks))
+    asking = ["evaluation.probe_every=1", "evaluation.stop_when_worse=true", "evaluation.select=best:probe_dense"]
+    run = train(folder, "worse", *asking, "--probe", "hard.npz")
+    assert read_json(run / "final.json")["iteration"] == 5 and not read_json(run / "final.json")["stopped_early"]
+    answers = read_arrays(run / "probe_start.npz")
+    write_arrays(run / "probe_start.npz", **answers | {"knn": np.eye(2, dtype=np.float32)[made.labels]})
+    train(folder, "worse", "optim.epochs=10", *asking, "--probe", "hard.npz")
+    final, metrics = read_json(run / "final.json"), read_metrics(run)
+    assert final["stopped_early"] and final["iteration"] == 8  # of 30, after three probes
+    assert (metrics["probe_difference_high"].dropna().iloc[-3:] < 0).all()
+    assert metrics.index[-1] == 8
+    exported = sorted(int(path.name.rpartition("_")[2]) for path in (run / "eval").glob("training_*"))
+    asked, selected = metrics["probe_dense"].dropna(), final["selected"]
+    assert len(set(asked[exported])) > 1
+    assert selected["iteration"] in exported and selected["value"] == asked.max() == asked[exported].max()
+    assert final["teacher"] == f"eval/training_{selected['iteration']}/teacher_checkpoint.pth"
+    # and it stays ended
+    train(folder, "worse", "optim.epochs=10", *asking, "--probe", "hard.npz")
+    assert read_metrics(run).index[-1] == 8
 
 
 def test_a_probe_set_comes_back(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 
 from dinoscope.budget.jobs import count_jobs, profile_groups, submitted
 from dinoscope.plan import make_plan
+from segmentation_samples import write_discs
 from snakemake_runs import NANO_RECIPE, REPOSITORY, plan, snakemake
 
 TWO_RUNS = {"pretrain": {"recipe": "root.yaml"}, "gram": {"recipe": "gram.yaml", "continues": "pretrain"}}
@@ -40,7 +41,9 @@ CONFIGS = {
     },
     "nothing is measured": {"evaluation": {"enabled": False}},
     "segmentation": {
-        "segmentation": {"tasks": {"nuclei": {"dataset": "folder", "root": "masks", "seeds": [0, 1]}}},
+        "segmentation": {
+            "tasks": {"nuclei": {"dataset": "folder", "root": "masks", "seeds": [0, 1], "data": {"instance": "disc"}}}
+        },
     },
     "seeds and a control": {"labels": "labels.tsv", "runs": REPEATED, "export": {"formats": ["timm"]}},
     "seeds of which nothing is measured": {"runs": REPEATED, "evaluation": {"enabled": False}},
@@ -58,8 +61,7 @@ def folder(tmp_path):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "cells" / "one").mkdir(parents=True)
     (tmp_path / "labels.tsv").write_text("slide_id\tgrade\n" + "".join(f"s{index}\tlow\n" for index in range(5)))
-    for folder in ("images", "masks"):
-        (tmp_path / "masks" / folder).mkdir(parents=True)
+    write_discs(tmp_path / "masks")
     uses = {"s1": "features", "s2": "train"}
     rows = [f"s{index}\ts{index}.svs\tp{index}\t{uses.get(f's{index}', 'train,features')}" for index in range(5)]
     for index in range(5):
