@@ -69,6 +69,7 @@ def test_a_machine_that_nobody_joins_says_so(tmp_path, endpoint):
     assert "rank 0" not in said
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_runs_that_were_given_the_same_place_are_not_one_world(tmp_path, endpoint):
     """Each would else train with the other's machine."""

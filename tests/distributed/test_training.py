@@ -239,6 +239,7 @@ def test_a_half_written_checkpoint_is_not_used(place: Path, finished: Path) -> N
     assert_same_end(run, finished)
 
 
+@pytest.mark.long
 def test_asked_to_stop_it_saves_and_goes_on_later(place: Path, finished: Path) -> None:
     run = place / "runs/stopped/main"
     process = subprocess.Popen(command("stopped"), cwd=place, stderr=subprocess.PIPE, text=True)

@@ -233,6 +233,7 @@ def train_sharded_in_nodes(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_sharding_within_nodes_changes_nothing(trained: dict, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_sharded_in_nodes, (tmp_path,), nprocs=4)
     expected = trained[1][0]["unequal masks"][0]

@@ -91,5 +91,5 @@ def test_what_is_missing_is_said(clone, python, sentence):
 
 
 def test_help_lists_every_target(clone):
-    names = ["setup", "demo", "test", "long-test", "kill-test", "cluster-test", "unlock", "clean", "help"]
+    names = ["setup", "demo", "demo-pilot", "test", "long-test", "kill-test", "cluster-test", "unlock", "clean", "help"]
     assert [line.split()[1] for line in make(clone).stdout.splitlines()] == names
