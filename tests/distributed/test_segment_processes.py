@@ -86,4 +86,5 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(folder):
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     left = [path.name for path in (folder / "runs" / "killed").iterdir() if not path.name.startswith(".")]
-    assert sorted(left) == ["final.json", "run_config.json", "segmenter", "state.pt", "training_metrics.json"]
+    own = ["final.json", "provenance.json", "run_config.json", "segmenter", "state.pt", "training_metrics.json"]
+    assert sorted(left) == own
