@@ -7,13 +7,16 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from dinoscope.budget import space, tiles
+from dinoscope.budget import hours, space, tiles
 from dinoscope.budget.budget import make_budget
 from dinoscope.budget.jobs import count_jobs, profile_groups, submitted
 from dinoscope.budget.report import as_table, as_tsv, shortages
@@ -286,11 +289,30 @@ def test_a_full_disk_of_ones_own_is_refused_before_the_first_job(folder):
     assert done.stderr.startswith("error: the results need ") and "MB are free on its disk: set " in done.stderr
 
 
-def test_measuring_gives_a_speed_that_this_machine_has(folder):
+def test_measuring_gives_the_operations_and_shares_of_what_was_timed(folder, monkeypatch):
+    """By a clock of the test's own: the operations that torch counts in 2 s, and a forward and backward in 8 s."""
+    counted = []
+
+    def timed(work, device):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(counter.get_total_flops())
+        return 2.0 if len(counted) == 1 else 8.0
+
+    monkeypatch.setattr(hours, "_seconds", timed)
     measured = budget_of(plan_of(), measured=True).device
     assert "measured on this machine" in measured.source
-    assert 1e8 < measured.flops < 1e15
-    assert 0 < measured.training_share < float("inf")  # beside other jobs either half may take many times its time
+    assert measured.flops == pytest.approx(counted[0] / 2, rel=0.03)
+    assert measured.training_share == 3 * 2 / 8
+    assert 2 * counted[0] < counted[1] <= 3 * counted[0]  # a backward pass has at most twice the products
+
+
+def test_a_speed_is_measured_in_seconds(monkeypatch):
+    """The shortest of the passes after the one that warms up."""
+    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.5, 30.0, 33.0])
+    monkeypatch.setattr(hours, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    passes = []
+    assert hours._seconds(lambda: passes.append(1), "cpu") == 1.5 and len(passes) == 4
 
 
 def test_the_table_can_be_read(folder):
