@@ -125,18 +125,18 @@ def compare_models(
     differences: dict[tuple[str, str, str], Comparison] = {}
     repeated = families(runs, list(answers))
     trained = {model for members in runs for model in members}
+    statistics = _Statistics(units, answers)
     for measure in _measures(answers):
         asked = {model: answer for model, answer in answers.items() if measure in answer.measures}
         common = clean & np.all([_asked(answer, measure) for answer in asked.values()], axis=0)
-        statistics = {model: _statistic(units, answer, measure, common) for model, answer in asked.items()}
         for model, members in _with_families(asked, repeated).items():
-            of = [asked[member] for member in members]
             seeds = len(members) if members[0] in trained else None
-            rows += _rows(units, of, measure, model, clean, draws, seed, seeds)
-            transductive = is_test & np.all([answer.seen == yes for answer in of], axis=0)
+            rows += _rows(statistics, members, measure, model, clean, draws, seed, seeds)
+            transductive = is_test & np.all([asked[member].seen == yes for member in members], axis=0)
             if transductive.any():
-                rows += _rows(units, of, measure, model, transductive, draws, seed, seeds, seen="yes")
-        of_measure = _differences(measure, statistics, references, trained, repeated, draws, seed)
+                rows += _rows(statistics, members, measure, model, transductive, draws, seed, seeds, seen="yes")
+        of_models = {model: statistics.of(model, measure, common) for model in asked}
+        of_measure = _differences(measure, of_models, references, trained, repeated, draws, seed)
         differences |= _possible(of_measure, scores_of(units.kind, measure)[0])
     return TaskComparison(
         units.task,
@@ -221,8 +221,8 @@ def _with_families(asked: Mapping[str, Answers], repeated: Sequence[Family]) -> 
 
 
 def _rows(
-    units: Units,
-    answers: Sequence[Answers],
+    statistics: "_Statistics",
+    members: Sequence[str],
     measure: str,
     model: str,
     chosen: np.ndarray,
@@ -234,14 +234,15 @@ def _rows(
 ) -> list[Row]:
     """A row a score, on the chosen units as far as the model (all of its seeds) was asked about them."""
     found = []
+    answers = [statistics.answers[member] for member in members]
     asked = chosen & np.all([_asked(answer, measure) for answer in answers], axis=0)
-    for score in scores_of(units.kind, measure):
-        made = [_statistic(units, answer, measure, asked, score) for answer in answers]
+    for score in scores_of(statistics.units.kind, measure):
+        made = [statistics.of(member, measure, asked, score) for member in members]
         if made[0] is None:
             continue
         _, cases, num_units, smallest = made[0]
-        statistics = [one[0] for one in made if one is not None]
-        value, (low, high), by_seed = _estimated(statistics, cases, _LEAST.get(score, 0.0), draws, seed)
+        of_seeds = [one[0] for one in made if one is not None]
+        value, (low, high), by_seed = _estimated(of_seeds, cases, _LEAST.get(score, 0.0), draws, seed)
         if not np.isfinite(value):
             continue
         unknown = any((answer.seen[chosen] == SEEN.index("unknown")).any() for answer in answers)
@@ -277,31 +278,64 @@ def _asked(answer: Answers, measure: str) -> np.ndarray:
     return np.isfinite(said.reshape(*said.shape[:2], -1)).all(axis=2).any(axis=0)
 
 
-def _statistic(
-    units: Units, answer: Answers, measure: str, chosen: np.ndarray, score: str | None = None
-) -> _Asked | None:
-    """The score on the chosen units; None where none is left."""
-    if measure in answer.confusions:
-        confusions, groups = answer.confusions[measure][:, chosen], units.groups[chosen]
-        names, numbers = np.unique(groups, return_inverse=True)
-        if not len(names):
+class _Statistics:
+    """The scores of a task's models as functions of the weights of cases.
+
+    Each is made once and remembers what it gave on the resamples: a model's scores stand in its own row, in the row of
+    its run, under changes, and in the difference of every model that is held against it.
+    """
+
+    def __init__(self, units: Units, answers: Mapping[str, Answers]) -> None:
+        self.units, self.answers = units, answers
+        self._groups, self._targets = units.groups, units.targets if units.kind not in ("masks", "none") else None
+        self._made: dict[tuple[str, str, str, bytes], _Asked | None] = {}
+
+    def of(self, model: str, measure: str, chosen: np.ndarray, score: str | None = None) -> _Asked | None:
+        """The score, by default the one that is judged, on the chosen units (N,) bool; None where none is left."""
+        score = score or scores_of(self.units.kind, measure)[0]
+        key = (model, measure, score, chosen.tobytes())
+        if key not in self._made:
+            made = self._new(model, measure, chosen, score)
+            self._made[key] = made and (_remembered(made[0]), *made[1:])
+        return self._made[key]
+
+    def _new(self, model: str, measure: str, chosen: np.ndarray, score: str) -> _Asked | None:
+        answer = self.answers[model]
+        if measure in answer.confusions:
+            confusions = answer.confusions[measure][:, chosen]
+            names, numbers = np.unique(self._groups[chosen], return_inverse=True)
+            if not len(names):
+                return None
+            return statistic_of_repeats(confusions, numbers), len(names), int(chosen.sum()), len(names)
+        if (sources := change_sources(measure, answer.said)) is not None:
+            both = chosen & _asked(answer, measure)
+            clean, changed = (self.of(model, source, both) for source in sources)
+            return changed and (lambda weights: changed[0](weights) - clean[0](weights), *changed[1:])
+        asked = chosen & _asked(answer, measure)
+        if not asked.any():
             return None
-        return statistic_of_repeats(confusions, numbers), len(names), int(chosen.sum()), len(names)
-    if (sources := change_sources(measure, answer.said)) is not None:
-        both = chosen & _asked(answer, measure)
-        clean, changed = (_statistic(units, answer, source, both) for source in sources)
-        return changed and (lambda weights: changed[0](weights) - clean[0](weights), *changed[1:])
-    asked = chosen & _asked(answer, measure)
-    if not asked.any():
-        return None
-    if measure in answer.sums:
-        names, numbers = np.unique(units.groups[asked], return_inverse=True)
-        added = np.zeros((len(names), *answer.sums[measure].shape[1:]))
-        np.add.at(added, numbers, answer.sums[measure][asked])
-        return statistic_of_sums(added), len(names), int(asked.sum()), len(names)
-    predictions = Predictions(units.targets[asked], answer.said[measure][:, asked], units.groups[asked])
-    statistic = statistic_of(predictions, score or SCORES[units.kind][0])
-    return statistic, predictions.num_cases, int(asked.sum()), predictions.smallest_class()
+        if measure in answer.sums:
+            names, numbers = np.unique(self._groups[asked], return_inverse=True)
+            added = np.zeros((len(names), *answer.sums[measure].shape[1:]))
+            np.add.at(added, numbers, answer.sums[measure][asked])
+            return statistic_of_sums(added), len(names), int(asked.sum()), len(names)
+        predictions = Predictions(self._targets[asked], answer.said[measure][:, asked], self._groups[asked])
+        statistic = statistic_of(predictions, score)
+        return statistic, predictions.num_cases, int(asked.sum()), predictions.smallest_class()
+
+
+def _remembered(statistic: Statistic) -> Statistic:
+    """The same, which knows what it gave last; the weights of resamples are one array that nobody writes to."""
+    last: list[np.ndarray] = []
+
+    def of(weights: np.ndarray) -> np.ndarray:
+        if weights.flags.writeable:  # all cases once, made anew each time
+            return statistic(weights)
+        if not last or last[0] is not weights:
+            last[:] = weights, statistic(weights)
+        return last[1]
+
+    return of
 
 
 def _differences(
